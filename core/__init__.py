@@ -1,0 +1,1 @@
+"""Everything that thinks; only core.host knows the host."""

@@ -1,0 +1,106 @@
+"""From concept words to the rows of text vectors that the closed-form methods take."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import ErasureError
+
+ARROW = "->"
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing to erase and what takes its place ("" is the empty prompt)."""
+
+    text: str
+    surrogate: str
+
+
+def parse_concepts(text, surrogate=""):
+    """Concepts from lines ``concept`` or ``concept -> replacement``; `surrogate` fills in where a line has none."""
+    concepts = []
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        word, arrow, other = (part.strip() for part in line.partition(ARROW))
+        concept = Concept(word, other if arrow else surrogate.strip())
+        if not word:
+            raise ErasureError(
+                f'The line "{line.strip()}" names no concept before "{ARROW}"; write "concept {ARROW} replacement".'
+            )
+        if concept.text.lower() == concept.surrogate.lower():
+            raise ErasureError(
+                f'The concept "{word}" is to be replaced by itself, which erases nothing; '
+                "give it another replacement or leave the replacement empty."
+            )
+        if concept.text.lower() in (c.text.lower() for c in concepts):
+            raise ErasureError(f'The concept "{word}" is listed twice; keep one of the two lines.')
+        concepts.append(concept)
+    if not concepts:
+        raise ErasureError("No concept to erase was given; write at least one, each on a line of its own.")
+    return concepts
+
+
+def parse_lines(text):
+    """The non-empty lines, stripped, without repeats."""
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def parse_templates(text):
+    """Caption templates, each with one {} for the concept; the bare concept when there is none."""
+    templates = parse_lines(text) or ["{}"]
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ErasureError(
+                f'The template "{template}" has {template.count("{}")} places for the concept; '
+                'write "{}" exactly once where the concept belongs, as in "a photo of {}".'
+            )
+    return templates
+
+
+def fill(template, word):
+    """The template with the word in it; an empty word leaves no double spaces."""
+    return " ".join(template.replace("{}", word).split())
+
+
+def last_subject_token(prompt_ids, word_ids, end):
+    """Index of the last token of the word in the prompt.
+
+    prompt_ids: token ids of the whole context, start, end and padding included; word_ids: those of the
+    word alone; end: id of the end token. For an empty word, and for one that the prompt does not hold,
+    the token before the first end token (the published rule, attention-mask sum minus 2).
+    """
+    n = len(word_ids)
+    for start in range(len(prompt_ids) - n, -1, -1):
+        if n and prompt_ids[start : start + n] == word_ids:
+            return start + n - 1
+    return prompt_ids.index(end, 1) - 1
+
+
+def aligned_rows(target, replacement, first_target, first_replacement):
+    """Rows of both embeddings from the last subject token on, as many of each (UCE's published alignment).
+
+    target, replacement: (T, d). With f the later of the two places, T - f rows are taken from each.
+    """
+    count = len(target) - max(first_target, first_replacement)
+    return target[first_target : first_target + count], replacement[first_replacement : first_replacement + count]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Stacked rows for the solvers, with the owner of each as an index into the concepts."""
+
+    targets: torch.Tensor  # (E, d)
+    replacements: torch.Tensor  # (E, d)
+    concept: torch.Tensor  # (E,)
+
+
+def stack_rows(pairs, owners):
+    """Rows of (targets, replacements) pairs and the concept each pair belongs to."""
+    counts = torch.tensor([len(t) for t, _ in pairs])
+    return Rows(
+        torch.cat([t for t, _ in pairs]),
+        torch.cat([r for _, r in pairs]),
+        torch.repeat_interleave(torch.tensor(owners), counts),
+    )

@@ -1,0 +1,1 @@
+"""The only part of Membrane that imports the host (comfy, folder_paths, server)."""

@@ -1,0 +1,95 @@
+"""Text encoding through the host's CLIP object."""
+
+import hashlib
+from numbers import Integral
+
+import torch
+
+from ..closed_form.job import Encoded
+from ..errors import ErasureError
+
+BATCH = 32  # prompts per forward pass of the text encoder
+EMBEDDING = -1  # stands for a textual-inversion vector among token ids
+
+
+def _plain(text):
+    """The text with the host's weighting syntax switched off."""
+    for bracket in "()":
+        text = text.replace(f"\\{bracket}", bracket).replace(bracket, f"\\{bracket}")
+    return text
+
+
+def _chunks(clip, text):
+    """{encoder: [chunk of (token, weight), ...]} of a text."""
+    if clip is None:
+        raise ErasureError(
+            "The CLIP input is empty, the checkpoint holds no text encoder; connect the CLIP that belongs to the model."
+        )
+    tokens = clip.tokenize(_plain(text))
+    if not isinstance(tokens, dict):
+        raise ErasureError(
+            f"The text encoder {type(clip.cond_stage_model).__name__} tokenises in a way this pack does not know; "
+            "use the CLIP of a Stable Diffusion 1, 2 or XL checkpoint."
+        )
+    return tokens
+
+
+def token_ids(clip, text):
+    """Token ids (T,) of a text in the first encoder's context; raises when it does not fit."""
+    chunks = next(iter(_chunks(clip, text).values()))
+    ids = [int(token) if isinstance(token, Integral) else EMBEDDING for token, *_ in chunks[0]]
+    if len(chunks) > 1:
+        used = sum(len(chunk) for chunk in chunks)
+        raise ErasureError(
+            f'The text "{_shorten(text)}" needs more than the {len(ids) - 2} tokens that the text encoder reads '
+            f"at once (it fills {used // len(ids)} contexts); shorten it."
+        )
+    return ids
+
+
+def end_token(clip):
+    """Id of the end token: what follows the start token of an empty prompt."""
+    return token_ids(clip, "")[1]
+
+
+def encode(clip, prompts, on_progress=None):
+    """Encoded prompts. The prompts of a batch travel as chunks of one long prompt, which every host batches."""
+    prompts = tuple(prompts)
+    ids = tuple(token_ids(clip, p) for p in prompts)
+    vectors = []
+    for start in range(0, len(prompts), BATCH):
+        tokens = {}
+        for prompt in prompts[start : start + BATCH]:
+            for name, chunks in _chunks(clip, prompt).items():
+                tokens.setdefault(name, []).extend(chunks)
+        batch = clip.encode_from_tokens(tokens)
+        count = len(prompts[start : start + BATCH])
+        if batch.shape[1] % count:
+            raise ErasureError(
+                f"The text encoder {type(clip.cond_stage_model).__name__} gave {batch.shape[1]} vectors for "
+                f"{count} prompts; closed-form erasure needs the same number for each, "
+                "use a Stable Diffusion 1, 2 or XL checkpoint."
+            )
+        vectors.append(batch.reshape(count, -1, batch.shape[-1]).float().cpu())
+        if on_progress:
+            on_progress(min(start + BATCH, len(prompts)))
+    return Encoded(prompts, ids, torch.cat(vectors), end_token(clip))
+
+
+def fingerprint(clip):
+    """Short name of a text encoder that survives file formats: a hash of its token embeddings, rounded to float16."""
+    digest = hashlib.sha256()
+    state = clip.cond_stage_model.state_dict()
+    for key in sorted(
+        k for k in state if k.endswith(("token_embedding.weight", "shared.weight", "embed_tokens.weight"))
+    ):
+        weight = state[key]
+        digest.update(str(tuple(weight.shape)).encode())
+        digest.update(
+            weight[:: max(1, len(weight) // 256)].detach().half().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()[:16]
+
+
+def _shorten(text, length=60):
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,0 +1,73 @@
+"""From a stack to what the model gets: the cheapest exact realisation, never a different result."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ErasureError
+
+
+@dataclass(frozen=True, eq=False)
+class TextPart:
+    """Terms of one time range, strengths folded in: c -> c + A (B c) while start <= progress <= end."""
+
+    a: torch.Tensor  # (d, n)
+    b: torch.Tensor  # (n, d)
+    start_percent: float
+    end_percent: float
+
+    @property
+    def always(self):
+        """True when the part acts in every step."""
+        return self.start_percent <= 0.0 and self.end_percent >= 1.0
+
+    def delta(self, context):
+        """A (B c) for text vectors (..., d), computed in float32."""
+        c = context.float()
+        return (c @ self.b.to(c.device).T) @ self.a.to(c.device).T
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a model gets: either `constant`, which acts once per conditioning, or `timed` parts, which act
+    in the steps of their range."""
+
+    constant: TextPart | None
+    timed: tuple[TextPart, ...]
+
+    def __bool__(self):
+        return self.constant is not None or bool(self.timed)
+
+
+def make_plan(stack, width):
+    """Plan of a stack for text vectors of a width.
+
+    Raises ErasureError when an adapter was made for another width. Terms of one time range are joined.
+    """
+    ranges = {}
+    for entry in stack.entries:
+        text_map = entry.adapter.text_map
+        if text_map.width != width:
+            raise ErasureError(
+                f"The adapter {entry.adapter.describe()} maps text vectors of width {text_map.width}"
+                f"{_made_for(entry.adapter)}, but this model reads vectors of width {width}; "
+                "use an adapter made for this family."
+            )
+        if entry.acts:
+            ranges.setdefault((entry.start_percent, entry.end_percent), []).append(entry)
+    parts = [
+        TextPart(
+            torch.cat([e.adapter.text_map.a * e.strength for e in entries], dim=1),
+            torch.cat([e.adapter.text_map.b for e in entries]),
+            start,
+            end,
+        )
+        for (start, end), entries in sorted(ranges.items())
+    ]
+    if len(parts) == 1 and parts[0].always:
+        return Plan(parts[0], ())
+    return Plan(None, tuple(parts))  # every delta must see the unedited text, so all act in the same place
+
+
+def _made_for(adapter):
+    return f" ({adapter.card.family})" if adapter.card.family else ""

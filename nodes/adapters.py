@@ -1,0 +1,77 @@
+"""Loading and saving erasure adapters."""
+
+import hashlib
+
+from ..core.errors import ErasureError
+from ..core.formats import native
+from ..core.host.folders import adapter_names, adapter_path, new_adapter_path
+
+
+class MembraneLoadAdapter:
+    TITLE = "Load Erasure Adapter"
+    DESCRIPTION = "Loads an erasure adapter from the folder models/erasure_adapters."
+    SEARCH_ALIASES = ["erasure", "unlearn", "load eraser", "SPM", "concept erasure"]
+    CATEGORY = "membrane"
+    RETURN_TYPES = ("ERASURE_ADAPTER", "STRING")
+    RETURN_NAMES = ("adapter", "concepts")
+    OUTPUT_TOOLTIPS = ("The adapter, for Stack Erasure Adapters.", "What it erases, one concept per line.")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        names = adapter_names()
+        return {"required": {"adapter_name": (names, {"tooltip": "A file in models/erasure_adapters."})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, adapter_name):
+        # named here so that either kind of slash is accepted; the host then skips its own list check
+        try:
+            adapter_path(adapter_name)
+        except ErasureError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, adapter_name):
+        with open(adapter_path(adapter_name), "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+
+    def load(self, adapter_name):
+        adapter = native.load(adapter_path(adapter_name))
+        return adapter, "\n".join(adapter.card.concepts)
+
+
+class MembraneSaveAdapter:
+    TITLE = "Save Erasure Adapter"
+    DESCRIPTION = (
+        "Saves an erasure adapter into the folder models/erasure_adapters, where Load Erasure Adapter finds it."
+    )
+    SEARCH_ALIASES = ["save eraser", "export erasure"]
+    CATEGORY = "membrane"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "save"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "adapter": ("ERASURE_ADAPTER", {"tooltip": "The adapter to save."}),
+                "filename_prefix": (
+                    "STRING",
+                    {
+                        "default": "erasure",
+                        "tooltip": "Name of the file; a number is added, nothing is overwritten. "
+                        "A subfolder may come before it.",
+                    },
+                ),
+            },
+        }
+
+    def save(self, adapter, filename_prefix):
+        path, name = new_adapter_path(filename_prefix)
+        native.save(adapter, path)
+        return {"ui": {"text": [name]}}
+
+
+NODES = [MembraneLoadAdapter, MembraneSaveAdapter]
