@@ -1,0 +1,55 @@
+"""Writes a trained demo model to assets/pixel_world/<variant>.safetensors, in half precision."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+ASSETS = ROOT / "assets" / "pixel_world"
+
+
+def gather(unet, text=None):
+    """The averaged U-Net of a training checkpoint as "unet.<name>", the text encoder as "text.<name>"; float16."""
+    state = torch.load(unet, map_location="cpu", weights_only=True)["ema"]
+    tensors = {f"unet.{k}": v for k, v in state.items()}
+    if text:
+        tensors |= {f"text.{k}": v for k, v in load_file(str(text)).items() if k.startswith("text_model.")}
+    return {k: v.half().contiguous() for k, v in tensors.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--unet", type=Path, default=ROOT / "training" / "unet.pt")
+    parser.add_argument("--text", type=Path, default=ROOT / "training" / "text_encoder.safetensors")
+    parser.add_argument("--no-text", action="store_true", help="leave the text encoder out; it is then read from day")
+    parser.add_argument("--variant", choices=("day", "night"), default="day")
+    parser.add_argument("--license", default="Apache-2.0", help="SPDX identifier for the file's metadata")
+    args = parser.parse_args()
+    tensors = gather(args.unet, None if args.no_text else args.text)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise SystemExit(f"{name} has values that half precision cannot hold")
+    path = ASSETS / f"{args.variant}.safetensors"
+    partial = path.with_suffix(".tmp")
+    save_file(
+        tensors,
+        str(partial),
+        metadata={
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.title": f"Membrane Pixel World ({args.variant})",
+            "modelspec.architecture": "pixel-world",
+            "modelspec.license": args.license,
+            "license": args.license,
+        },
+    )
+    partial.chmod(0o644)
+    os.replace(partial, path)
+    count = sum(t.numel() for t in tensors.values())
+    print(f"{path.name}: {len(tensors)} tensors, {count} parameters, {path.stat().st_size / 2**20:.2f} MiB")
+
+
+if __name__ == "__main__":
+    main()
