@@ -100,13 +100,13 @@ def batch(n, rng):
     dx, dy = rng.integers(-1, 2, 2)
     x = torch.roll(F.pad(x, (1, 1, 1, 1), mode="replicate"), (int(dy), int(dx)), (2, 3))[:, :, 1:-1, 1:-1]
     noise = torch.from_numpy(rng.normal(0, 1, x.shape).astype(np.float32)) * float(rng.uniform(0, 0.08))
-    tint = torch.from_numpy(rng.normal(0, 0.03, (n, 3, 1, 1)).astype(np.float32))
+    tint = torch.from_numpy(rng.normal(0, 0.02, (n, 3, 1, 1)).astype(np.float32))
     return (x + noise + tint).clamp(0, 1), truth
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -131,6 +131,7 @@ def main():
     save_file(
         {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}, str(PATH)
     )
+    PATH.chmod(0o644)
     for palette in world.PALETTES:
         sprites = world.from_index(np.arange(1024))
         answers = read(load(), world.render(sprites, np.random.default_rng(5), palette))

@@ -85,7 +85,7 @@ def main():
     parser.add_argument("--text", type=Path, default=ROOT / "training" / "text_encoder.safetensors")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=3.0)
+    parser.add_argument("--cfg", type=float, default=1.5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sheet", type=Path, help="PNG to write")
     args = parser.parse_args()

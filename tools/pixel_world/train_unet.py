@@ -86,7 +86,8 @@ def worker(rank, workers, args, combos, pool):
     torch.manual_seed(0)
     model = UNet(load_config()["unet"])
     if args.start:
-        model.load_state_dict({k: v.float() for k, v in load_file(str(args.start)).items()})
+        state = load_file(str(args.start))
+        model.load_state_dict({k[5:]: v.float() for k, v in state.items() if k.startswith("unet.")})
     model.to(device)
     params = list(model.parameters())
     groups = [
@@ -172,7 +173,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="CPU processes; 1 on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each")
     parser.add_argument("--palette", choices=sorted(world.PALETTES), default="day")
-    parser.add_argument("--start", type=Path, help="weights to begin with (fine-tuning)")
+    parser.add_argument("--start", type=Path, help="exported weights to begin with (fine-tuning)")
     parser.add_argument("--name", default="unet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true")
