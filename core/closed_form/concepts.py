@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import ErasureError
 
 ARROW = "->"
@@ -85,22 +83,3 @@ def aligned_rows(target, replacement, first_target, first_replacement):
     """
     count = len(target) - max(first_target, first_replacement)
     return target[first_target : first_target + count], replacement[first_replacement : first_replacement + count]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Stacked rows for the solvers, with the owner of each as an index into the concepts."""
-
-    targets: torch.Tensor  # (E, d)
-    replacements: torch.Tensor  # (E, d)
-    concept: torch.Tensor  # (E,)
-
-
-def stack_rows(pairs, owners):
-    """Rows of (targets, replacements) pairs and the concept each pair belongs to."""
-    counts = torch.tensor([len(t) for t, _ in pairs])
-    return Rows(
-        torch.cat([t for t, _ in pairs]),
-        torch.cat([r for _, r in pairs]),
-        torch.repeat_interleave(torch.tensor(owners), counts),
-    )

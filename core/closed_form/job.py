@@ -1,15 +1,26 @@
 """One closed-form erasure from words to adapter; what it needs of the host comes in as functions."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 
 from ..adapter import Card, ErasureAdapter
-from .concepts import Concept, aligned_rows, fill, last_subject_token, stack_rows
-from .rece import rece
-from .uce import uce
+from .concepts import Concept, aligned_rows, fill, last_subject_token
+from .double_projection import double_projection_of
+from .rece import rece_of
+from .speed import speed_of
+from .uce import uce_of
 
-METHODS = ("UCE", "RECE")
+TOKENS = ("subject", "all")
+SCALES = ("erase_scale", "preserve_scale", "anchor")
+SETTINGS = {  # the fields of a job that its method reads; they go on the card
+    "UCE": SCALES,
+    "RECE": (*SCALES, "epochs", "penalty"),
+    "SPEED": ("tau", "rho", "lam", "prior_filter", "tokens"),
+    "Double Projections": ("tau", "safe_anchor", "tokens"),
+}
+METHODS = tuple(SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -21,13 +32,22 @@ class Encoded:
     vectors: torch.Tensor  # (n, T, d), float32 on the CPU
     end: int  # id of the end token
 
+    @cached_property
+    def place(self):
+        """{prompt: its index}."""
+        return {prompt: i for i, prompt in enumerate(self.prompts)}
+
     def row(self, prompt):
         """Vectors (T, d) of one of the prompts."""
-        return self.vectors[self.prompts.index(prompt)]
+        return self.vectors[self.place[prompt]]
 
     def id_row(self, prompt):
         """Token ids (T,) of one of the prompts."""
-        return self.ids[self.prompts.index(prompt)]
+        return self.ids[self.place[prompt]]
+
+    def subject(self, prompt, word):
+        """Index of the last token of the word in the prompt; the word is one of the prompts too."""
+        return last_subject_token(self.id_row(prompt), self.words(word), self.end)
 
     def words(self, prompt):
         """Token ids of one of the prompts without start, end and padding."""
@@ -41,7 +61,12 @@ class Job:
 
     preserve: prompts or concepts whose meaning must stay; each also in every template. The empty prompt
     is always preserved. erase_scale, preserve_scale, anchor: the weights of UCE's three terms. epochs,
-    penalty: RECE's rounds and the ridge of its derived embeddings.
+    penalty: RECE's rounds and the ridge of its derived embeddings. SPEED: tau, the mean square from which a
+    direction of the preserved vectors is protected; rho, the ridge; lam, slack of what the start token and
+    the empty prompt keep; prior_filter, protect only what the erasure would disturb. Double Projections: tau,
+    for preserve lists with as many vectors as the text is wide; safe_anchor, replace by what the preserved
+    vectors and the surrogates can express of the concept (published) instead of by the surrogate. tokens, for
+    these two: the vector of the last "subject" token of each prompt, or of "all" tokens but the start token.
     """
 
     concepts: tuple[Concept, ...]
@@ -53,6 +78,12 @@ class Job:
     anchor: float = 0.5
     epochs: int = 1
     penalty: float = 0.1
+    tau: float = 0.1
+    rho: float = 1.0
+    lam: float = 0.0
+    prior_filter: bool = True
+    safe_anchor: bool = True
+    tokens: str = TOKENS[0]
 
     def pairs(self):
         """(concept's index, prompt with the concept, the same prompt with its surrogate)."""
@@ -62,10 +93,32 @@ class Job:
             for template in self.templates
         ]
 
+    def captions(self):
+        """{prompt to preserve: what it is about}, the empty prompt first, without what is to be erased."""
+        found = {"": ""}
+        erased = [c.text.lower() for c in self.concepts]
+        lines = [line for line in self.preserve if line.lower() not in erased]  # else the two wishes cancel
+        for line in lines:
+            found.setdefault(line, line)
+        for line in lines:
+            for template in self.templates:
+                found.setdefault(fill(template, line), line)
+        return found
+
     def preserved(self):
         """The prompts to preserve, without repeats."""
-        filled = [fill(template, line) for line in self.preserve for template in self.templates]
-        return list(dict.fromkeys(["", *self.preserve, *filled]))
+        return list(self.captions())
+
+    def retained_captions(self):
+        """The captions that SPEED retains: those that name no concept, as published.
+
+        Without the empty prompt where only subject tokens count: its start token is a constraint of its own.
+        """
+        names = [c.text.lower() for c in self.concepts]
+        kept = {p: word for p, word in self.captions().items() if not any(name in p.lower() for name in names)}
+        if self.tokens == "subject":
+            kept.pop("", None)
+        return kept
 
     def prompts(self):
         """Every prompt that has to be encoded, without repeats."""
@@ -73,41 +126,79 @@ class Job:
         return list(dict.fromkeys([*words, *(p for _, *both in self.pairs() for p in both), *self.preserved()]))
 
 
-def solve(job, encoded, weight_gram=None, on_epoch=None):
-    """TextMap of a job. encoded: its prompts; weight_gram: S (d, d) of the key and value matrices, RECE only."""
-    sliced, whole, owners = [], [], []
+def aligned_groups(job, encoded):
+    """By concept, the rows from the last subject token on of each prompt pair: what UCE edits."""
+    groups = [[] for _ in job.concepts]
     for i, target, replacement in job.pairs():
         concept = job.concepts[i]
-        old, new = encoded.row(target), encoded.row(replacement)
-        first_old = last_subject_token(encoded.id_row(target), encoded.words(concept.text), encoded.end)
-        first_new = last_subject_token(encoded.id_row(replacement), encoded.words(concept.surrogate), encoded.end)
-        sliced.append(aligned_rows(old, new, first_old, first_new))
-        whole.append((old, new))
-        owners.append(i)
-    rows = stack_rows(sliced, owners)
-    preserve = torch.cat([encoded.row(p) for p in job.preserved()])
-    scales = {"erase_scale": job.erase_scale, "preserve_scale": job.preserve_scale, "anchor": job.anchor}
-    if job.method == "UCE":
-        return uce(rows.targets, rows.replacements, preserve, rows.concept, len(job.concepts), **scales)
-    full = stack_rows(whole, owners)
-    return rece(
-        rows.targets, rows.replacements, preserve, rows.concept,
-        full.targets, full.replacements, full.concept, weight_gram, len(job.concepts),
-        epochs=job.epochs, penalty=job.penalty, on_epoch=on_epoch, **scales,
-    )  # fmt: skip
+        first = encoded.subject(target, concept.text), encoded.subject(replacement, concept.surrogate)
+        groups[i].append(aligned_rows(encoded.row(target), encoded.row(replacement), *first))
+    return groups
+
+
+def whole_groups(job, encoded, start=0):
+    """By concept, all rows from index `start` on of each prompt pair: what RECE derives from."""
+    groups = [[] for _ in job.concepts]
+    for i, target, replacement in job.pairs():
+        groups[i].append((encoded.row(target)[start:], encoded.row(replacement)[start:]))
+    return groups
+
+
+def subject_groups(job, encoded):
+    """By concept, the row of the last subject token of each prompt pair: what null-space editing takes."""
+    groups = [[] for _ in job.concepts]
+    for i, target, replacement in job.pairs():
+        concept = job.concepts[i]
+        old, new = encoded.subject(target, concept.text), encoded.subject(replacement, concept.surrogate)
+        groups[i].append((encoded.row(target)[old : old + 1], encoded.row(replacement)[new : new + 1]))
+    return groups
+
+
+def preserved_rows(job, encoded, captions):
+    """Rows (F, d) of the {prompt: subject} that null-space editing protects; F may be 0."""
+    if job.tokens == "all":
+        rows = [encoded.row(prompt)[1:] for prompt in captions]
+    else:
+        rows = [encoded.row(prompt)[encoded.subject(prompt, word)][None] for prompt, word in captions.items()]
+    return torch.cat(rows) if rows else encoded.vectors[0, :0]
+
+
+def safe_surrogates(job, groups):
+    """Rows of the surrogates that are not erased themselves: a concept in the safe span would stay as it is."""
+    erased = [c.text.lower() for c in job.concepts]
+    return [r for c, pairs in zip(job.concepts, groups) if c.surrogate.lower() not in erased for _, r in pairs]
+
+
+def solve(job, encoded, weight_gram=None, on_epoch=None):
+    """TextMap of a job. encoded: its prompts; weight_gram: S (d, d) of the key and value matrices, RECE only."""
+    if job.method in ("UCE", "RECE"):
+        groups = aligned_groups(job, encoded)
+        preserve = [encoded.row(p) for p in job.preserved()]
+        scales = {"erase_scale": job.erase_scale, "preserve_scale": job.preserve_scale, "anchor": job.anchor}
+        if job.method == "UCE":
+            return uce_of(groups, preserve, **scales)
+        return rece_of(
+            groups, whole_groups(job, encoded), preserve, weight_gram,
+            epochs=job.epochs, penalty=job.penalty, on_epoch=on_epoch, **scales,
+        )  # fmt: skip
+    groups = subject_groups(job, encoded) if job.tokens == "subject" else whole_groups(job, encoded, 1)
+    names = [c.text for c in job.concepts]
+    if job.method == "SPEED":
+        retained = preserved_rows(job, encoded, job.retained_captions())
+        return speed_of(
+            groups, retained, encoded.row(""),
+            tau=job.tau, rho=job.rho, lam=job.lam, prior_filter=job.prior_filter, names=names,
+        )  # fmt: skip
+    retained = preserved_rows(job, encoded, job.captions())
+    safe = torch.cat([retained, *safe_surrogates(job, groups)]) if job.safe_anchor else None
+    return double_projection_of(groups, retained, safe=safe, tau=job.tau, names=names)
 
 
 def erase(job, encoded, family, text_encoder, weight_gram=None, on_epoch=None):
     """ErasureAdapter of a job; family and text_encoder go on its card."""
-    settings = {
-        "preserve": list(job.preserve),
-        "templates": list(job.templates),
-        "erase_scale": job.erase_scale,
-        "preserve_scale": job.preserve_scale,
-        "anchor": job.anchor,
-    }
-    if job.method == "RECE":
-        settings |= {"epochs": job.epochs, "penalty": job.penalty}
+    fields = ("preserve", "templates", *SETTINGS[job.method])
+    settings = {name: value for name, value in asdict(job).items() if name in fields}
+    settings |= {"preserve": list(job.preserve), "templates": list(job.templates)}
     card = Card(
         job.method,
         tuple(c.text for c in job.concepts),

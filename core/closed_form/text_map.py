@@ -1,4 +1,8 @@
-"""The shared solver of the closed-form methods."""
+"""The shared solver of the closed-form methods: Gram matrices, symmetric solves, protected spaces, minimal factors.
+
+Everything is float64. Rows that come in may be float32 and are widened a batch at a time, so that the memory
+needed does not grow with the number of preserved prompts.
+"""
 
 import torch
 
@@ -6,47 +10,188 @@ from ..adapter import TextMap
 from ..errors import ErasureError
 
 RANK_TOLERANCE = 1e-7  # of the largest singular value; float32 storage cannot hold less
+SPAN_TOLERANCE = 1e-4  # part of a vector that must lie outside a space to count as outside; encoders repeat to 1e-6
 
 
-def ridge_rows(targets, preserve_gram, erase_scale, anchor):
-    """Rows V = C (anchor I + erase_scale C^T C + preserve_gram)^-1, (E, d), for targets C (E, d); float64.
+def batch_size(width):
+    """Rows to work on at a time: few next to a (width, width) matrix, enough for the full speed of products."""
+    return max(64, width // 4)
 
-    The inverse is that of UCE (Gandikota et al. 2024, eq. 7), the same for every layer; solved by
-    Cholesky, never inverted. Raises when the matrix is numerically singular.
+
+def batches(rows):
+    """Float64 copies of the rows, a batch at a time. rows: (F, d), or a sequence of (F_i, d)."""
+    waiting, count = [], 0
+    for block in rows.split(batch_size(rows.shape[1])) if isinstance(rows, torch.Tensor) else rows:
+        waiting.append(block)
+        count += len(block)
+        if count >= batch_size(block.shape[1]):
+            yield torch.cat(waiting).to(torch.float64)
+            waiting, count = [], 0
+    if count:
+        yield torch.cat(waiting).to(torch.float64)
+
+
+def gram(rows, scale=1.0):
+    """scale * R^T R, (d, d) float64, of rows R (F, d) or a sequence of such; both triangles from one."""
+    return gram_of(batches(rows), rows.shape[1] if isinstance(rows, torch.Tensor) else rows[0].shape[1], scale)
+
+
+def gram_of(parts, width, scale=1.0):
+    """scale * sum_i R_i^T R_i, (width, width), over an iterable of float64 rows R_i (F_i, width)."""
+    total = torch.zeros(width, width, dtype=torch.float64)
+    strip = max(256, width // 4)
+    for rows in parts:
+        for i in range(0, width, strip):
+            total[i:, i : i + strip].addmm_(rows[:, i:].T, rows[:, i : i + strip], alpha=scale)
+    return total.tril_().add_(total.tril(-1).T)
+
+
+def ridge_factor(target_gram, preserve_gram, erase_scale, anchor):
+    """Cholesky factor of G = anchor I + erase_scale C^T C + preserve_gram, (d, d).
+
+    The matrix that UCE inverts (Gandikota et al. 2024, eq. 7), the same for every layer. Raises when it is
+    numerically singular.
     """
-    d = targets.shape[1]
-    gram = anchor * torch.eye(d, dtype=targets.dtype) + erase_scale * targets.T @ targets + preserve_gram
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    system = erase_scale * target_gram + preserve_gram
+    system.diagonal().add_(anchor)
+    factor, failed = torch.linalg.cholesky_ex(system)
     if failed or not torch.isfinite(factor).all():
         raise ErasureError(
             f"The closed-form system has no stable solution with an anchor weight of {anchor:g}; "
             "raise the anchor weight (0.1 to 0.5 is usual) or the preserve scale."
         )
-    return torch.cholesky_solve(targets.T, factor).T
+    return factor
 
 
-def gram(rows, scale=1.0):
-    """scale * R^T R, (d, d), of rows R (F, d)."""
-    return scale * rows.T @ rows
+def solve_rows(factor, rows):
+    """R G^-1, (E, d), of rows R (E, d) and the Cholesky factor of a symmetric G."""
+    return torch.cholesky_solve(rows.T, factor).T
+
+
+def ridge_rows(targets, preserve_gram, erase_scale, anchor):
+    """Rows V = C (anchor I + erase_scale C^T C + preserve_gram)^-1, (E, d), for targets C (E, d)."""
+    return solve_rows(ridge_factor(gram(targets), preserve_gram, erase_scale, anchor), targets)
+
+
+# ---------------------------------------------------------------- rows, grouped by concept
+
+
+def by_concept(targets, replacements, concept, count):
+    """Groups, the form the solvers take: for each concept a list of pairs (targets (r, d), replacements (r, d)).
+
+    targets, replacements: (E, d); concept: (E,) long, owner of each row.
+    """
+    return [[(targets[concept == k], replacements[concept == k])] for k in range(count)]
+
+
+def runs(groups):
+    """Slices of consecutive concepts with about a batch of rows each."""
+    start, rows = 0, 0
+    for k, pairs in enumerate(groups):
+        rows += sum(len(t) for t, _ in pairs)
+        if rows >= batch_size(pairs[0][0].shape[1]):
+            yield slice(start, k + 1)
+            start, rows = k + 1, 0
+    if start < len(groups):
+        yield slice(start, len(groups))
+
+
+def stacked(groups):
+    """(targets (E, d), replacements (E, d), rows of each concept) of groups; float64."""
+    targets = torch.cat([t for pairs in groups for t, _ in pairs]).to(torch.float64)
+    replacements = torch.cat([r for pairs in groups for _, r in pairs]).to(torch.float64)
+    return targets, replacements, group_sizes(groups)
+
+
+def group_sizes(groups):
+    """Number of target rows of each concept."""
+    return [sum(len(t) for t, _ in pairs) for pairs in groups]
+
+
+# ---------------------------------------------------------------- what is to be protected
+
+
+def protected_basis(rows, tau=0.0):
+    """Orthonormal basis Q (d, r) of the directions in which rows R (F, d) have a mean square of at least tau.
+
+    P = I - Q Q^T is the null-space projector of SPEED (Li et al. 2026) and U2 U2^T of Double Projections. The
+    mean squares are the eigenvalues of R^T R / F; with tau = 0 Q spans the rows up to rounding. Fewer rows than
+    d: thin QR, and an SVD of its small factor only where it matters; otherwise a symmetric eigendecomposition.
+    """
+    count, width = rows.shape
+    if not count:
+        return torch.zeros(width, 0, dtype=torch.float64)
+    if count >= width:
+        squares, vectors = torch.linalg.eigh(gram(rows, 1 / count))
+        return vectors[:, squares >= max(tau, width * 1e-15 * squares[-1].item())]
+    rows = rows.to(torch.float64)
+    q, r = torch.linalg.qr(rows.T)
+    if not tau and (r.diagonal().abs() > RANK_TOLERANCE * rows.norm(dim=1)).all():
+        return q
+    u, s, _ = torch.linalg.svd(r)
+    return q @ u[:, (s.square() / count >= tau) & (s > RANK_TOLERANCE * s.max())]
+
+
+def outside(rows, basis):
+    """The part of rows (E, d) outside the span of an orthonormal basis (d, r)."""
+    return rows - (rows @ basis) @ basis.T
+
+
+def require_outside(targets, editable, owner, names):
+    """Raise for the first target that its part outside the protected space does not reach.
+
+    targets, editable: (E, d), the rows and their part outside; owner: concept of each row; names: concepts.
+    """
+    inside = editable.norm(dim=1) <= SPAN_TOLERANCE * targets.norm(dim=1)
+    if inside.any():
+        name = names[owner[int(inside.nonzero()[0])]]
+        raise ErasureError(
+            f'The concept "{name}" lies in the span of what is to be preserved, so nothing is left to erase it by; '
+            "take what is close to it off the preserve list, preserve fewer prompts or raise tau."
+        )
+
+
+# ---------------------------------------------------------------- factors
+
+
+def minimal_terms(a, b):
+    """(A' (d, r), B' (r, d), s (r,)) with A' B' = A B: orthogonal columns, norms s falling, balanced; float64.
+
+    a: (d, n), b: (n, d). s are the singular values of A B, to about 1e-8 of the largest. With B^T = Q R and
+    H = A R^T the rotation V of the eigenvectors of H^T H gives A B = (H V)(V^T Q^T), exact whatever the error
+    of V: much cheaper than a QR of both sides and an SVD.
+    """
+    q, r = torch.linalg.qr(b.T)
+    h = a @ r.T
+    v = torch.linalg.eigh(h.T @ h)[1].flip(1)
+    h = h @ v
+    s = h.norm(dim=0)
+    root = s.sqrt()
+    return h / root.clamp_min(torch.finfo(torch.float64).tiny), root[:, None] * (v.T @ q.T), s
+
+
+def text_map(terms, sizes, width):
+    """TextMap of sum_k A_k B_k with as few terms as float32 needs, one group of terms per concept.
+
+    terms: iterable over concepts of (A_k (width, n_k), B_k (n_k, width)), float64, used up one by one;
+    sizes: the n_k.
+    """
+    room = sum(min(n, width) for n in sizes)
+    a, b, values = torch.empty(width, room), torch.empty(room, width), torch.zeros(room, dtype=torch.float64)
+    owners = []
+    for k, (ak, bk) in enumerate(terms):
+        ak, bk, s = minimal_terms(ak, bk)
+        mine = slice(len(owners), len(owners) + len(s))
+        a[:, mine], b[mine], values[mine] = ak, bk, s
+        owners += [k] * len(s)
+    keep = values > RANK_TOLERANCE * values.max().item() if room else values > 0
+    if not keep.all():
+        a = a[:, keep]
+        b = b[keep]
+    return TextMap(a, b, tuple(k for k, kept in zip(owners, keep.tolist()) if kept))
 
 
 def compress(a, b, concept, count):
-    """TextMap of sum_k A_k B_k with as few terms as float32 needs, one group of terms per concept.
-
-    a: (d, n), b: (n, d), float64; concept: (n,) long, owner of each term; count: number of concepts.
-    """
-    parts, largest = [], 0.0
-    for k in range(count):
-        mine = concept == k
-        qa, ra = torch.linalg.qr(a[:, mine])
-        qb, rb = torch.linalg.qr(b[mine].T)
-        u, s, vh = torch.linalg.svd(ra @ rb.T)
-        parts.append((qa @ u[:, : len(s)] * s.sqrt(), s.sqrt()[:, None] * (vh[: len(s)] @ qb.T), s))
-        largest = max(largest, s[0].item() if len(s) else 0.0)
-    keep = [s > largest * RANK_TOLERANCE for _, _, s in parts]
-    owners = [k for k, kept in enumerate(keep) for _ in range(int(kept.sum()))]
-    return TextMap(
-        torch.cat([p[0][:, m] for p, m in zip(parts, keep)], dim=1).float(),
-        torch.cat([p[1][m] for p, m in zip(parts, keep)]).float(),
-        tuple(owners),
-    )
+    """TextMap of factors a (d, n), b (n, d), float64; concept: (n,) long, owner of each term; count: concepts."""
+    masks = [concept == k for k in range(count)]
+    return text_map(((a[:, m], b[m]) for m in masks), [int(m.sum()) for m in masks], len(a))

@@ -1,22 +1,41 @@
 """Unified Concept Editing (Gandikota et al., WACV 2024) in its weight-free form."""
 
-import torch
-
-from .text_map import compress, gram, ridge_rows
+from .text_map import by_concept, gram, group_sizes, ridge_factor, runs, solve_rows, stacked, text_map
 
 
-def uce_terms(targets, replacements, preserve, *, erase_scale=1.0, preserve_scale=1.0, anchor=0.5):
-    """Factors U (d, E), V (E, d), float64, with W_new = W (I + U V) for every edited matrix.
+def target_rows(groups):
+    """The target rows of groups as a flat list of blocks (r, d)."""
+    return [targets for pairs in groups for targets, _ in pairs]
 
-    targets C, replacements N: (E, d), row i is sent to row i; preserve R: (F, d). Minimises
+
+def uce_factor(groups, preserve_gram, *, erase_scale=1.0, preserve_scale=1.0, anchor=0.5):
+    """Cholesky factor of UCE's matrix for groups of rows; preserve_gram: R^T R of the preserved rows."""
+    return ridge_factor(gram(target_rows(groups)), preserve_scale * preserve_gram, erase_scale, anchor)
+
+
+def uce_terms(groups, factor, erase_scale=1.0):
+    """For each concept factors U (d, E), V (E, d), float64, with W_new = W (I + sum U V) for every edited matrix.
+
+    groups: rows by concept, row i of the targets C is sent to row i of the replacements N. Minimises
     sum ||W' c - W n||^2 s + sum ||W' r - W r||^2 p + anchor ||W' - W||^2 (eq. 5 to 7): the numerator is
     W (G + s (N - C)^T C), so W cancels.
     """
-    rows = ridge_rows(targets, gram(preserve, preserve_scale), erase_scale, anchor)
-    return erase_scale * (replacements - targets).T, rows
+    for run in runs(groups):
+        targets, replacements, sizes = stacked(groups[run])
+        rows = solve_rows(factor, targets)
+        yield from zip((erase_scale * (replacements - targets).T).split(sizes, 1), rows.split(sizes))
+
+
+def uce_of(groups, preserve, *, erase_scale=1.0, **scales):
+    """TextMap of UCE. groups: rows by concept (see by_concept()); preserve: (F, d) or a sequence of such."""
+    base = gram(preserve)
+    factor = uce_factor(groups, base, erase_scale=erase_scale, **scales)
+    return text_map(uce_terms(groups, factor, erase_scale), group_sizes(groups), len(factor))
 
 
 def uce(targets, replacements, preserve, concept, count, **scales):
-    """TextMap of UCE. concept: (E,) long, which concept a target row belongs to; count: how many there are."""
-    targets, replacements, preserve = (t.to(torch.float64) for t in (targets, replacements, preserve))
-    return compress(*uce_terms(targets, replacements, preserve, **scales), concept, count)
+    """TextMap of UCE of stacked rows: targets, replacements (E, d), preserve (F, d).
+
+    concept: (E,) long, which concept a target row belongs to; count: how many there are.
+    """
+    return uce_of(by_concept(targets, replacements, concept, count), preserve, **scales)

@@ -1,0 +1,406 @@
+"""SPEED, Double Projections and the shared solver against naive float64 forms; real shapes and degenerate input."""
+
+import pytest
+import torch
+from membrane.core.closed_form.concepts import Concept
+from membrane.core.closed_form.double_projection import double_projection
+from membrane.core.closed_form.job import METHODS, Encoded, Job, erase, solve
+from membrane.core.closed_form.rece import rece_terms
+from membrane.core.closed_form.speed import centroids, influential, invariants, speed
+from membrane.core.closed_form.text_map import by_concept, compress, gram, minimal_terms, protected_basis, text_map
+from membrane.core.closed_form.uce import uce_factor, uce_terms
+from membrane.core.errors import ErasureError
+
+D = 24
+SD15_ROWS = [320] * 10 + [640] * 10 + [1280] * 12
+
+
+def draw(count, seed, width=D, scale=3.0):
+    """Vectors (count, width) around a common one, float64."""
+    common = torch.randn(width, generator=torch.Generator().manual_seed(99), dtype=torch.float64) * 2
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(count, width, generator=g, dtype=torch.float64) * scale + common
+
+
+def draw_flat(count, seed, rank, width=D):
+    """Vectors whose mean square is large along `rank` directions and below 0.01 along the others."""
+    g = torch.Generator().manual_seed(seed)
+    axes = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(98), dtype=torch.float64))[
+        0
+    ]
+    size = torch.full((width,), 0.05, dtype=torch.float64)
+    size[:rank] = 3.0
+    return torch.randn(count, width, generator=g, dtype=torch.float64) * size @ axes
+
+
+def weight(rows=16, seed=5):
+    return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense(found):
+    return found.a.double() @ found.b.double()
+
+
+def difference(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def owners(count):
+    return torch.arange(count)
+
+
+# ---------------------------------------------------------------- SPEED
+
+
+@pytest.mark.parametrize("concepts", [1, 3])
+@pytest.mark.parametrize(("rho", "lam"), [(1.0, 0.0), (0.05, 0.0), (0.7, 0.5)])
+def test_speed_is_the_constrained_optimum(concepts, rho, lam):
+    """min ||(W + Y) C1 - W C*||^2 / N + rho ||Y||^2 subject to Y C0 = 0 and Y C2 = 0, by its KKT system."""
+    w, c1, anchors, c0, empty = weight(), draw(concepts, 1), draw(concepts, 2), draw(8, 3), draw(7, 4)
+    c2 = invariants(empty)
+    found = dense(
+        speed(c1, anchors, c0, empty, owners(concepts), concepts, tau=0, rho=rho, lam=lam, prior_filter=False)
+    )
+    hessian = c1.T @ c1 / concepts + rho * torch.eye(D, dtype=torch.float64)
+    fixed = c0.T if lam else torch.cat([c0, c2]).T
+    if lam:  # a constraint with slack is a penalty of 1 / lam inside the null space
+        hessian = hessian + c2.T @ c2 / lam
+    m = fixed.shape[1]
+    system = torch.cat(
+        [torch.cat([hessian, fixed], 1), torch.cat([fixed.T, torch.zeros(m, m, dtype=torch.float64)], 1)]
+    )
+    right = torch.cat([c1.T @ (anchors - c1) @ w.T / concepts, torch.zeros(m, len(w), dtype=torch.float64)])
+    expected = torch.linalg.solve(system, right)[:D].T
+    assert difference(w @ found, expected) < 1e-6
+    assert (w @ found @ c0.T).norm() < 1e-5 * (w @ found).norm() * c0.norm()
+    if not lam:
+        assert (w @ found @ c2.T).norm() < 1e-5 * (w @ found).norm() * c2.norm()
+
+
+def published_speed(w, c1, anchors, c0, c2, tau, rho, lam):
+    """Section 4 of the restated paper with plain inverses; the filter without W."""
+    n, eye = len(c1), torch.eye(D, dtype=torch.float64)
+    t, a = c1.T @ c1 / n, anchors.T @ c1 / n
+    scores = torch.stack([((a - t) @ torch.linalg.inv(eye + t) @ c).norm() for c in c0])
+    kept = c0[scores > scores.mean()]
+    u, sigma, _ = torch.linalg.svd(kept.T @ kept / len(kept))
+    p = u[:, sigma < tau] @ u[:, sigma < tau].T
+    m = torch.linalg.inv(t @ p + rho * eye)
+    inner = torch.linalg.inv(c2 @ p @ m @ c2.T + lam * torch.eye(len(c2), dtype=torch.float64))
+    q = eye - m @ c2.T @ inner @ c2 @ p
+    return w @ (a - t) @ p @ q @ m
+
+
+@pytest.mark.parametrize("retained", [8, 60])
+@pytest.mark.parametrize(("rho", "lam"), [(1.0, 0.0), (0.7, 0.5)])
+def test_speed_is_the_published_solution(retained, rho, lam):
+    """With the filter, and with fewer and more retained rows than the text is wide."""
+    w, c1, anchors, empty = weight(), draw(2, 1), draw(2, 2), draw(7, 4)
+    c0 = draw_flat(retained, 3, rank=6)
+    found = dense(speed(c1, anchors, c0, empty, owners(2), 2, tau=0.1, rho=rho, lam=lam))
+    assert difference(w @ found, published_speed(w, c1, anchors, c0, invariants(empty), 0.1, rho, lam)) < 1e-6
+
+
+def test_each_concept_of_speed_has_one_term():
+    found = speed(draw(3, 1), draw(3, 2), draw(8, 3), draw(7, 4), owners(3), 3)
+    assert found.concept == (0, 1, 2)
+
+
+def test_the_prior_filter_keeps_all_when_none_stands_out():
+    c0 = draw(1, 3)
+    assert torch.equal(influential(c0, draw(2, 1), draw(2, 2)), c0)
+
+
+def test_centroids_find_groups_and_survive_repeats():
+    g = torch.Generator().manual_seed(1)
+    middles = draw(3, 7, scale=20.0)
+    rows = torch.cat([m + 0.01 * torch.randn(5, D, generator=g, dtype=torch.float64) for m in middles])
+    found = centroids(rows)
+    assert torch.cdist(middles, found).amin(1).max() < 0.1
+    assert torch.equal(found, centroids(rows.clone()))
+    assert torch.isfinite(centroids(rows[:1].expand(9, D))).all()
+    assert len(centroids(rows[:2])) == 2
+
+
+def test_speed_wants_a_ridge():
+    with pytest.raises(ErasureError, match="rho above 0"):
+        speed(draw(1, 1), draw(1, 2), draw(4, 3), draw(7, 4), owners(1), 1, rho=0.0)
+
+
+# ---------------------------------------------------------------- Double Projections
+
+
+@pytest.mark.parametrize("concepts", [1, 4])
+def test_double_projection_is_exact_on_targets_and_nothing_on_retained(concepts):
+    c1, anchors, c0 = draw(concepts, 1), draw(concepts, 2), draw(9, 3)
+    found = dense(double_projection(c1, anchors, c0, owners(concepts), concepts))
+    assert difference(c1 @ found.T, anchors - c1) < 1e-6
+    assert (c0 @ found.T).norm() < 1e-5 * found.norm() * c0.norm()
+    u2 = torch.linalg.svd(c0.T)[0][:, 9:]
+    w = weight()
+    expected = w @ (anchors - c1).T @ torch.linalg.pinv(u2.T @ c1.T) @ u2.T
+    assert difference(w @ found, expected) < 1e-6
+
+
+def test_double_projection_of_one_concept_is_the_published_form():
+    x, c, c0 = draw(1, 1)[0], draw(1, 2)[0], draw(5, 3)
+    u2 = torch.linalg.svd(c0.T)[0][:, 5:]
+    z = u2.T @ x
+    expected = torch.outer(c - x, z @ u2.T) / z.square().sum()
+    assert difference(dense(double_projection(x[None], c[None], c0, owners(1), 1)), expected) < 1e-6
+
+
+def test_double_projection_on_the_safe_span():
+    c1, c0, safe = draw(2, 1), draw(5, 3), draw(6, 4)
+    found = dense(double_projection(c1, c1, c0, owners(2), 2, safe=safe))
+    anchors = c1 @ safe.T @ torch.linalg.pinv(safe @ safe.T) @ safe
+    assert difference(c1 @ found.T, anchors - c1) < 1e-6
+
+
+def test_double_projection_gives_up_weak_directions_of_a_large_set():
+    c1, anchors, c0 = draw(2, 1), draw(2, 2), draw_flat(60, 3, rank=6)
+    found = dense(double_projection(c1, anchors, c0, owners(2), 2, tau=0.1))
+    assert difference(c1 @ found.T, anchors - c1) < 1e-6
+    assert (c0 @ found.T).norm() < 0.1 * c0.norm()
+    with pytest.raises(ErasureError, match="raise tau"):
+        double_projection(c1, anchors, c0, owners(2), 2, tau=0.0)
+
+
+# ---------------------------------------------------------------- the shared solver
+
+
+def test_minimal_terms_are_the_singular_value_decomposition():
+    a, b = draw(D, 1).T[:, :9], draw(9, 2)
+    b[4] = b[3]
+    u, s, _ = torch.linalg.svd(a @ b)
+    found_a, found_b, found_s = minimal_terms(a, b)
+    assert difference(found_a @ found_b, a @ b) < 1e-12
+    assert torch.allclose(found_s[:8], s[:8], rtol=1e-9)
+    assert found_s[8] < 1e-7 * s[0]
+    wide = draw(2 * D, 3)
+    assert minimal_terms(wide.T, wide)[0].shape == (D, D)
+
+
+def test_factors_are_as_few_and_as_exact_as_float32_allows():
+    a, b = draw(12, 1).T, draw(12, 2)
+    a[:, 5], b[7], b[8] = a[:, 4], b[6], b[6]
+    owner = torch.tensor([0] * 6 + [1] * 6)
+    found = compress(a, b, owner, 2)
+    assert found.concept.count(0) == 5 or found.concept.count(0) == 6
+    assert found.concept.count(1) == 4
+    assert difference(dense(found), a @ b) < 1e-6
+    for k in (0, 1):
+        mine = [i for i, c in enumerate(found.concept) if c == k]
+        share = found.a[:, mine].double() @ found.b[mine].double()
+        assert difference(share, a[:, owner == k] @ b[owner == k]) < 1e-6
+
+
+def test_concepts_that_change_nothing_leave_no_terms():
+    found = compress(torch.zeros(D, 4, dtype=torch.float64), draw(4, 1), torch.tensor([0, 0, 2, 2]), 3)
+    assert found.concept == () and found.a.shape == (D, 0)
+
+
+@pytest.mark.parametrize("width", [24, 300, 1100])
+def test_gram_is_the_product_in_float64(width):
+    rows = draw(700, 1, width).float()
+    expected = 0.5 * rows.double().T @ rows.double()
+    assert difference(gram(rows, 0.5), expected) < 1e-14
+    assert difference(gram(list(rows.split(33)), 0.5), expected) < 1e-14
+
+
+@pytest.mark.parametrize("count", [5, 60])
+def test_a_protected_basis_ignores_repeats(count):
+    rows = draw_flat(count, 1, rank=D)[:, :]
+    rows = torch.cat([rows[:5], rows[2:4], rows[:1] * 2, rows[:1]] * (count // 5))
+    basis = protected_basis(rows)
+    assert basis.shape == (D, 5)
+    assert difference(basis @ (basis.T @ rows.T), rows.T) < 1e-7
+
+
+# ---------------------------------------------------------------- jobs and degenerate input
+
+
+def encoder(prompts, tokens=9, seed=0):
+    """A stand-in text encoder: one id per word, vectors from the ids and all ids before, as float32."""
+    vocabulary, ids, vectors = {}, [], []
+    for prompt in prompts:
+        words = [vocabulary.setdefault(w, 1000 + len(vocabulary)) for w in prompt.split()]
+        row = [100, *words] + [101] * (tokens - 1 - len(words))
+        states, state = [], torch.zeros(D)
+        for token in row:
+            state = 0.7 * state + torch.randn(D, generator=torch.Generator().manual_seed(token + seed))
+            states.append(state)
+        ids.append(row)
+        vectors.append(torch.stack(states))
+    return Encoded(tuple(prompts), tuple(ids), torch.stack(vectors), 101)
+
+
+WEIGHT_GRAM = gram(weight(60))
+TEMPLATES = ("{}", "a red {} here")
+
+
+def run(*concepts, **settings):
+    job = Job(tuple(Concept(*pair) for pair in concepts), **settings)
+    encoded = encoder(job.prompts())
+    return solve(job, encoded, WEIGHT_GRAM), encoded
+
+
+def test_jobs_take_the_last_subject_token_of_every_caption():
+    settings = {"preserve": ("big heart",), "templates": TEMPLATES, "prior_filter": False, "tau": 0.0}
+    for method, formula in (("SPEED", speed), ("Double Projections", double_projection)):
+        found, encoded = run(("star", "disc"), method=method, safe_anchor=False, **settings)
+        targets = torch.stack([encoded.row("star")[1], encoded.row("a red star here")[3]])
+        anchors = torch.stack([encoded.row("disc")[1], encoded.row("a red disc here")[3]])
+        retained = [encoded.row("big heart")[2], encoded.row("a red big heart here")[4]]
+        if method == "SPEED":
+            more = (torch.stack(retained), encoded.row(""))
+        else:
+            more = (torch.stack([encoded.row("")[0], *retained]),)
+        expected = formula(targets, anchors, *more, torch.tensor([0, 0]), 1, **(
+            {"tau": 0.0, "prior_filter": False} if method == "SPEED" else {}))  # fmt: skip
+        assert difference(dense(found), dense(expected)) < 1e-6
+
+
+def test_jobs_take_all_tokens_but_the_start():
+    found, encoded = run(("star", ""), method="SPEED", tokens="all", rho=0.7, lam=0.5)
+    expected = speed(
+        encoded.row("star")[1:], encoded.row("")[1:], encoded.row("")[1:], encoded.row(""),
+        torch.zeros(8, dtype=torch.long), 1, rho=0.7, lam=0.5,
+    )  # fmt: skip
+    assert difference(dense(found), dense(expected)) < 1e-6
+
+
+def test_speed_does_not_retain_prompts_that_name_a_concept():
+    job = Job((Concept("Star", ""),), preserve=("a star map", "heart"), method="SPEED")
+    assert list(job.retained_captions()) == ["heart"]
+    assert list(job.preserved()) == ["", "a star map", "heart"]
+
+
+def test_the_card_tells_the_settings_of_the_method():
+    job = Job((Concept("star", ""),), preserve=("heart",), method="SPEED", rho=0.5)
+    card = erase(job, encoder(job.prompts()), "family", "fingerprint").card
+    assert card.settings == {
+        "preserve": ["heart"], "templates": ["{}"],
+        "tau": 0.1, "rho": 0.5, "lam": 0.0, "prior_filter": True, "tokens": "subject",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("safe_anchor", [True, False])
+def test_degenerate_input_gives_numbers(method, safe_anchor):
+    """No preserve list, two captions alike, a concept that is another's replacement, a longer replacement."""
+    cases = [
+        {"templates": TEMPLATES},
+        {"preserve": ("heart", "heart "), "templates": ("{}", "{} ")},
+        {"preserve": ("heart", "disc"), "templates": TEMPLATES},
+    ]
+    for settings in cases:
+        found, _ = run(
+            ("star", "disc"), ("square", "a very long replacement indeed"), ("moon", "star"), ("sun", ""),
+            method=method, safe_anchor=safe_anchor, **settings,
+        )  # fmt: skip
+        assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
+        assert set(found.concept) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_concept_that_is_preserved(method):
+    concepts = (("moon", "disc"), ("star", "disc"))
+    if method == "Double Projections":
+        with pytest.raises(ErasureError, match='The concept "star" lies in the span'):
+            run(*concepts, preserve=("heart", "star"), method=method)
+    else:
+        found, _ = run(*concepts, preserve=("heart", "star"), method=method)
+        assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_hundred_concepts(method):
+    """More than the text is wide: least squares where there is no exact answer."""
+    concepts = [(f"thing{i}", "disc") for i in range(300)]
+    found, _ = run(*concepts, preserve=("heart",), method=method)
+    assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
+    assert len(set(found.concept)) == 300
+
+
+@pytest.mark.parametrize("method", ["SPEED", "Double Projections"])
+def test_preserving_everything_leaves_nothing_to_erase_by(method):
+    preserve = tuple(f"kept{i}" for i in range(80))
+    with pytest.raises(ErasureError, match='The concept "star" lies in the span') as caught:
+        run(("star", "disc"), preserve=preserve, method=method, tau=1e-9)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- real shapes
+
+
+def clip_like(count, seed, tokens=77, width=768):
+    """Embeddings (count, tokens, width): one shared start token, token norms near 28, a common mean."""
+    g = torch.Generator().manual_seed(seed)
+    start = torch.randn(width, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    common = torch.randn(width, generator=torch.Generator().manual_seed(8), dtype=torch.float64) * 0.5
+    rows = torch.randn(count, tokens, width, generator=g, dtype=torch.float64) * 0.85 + common
+    rows[:, 0] = start
+    return rows
+
+
+def edited(layers, c, n, r, lam, p):
+    """UCE eq. 7 layer by layer."""
+    inverse = torch.linalg.inv(lam * torch.eye(c.shape[1], dtype=torch.float64) + c.T @ c + p * r.T @ r)
+    return [(lam * w + (w @ n.T) @ c + p * (w @ r.T) @ r) @ inverse for w in layers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("concepts", [1, 5])
+def test_real_shapes_equal_the_naive_edit_of_every_layer(concepts):
+    """SD 1.5: 32 matrices; UCE, then 1, 2 and 3 epochs of RECE on each, before and after float32 storage."""
+    g = torch.Generator().manual_seed(3)
+    spectrum = torch.logspace(0, -1.5, 768, dtype=torch.float64)
+    axes = torch.linalg.qr(torch.randn(768, 768, generator=g, dtype=torch.float64))[0]
+    start = [torch.randn(o, 768, generator=g, dtype=torch.float64) * 0.05 * spectrum @ axes for o in SD15_ROWS]
+    full_c, full_n, r = clip_like(concepts, 1), clip_like(1, 2).expand(concepts, -1, -1), clip_like(1, 2).flatten(0, 1)
+    groups = [[(c[4:], n[1 : len(c) - 3])] for c, n in zip(full_c, full_n)]
+    full_groups = [[(c, n)] for c, n in zip(full_c, full_n)]
+    cut_c, cut_n = (torch.cat([pairs[0][i] for pairs in groups]) for i in (0, 1))
+    all_c, all_n = full_c.flatten(0, 1), full_n.flatten(0, 1)
+    weight_gram, base = sum(gram(w) for w in start), gram(r)
+
+    def worst(change, current):
+        errors = [(w @ change - (v - w)).norm() / (v - w).norm() for w, v in zip(start, current)]
+        return max(errors).item()
+
+    def both(terms):
+        terms = list(terms)
+        stored = text_map(terms, [b.shape[0] for _, b in terms], 768)
+        return sum(a @ b for a, b in terms), dense(stored)
+
+    current = edited(start, cut_c, cut_n, r, 0.5, 1.0)
+    exact, stored = both(uce_terms(groups, uce_factor(groups, base)))
+    figures = {"UCE": (worst(exact, current), worst(stored, current))}
+    for epoch in (1, 2, 3):
+        a = 0.1 * torch.eye(768, dtype=torch.float64) + sum(w.T @ w for w in current)
+        mixed = sum(w.T @ v for w, v in zip(current, start))
+        derived = (torch.linalg.inv(a) @ mixed @ all_c.T).T
+        current = edited(current, derived, all_n, r, 0.1, 0.1)
+        exact, stored = both(rece_terms(groups, full_groups, base, weight_gram, epochs=epoch))
+        figures[f"RECE {epoch}"] = (worst(exact, current), worst(stored, current))
+    print(concepts, "concepts (float64 factors, stored):", figures)
+    assert max(e for e, _ in figures.values()) < 1e-6
+    assert max(s for _, s in figures.values()) < 1e-6
+
+
+@pytest.mark.slow
+def test_real_shapes_with_many_concepts():
+    """100 concepts on 300 preserved vectors: Double Projections exact, SPEED blind to what it protects."""
+    rows = clip_like(400, 1, tokens=2)[:, 1].float()
+    c1, c0 = rows[:100], rows[100:]
+    anchors, owner = clip_like(100, 2, tokens=2)[:, 1].float(), owners(100)
+    found = dense(double_projection(c1, anchors, c0, owner, 100))
+    assert difference(c1.double() @ found.T, (anchors - c1).double()) < 1e-6
+    assert (c0.double() @ found.T).norm() < 1e-6 * c0.norm()
+    empty = clip_like(1, 5)[0]
+    settings = {"tau": 0.0, "prior_filter": False}
+    found = dense(speed(c1, anchors, c0, empty, owner, 100, **settings))
+    assert (c0.double() @ found.T).norm() < 1e-6 * c0.norm()
+    assert (invariants(empty) @ found.T).norm() < 1e-6 * c0.norm()
+    assert by_concept(c1, anchors, owner, 100)[3][0][0].shape == (1, 768)
