@@ -46,13 +46,7 @@ def make_plan(stack, width):
     """
     ranges = {}
     for entry in stack.entries:
-        text_map = entry.adapter.text_map
-        if text_map.width != width:
-            raise ErasureError(
-                f"The adapter {entry.adapter.describe()} maps text vectors of width {text_map.width}"
-                f"{_made_for(entry.adapter)}, but this model reads vectors of width {width}; "
-                "use an adapter made for this family."
-            )
+        require_width(entry.adapter, width)
         if entry.acts:
             ranges.setdefault((entry.start_percent, entry.end_percent), []).append(entry)
     parts = [
@@ -69,5 +63,12 @@ def make_plan(stack, width):
     return Plan(None, tuple(parts))  # every delta must see the unedited text, so all act in the same place
 
 
-def _made_for(adapter):
-    return f" ({adapter.card.family})" if adapter.card.family else ""
+def require_width(adapter, width):
+    """Raises ErasureError when an adapter was made for text vectors of another width."""
+    found = adapter.text_map.width
+    if found != width:
+        made_for = f" ({adapter.card.family})" if adapter.card.family else ""
+        raise ErasureError(
+            f"The adapter {adapter.describe()} maps text vectors of width {found}{made_for}, "
+            f"but this model reads vectors of width {width}; use an adapter made for this family."
+        )

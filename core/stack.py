@@ -35,6 +35,11 @@ class Entry:
         """False when the entry changes nothing."""
         return self.strength != 0 and self.start_percent < 1.0 and self.end_percent > 0.0
 
+    @property
+    def always(self):
+        """True when the entry acts in every step."""
+        return self.start_percent <= 0.0 and self.end_percent >= 1.0
+
 
 @dataclass(frozen=True)
 class ErasureStack:

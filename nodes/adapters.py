@@ -1,10 +1,18 @@
 """Loading and saving erasure adapters."""
 
 import hashlib
+import logging
 
 from ..core.errors import ErasureError
-from ..core.formats import native
+from ..core.formats import kohya, native
 from ..core.host.folders import adapter_names, adapter_path, new_adapter_path
+from ..core.host.patching import context_width
+from ..core.host.weights import cross_attention_weights, kohya_names
+from ..core.plan import require_width
+
+log = logging.getLogger("membrane")
+
+NATIVE, LORA = "membrane", "LoRA (kohya)"
 
 
 class MembraneLoadAdapter:
@@ -44,7 +52,8 @@ class MembraneLoadAdapter:
 class MembraneSaveAdapter:
     TITLE = "Save Erasure Adapter"
     DESCRIPTION = (
-        "Saves an erasure adapter into the folder models/erasure_adapters, where Load Erasure Adapter finds it."
+        "Saves an erasure adapter into the folder models/erasure_adapters, where Load Erasure Adapter finds it, "
+        "or as a LoRA for one model into the folder models/loras."
     )
     SEARCH_ALIASES = ["save eraser", "export erasure"]
     CATEGORY = "membrane"
@@ -66,11 +75,36 @@ class MembraneSaveAdapter:
                     },
                 ),
             },
+            "optional": {
+                "format": (
+                    [NATIVE, LORA],
+                    {
+                        "default": NATIVE,
+                        "tooltip": "membrane: fits every model of the family. LoRA (kohya): for any LoRA loader of any "
+                        "program, exact on the model it is made from.",
+                    },
+                ),
+                "model": (
+                    "MODEL",
+                    {"tooltip": "Only for a LoRA: the model it is for, without this erasure in its weights."},
+                ),
+            },
         }
 
-    def save(self, adapter, filename_prefix):
-        path, name = new_adapter_path(filename_prefix)
-        native.save(adapter, path)
+    def save(self, adapter, filename_prefix, format=NATIVE, model=None):
+        if format == LORA:
+            if model is None:
+                raise ErasureError(
+                    "The model input is empty, but a LoRA holds the weights of one model times the erasure; "
+                    'connect the model it is for, or set format to "membrane".'
+                )
+            require_width(adapter, context_width(model))  # before a file name is taken
+            path, name = new_adapter_path(filename_prefix, "loras")
+            kohya.save(adapter, cross_attention_weights(model), path, kohya_names(model))
+        else:
+            path, name = new_adapter_path(filename_prefix)
+            native.save(adapter, path)
+        log.info("Membrane: saved %s", path)
         return {"ui": {"text": [name]}}
 
 

@@ -8,7 +8,7 @@ class MembraneDemoModel:
     DESCRIPTION = (
         "Loads Pixel World, a small text-to-image model that comes with Membrane, to try concept erasure without "
         "any download. It draws one of eight shapes in one of eight colours, for example 'a striped red star on "
-        "snow'. Use an empty latent of 128 x 128, the euler sampler, 20 steps and CFG 3."
+        "snow'. Use an empty latent of 128 x 128, the euler sampler, 20 steps and CFG 1.5."
     )
     SEARCH_ALIASES = ["pixel world", "demo checkpoint", "example model", "try membrane", "concept erasure demo"]
     CATEGORY = "membrane"

@@ -1,11 +1,10 @@
 """Closed-form erasure as a node."""
 
 from ..core.closed_form.concepts import parse_concepts, parse_lines, parse_templates
-from ..core.closed_form.job import METHODS, Job, erase
-from ..core.errors import ErasureError
-from ..core.host.patching import apply_stack, context_width, family
+from ..core.closed_form.job import METHODS, TOKENS, Job, erase
+from ..core.host.patching import apply_stack, family
 from ..core.host.progress import Progress
-from ..core.host.text import encode, fingerprint
+from ..core.host.text import encode_for, fingerprint
 from ..core.host.weights import cross_attention_gram, cross_attention_layers
 from ..core.stack import Entry, ErasureStack
 
@@ -46,6 +45,7 @@ class MembraneErase:
                     "STRING",
                     {
                         "multiline": True,
+                        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
                         "default": "star -> circle",
                         "tooltip": "What to erase, one concept per line. 'concept -> replacement' says what "
                         "comes instead for that line.",
@@ -63,6 +63,7 @@ class MembraneErase:
                     "STRING",
                     {
                         "multiline": True,
+                        "dynamicPrompts": False,
                         "default": "",
                         "tooltip": "Concepts or whole prompts that must keep their meaning, one per line. List close "
                         "relatives of what you erase. The empty prompt is always kept.",
@@ -72,8 +73,9 @@ class MembraneErase:
                     list(METHODS),
                     {
                         "default": METHODS[0],
-                        "tooltip": "UCE: one edit, gentle. RECE: adds rounds that look for wordings which still "
-                        "bring the concept back and erases those too; stronger, and harder on the rest.",
+                        "tooltip": "UCE: one edit, gentle. RECE: adds rounds that look for text vectors which still "
+                        "bring the concept back and erases those too; harder on the rest. SPEED, Double Projections: "
+                        "protect what you preserve and edit in the space beside it.",
                     },
                 ),
                 "strength": (
@@ -93,6 +95,7 @@ class MembraneErase:
                     "STRING",
                     {
                         "multiline": True,
+                        "dynamicPrompts": False,
                         "default": "{}\na photo of {}\na picture of a {}",
                         "tooltip": "Captions in which the concept is erased, one per line, {} is its place. Captions "
                         "like the ones you will write make the erasure much more thorough.",
@@ -140,15 +143,49 @@ class MembraneErase:
                         "tooltip": "RECE: 0.1 for easy concepts, 0.001 for hard ones. UCE ignores it.",
                     },
                 ),
+                "tau": (
+                    "FLOAT",
+                    {
+                        "default": 0.1,
+                        "min": 0.0,
+                        "max": 100.0,
+                        "step": 0.0001,
+                        "round": False,
+                        "tooltip": "SPEED: how weak a direction of the preserved prompts may be and still be "
+                        "protected. 0 protects all of them exactly, higher leaves more room to erase.",
+                    },
+                ),
+                "rho": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0001,
+                        "max": 100.0,
+                        "step": 0.0001,
+                        "round": False,
+                        "tooltip": "SPEED: weight of changing nothing. Lower erases harder: 1 for objects and styles, "
+                        "0.05 for many people at once.",
+                    },
+                ),
+                "tokens": (
+                    list(TOKENS),
+                    {
+                        "default": TOKENS[0],
+                        "tooltip": "SPEED and Double Projections: which tokens of a prompt are erased and protected. "
+                        "subject: the last one of the concept. all: every one.",
+                    },
+                ),
             },
         }
 
     def erase(
         self, model, clip, concepts, replace_with, preserve, method, strength,
         templates="{}", erase_scale=1.0, preserve_scale=1.0, anchor=0.5, epochs=1, penalty=0.1,
+        tau=0.1, rho=1.0, tokens=TOKENS[0],
     ):  # fmt: skip
+        parsed = parse_concepts(concepts, replace_with)
         job = Job(
-            concepts=tuple(parse_concepts(concepts, replace_with)),
+            concepts=tuple(parsed),
             preserve=tuple(parse_lines(preserve)),
             templates=tuple(parse_templates(templates)),
             method=method,
@@ -157,17 +194,15 @@ class MembraneErase:
             anchor=anchor,
             epochs=epochs,
             penalty=penalty,
+            tau=tau,
+            rho=rho,
+            tokens=tokens,
+            safe_anchor=not any(concept.surrogate for concept in parsed),
         )
-        width = context_width(model)
         prompts = job.prompts()
         layers = len(list(cross_attention_layers(model))) if method == "RECE" else 0
         progress = Progress(len(prompts) + layers + epochs)
-        encoded = encode(clip, prompts, progress.at)
-        if encoded.vectors.shape[-1] != width:
-            raise ErasureError(
-                f"The text encoder gives vectors of width {encoded.vectors.shape[-1]}, but the model reads vectors of "
-                f"width {width}; connect the CLIP that belongs to the model."
-            )
+        encoded = encode_for(model, clip, prompts, progress.at)
         progress.next_phase(len(prompts))
         gram = cross_attention_gram(model, progress.at) if method == "RECE" else None
         progress.next_phase(layers)

@@ -4,6 +4,7 @@ import logging
 
 from ..core.host.patching import apply_stack
 from ..core.host.text import fingerprint
+from ..core.host.weights import apply_to_weights
 from ..core.stack import Entry, ErasureStack
 
 log = logging.getLogger("membrane")
@@ -84,9 +85,20 @@ class MembraneApply:
                 "clip": ("CLIP", {"tooltip": "The text encoder whose words the model reads."}),
                 "stack": ("ERASURE_STACK", {"tooltip": "The adapters to apply."}),
             },
+            "optional": {
+                "apply_to": (
+                    ["text", "weights"],
+                    {
+                        "default": "text",
+                        "tooltip": "Both give the same pictures. text: instant, costs nothing, acts on this model's "
+                        "prompts, allows time ranges. weights: can be saved with CheckpointSave and merged; "
+                        "LoRAs go before it.",
+                    },
+                ),
+            },
         }
 
-    def apply(self, model, clip, stack):
+    def apply(self, model, clip, stack, apply_to="text"):
         encoder = fingerprint(clip)
         for entry in stack.entries:
             made_with = entry.adapter.card.text_encoder
@@ -96,7 +108,7 @@ class MembraneApply:
                     "it still applies, but may erase less or damage more",
                     entry.adapter.describe(), made_with, encoder,
                 )  # fmt: skip
-        return (apply_stack(model, stack),)
+        return ((apply_to_weights if apply_to == "weights" else apply_stack)(model, stack),)
 
 
 NODES = [MembraneStack, MembraneApply]

@@ -2,14 +2,13 @@
 
 import json
 import os
-import tempfile
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..adapter import Card, ErasureAdapter, TextMap
 from ..errors import ErasureError
+from .files import save_whole
 
 FORMAT, VERSION = "erasure_adapter", 1
 A, B, CONCEPT = "text_map.a", "text_map.b", "text_map.concept"
@@ -39,16 +38,7 @@ def save(adapter, path):
         "modelspec.implementation": "membrane",
         "modelspec.description": f"Erasure adapter ({card.method}) for: {', '.join(card.concepts)}",
     }
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    save_whole(tensors, path, metadata)
 
 
 def load(path):

@@ -39,20 +39,20 @@ def adapter_path(name):
     return path
 
 
-def new_adapter_path(prefix):
-    """Path and name of a file that does not exist yet: <first folder>/<prefix>_00001_.safetensors."""
-    root = folder_paths.get_folder_paths(CATEGORY)[0]
+def new_adapter_path(prefix, category=CATEGORY):
+    """Path and name of a file that does not exist yet: <category's first folder>/<prefix>_00001_.safetensors."""
+    root = folder_paths.get_folder_paths(category)[0]
     os.makedirs(root, exist_ok=True)
     clean = os.path.normpath(prefix.strip() or "erasure").replace("\\", "/")
     if os.path.isabs(clean) or clean.split("/")[0] == ".." or ":" in clean or "\0" in clean:
         raise ErasureError(
-            f'The file name "{prefix}" points outside models/{CATEGORY}; '
+            f'The file name "{prefix}" points outside models/{category}; '
             'give a name or a subfolder and a name, such as "objects/star".'
         )
     folder, stem = os.path.split(os.path.join(root, clean))
     if os.path.commonpath((os.path.realpath(folder), os.path.realpath(root))) != os.path.realpath(root):
         raise ErasureError(
-            f'The file name "{prefix}" leads outside models/{CATEGORY} through a link; choose another subfolder.'
+            f'The file name "{prefix}" leads outside models/{category} through a link; choose another subfolder.'
         )
     os.makedirs(folder, exist_ok=True)
     number = 1

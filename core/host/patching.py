@@ -111,3 +111,16 @@ def apply_stack(model, stack):
         patched.add_object_patch(APPLY_MODEL, TimedErasure(model.model, plan, foreign))
     log.info("Membrane: %d erasure adapter(s) on the text of %s", len(whole.entries), type(model.model).__name__)
     return patched
+
+
+def without_stack(model):
+    """A clone of a MODEL without the stack that acts on its text; another pack's patches stay."""
+    clone = model.clone()
+    for name, ours in ((EXTRA_CONDS, ErasedConditioning), (APPLY_MODEL, TimedErasure)):
+        patch = clone.object_patches.get(name)
+        if isinstance(patch, ours):
+            if patch.previous is None:
+                del clone.object_patches[name]
+            else:
+                clone.object_patches[name] = patch.previous
+    return clone

@@ -7,6 +7,7 @@ import torch
 
 from ..closed_form.job import Encoded
 from ..errors import ErasureError
+from .patching import context_width
 
 BATCH = 32  # prompts per forward pass of the text encoder
 EMBEDDING = -1  # stands for a textual-inversion vector among token ids
@@ -74,6 +75,19 @@ def encode(clip, prompts, on_progress=None):
         if on_progress:
             on_progress(min(start + BATCH, len(prompts)))
     return Encoded(prompts, ids, torch.cat(vectors), end_token(clip))
+
+
+def encode_for(model, clip, prompts, on_progress=None):
+    """Encoded prompts in the width that a MODEL reads; raises when the CLIP belongs to another one."""
+    width = context_width(model)
+    encoded = encode(clip, prompts, on_progress)
+    found = encoded.vectors.shape[-1]
+    if found != width:
+        raise ErasureError(
+            f"The text encoder gives vectors of width {found}, but the model reads vectors of width {width}; "
+            "connect the CLIP that belongs to the model."
+        )
+    return encoded
 
 
 def fingerprint(clip):

@@ -373,3 +373,21 @@ def test_several_concepts_have_their_own_terms(node, demo, sample):
     assert set(adapter.text_map.concept) == {0, 1}
     whole = adapter.text_map.matrix()
     assert torch.allclose(adapter.text_map.matrix([1.0, 0.0]) + adapter.text_map.matrix([0.0, 1.0]), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["UCE", "RECE", "SPEED", "Double Projections"])
+def test_a_concept_among_the_preserved_is_erased_all_the_same(node, demo, method):
+    both = erase(node, demo, preserve="heart\nSTAR", method=method)[1]
+    alone = erase(node, demo, preserve="heart", method=method)[1]
+    assert torch.equal(both.text_map.a, alone.text_map.a) and torch.equal(both.text_map.b, alone.text_map.b)
+
+
+@pytest.mark.parametrize("method", ["SPEED", "Double Projections"])
+def test_null_space_methods_leave_the_preserved_subject_alone(node, demo, method):
+    model, clip, _ = demo
+    adapter = erase(node, demo, preserve="heart", templates="{}", method=method, tau=0.0)[1]
+    encoded = encode(clip, ["star", "circle", "heart"])
+    star, circle, heart = (encoded.row(word)[1] for word in encoded.prompts)
+    e = adapter.text_map.matrix()
+    assert (e @ heart).norm() < 1e-4 * heart.norm()
+    assert (star + e @ star - circle).norm() < 0.2 * (star - circle).norm()

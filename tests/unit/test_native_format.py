@@ -7,7 +7,7 @@ import pytest
 import torch
 from membrane.core.adapter import Card, ErasureAdapter, TextMap
 from membrane.core.errors import ErasureError
-from membrane.core.formats import native
+from membrane.core.formats import files, native
 from safetensors.torch import load_file, save_file
 
 
@@ -71,7 +71,7 @@ def test_a_failed_save_leaves_the_old_file(path, monkeypatch):
         open(name, "wb").write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(native, "save_file", full_disk)
+    monkeypatch.setattr(files, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         native.save(adapter(), path)
     assert open(path, "rb").read() == before

@@ -1,0 +1,63 @@
+"""Looking at an erasure before sampling."""
+
+import torch
+
+from ..core.closed_form.concepts import parse_lines
+from ..core.errors import ErasureError
+from ..core.evaluation.chart import bar_chart
+from ..core.evaluation.impact import impacts, report
+from ..core.host.progress import Progress
+from ..core.host.text import encode_for
+from ..core.host.weights import cross_attention_gram, cross_attention_layers
+
+MOST_BARS = 60
+
+
+class MembraneImpact:
+    TITLE = "Preview Erasure Impact"
+    DESCRIPTION = (
+        "Shows, before any sampling, how much a stack of erasures changes what the model hears of each prompt: "
+        "erased prompts should be far up, everything you want to keep near zero."
+    )
+    SEARCH_ALIASES = ["who gets hurt", "erasure damage", "side effects", "collateral", "prior shift"]
+    CATEGORY = "membrane"
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("chart", "report")
+    OUTPUT_TOOLTIPS = ("Bars, the most changed prompt first.", "The same as text, one prompt per line.")
+    FUNCTION = "preview"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model whose layers read the text."}),
+                "clip": ("CLIP", {"tooltip": "The text encoder whose words the model reads."}),
+                "stack": ("ERASURE_STACK", {"tooltip": "The erasures to look at."}),
+                "prompts": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
+                        "default": "a star\na heart\na circle",
+                        "tooltip": "Prompts to compare, one per line: with the concept, its relatives, and others.",
+                    },
+                ),
+            },
+        }
+
+    def preview(self, model, clip, stack, prompts):
+        lines = parse_lines(prompts)
+        if not lines:
+            raise ErasureError("No prompt to compare was given; write at least one, each on a line of its own.")
+        layers = len(list(cross_attention_layers(model)))
+        progress = Progress(len(lines) + layers)
+        encoded = encode_for(model, clip, lines, progress.at)
+        progress.next_phase(len(lines))
+        found = impacts(stack, encoded, cross_attention_gram(model, progress.at))
+        shown = found[:MOST_BARS]
+        title = "Change of what the model hears" + (f" ({MOST_BARS} of {len(found)})" if len(found) > MOST_BARS else "")
+        chart = bar_chart(title, [(impact.prompt, impact.change) for impact in shown])
+        return torch.from_numpy(chart)[None], report(found)
+
+
+NODES = [MembraneImpact]
