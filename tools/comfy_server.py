@@ -254,7 +254,9 @@ class Server:
     def _spawn(self):
         command = self.command()
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "MEMBRANE_EXIT_WITH_PARENT": "1"}
-        env.setdefault("OMP_NUM_THREADS", "2")
+        # Threads that wait by spinning make a host a hundred times slower as soon as anything else is busy.
+        for name, value in (("OMP_NUM_THREADS", "2"), ("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0")):
+            env.setdefault(name, value)
         # The repository on the path would put our "nodes" before the host's.
         env.pop("PYTHONPATH", None)
         group = {"start_new_session": True}
