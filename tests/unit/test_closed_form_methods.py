@@ -304,14 +304,11 @@ def test_degenerate_input_gives_numbers(method, safe_anchor):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_concept_that_is_preserved(method):
+def test_a_concept_that_is_preserved_is_erased_all_the_same(method):
     concepts = (("moon", "disc"), ("star", "disc"))
-    if method == "Double Projections":
-        with pytest.raises(ErasureError, match='The concept "star" lies in the span'):
-            run(*concepts, preserve=("heart", "star"), method=method)
-    else:
-        found, _ = run(*concepts, preserve=("heart", "star"), method=method)
-        assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
+    found, _ = run(*concepts, preserve=("heart", "Star"), method=method)
+    expected, _ = run(*concepts, preserve=("heart",), method=method)
+    assert torch.equal(found.a, expected.a) and torch.equal(found.b, expected.b)
 
 
 @pytest.mark.parametrize("method", METHODS)
