@@ -22,7 +22,7 @@ WORKFLOW = ROOT / "tests" / "workflows" / "erase_a_concept.json"
 # nodes of the workflow by their titles
 ERASE, PROMPT, LATENT, ORIGINAL, ERASED, SAVE_ORIGINAL, SAVE_ERASED = "2", "3", "5", "6", "7", "10", "11"
 CONCEPT = "star"
-BATCH, ERASED_PROMPTS, KEPT_PROMPTS = 4, 16, 28
+BATCH, ERASED_PROMPTS, KEPT_PROMPTS = 4, 16, 21
 COLUMNS = (
     ("the concept", "a striped blue star on sand"),
     ("a paraphrase", "a drawing of a plain red pentagram on snow"),
