@@ -68,11 +68,6 @@ def solve_rows(factor, rows):
     return torch.cholesky_solve(rows.T, factor).T
 
 
-def ridge_rows(targets, preserve_gram, erase_scale, anchor):
-    """Rows V = C (anchor I + erase_scale C^T C + preserve_gram)^-1, (E, d), for targets C (E, d)."""
-    return solve_rows(ridge_factor(gram(targets), preserve_gram, erase_scale, anchor), targets)
-
-
 # ---------------------------------------------------------------- rows, grouped by concept
 
 
@@ -189,9 +184,3 @@ def text_map(terms, sizes, width):
         a = a[:, keep]
         b = b[keep]
     return TextMap(a, b, tuple(k for k, kept in zip(owners, keep.tolist()) if kept))
-
-
-def compress(a, b, concept, count):
-    """TextMap of factors a (d, n), b (n, d), float64; concept: (n,) long, owner of each term; count: concepts."""
-    masks = [concept == k for k in range(count)]
-    return text_map(((a[:, m], b[m]) for m in masks), [int(m.sum()) for m in masks], len(a))

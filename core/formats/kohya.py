@@ -1,11 +1,9 @@
 """A plain LoRA file with kohya's key names, for the stock LoRA loader of any user interface."""
 
-import json
-
 import torch
 
 from ..low_rank import compact, layer_factors
-from .files import save_whole
+from .files import card_metadata, save_whole
 
 HALF_ERROR = 1e-3  # of a layer's product, relative; above it the layer is stored in float32
 
@@ -57,25 +55,16 @@ def _metadata(card, rank):
         ((version, name) for start, version, name in FAMILIES if card.family.startswith(start)),
         ("", card.family or "unknown"),
     )
-    return {
+    return card_metadata(card) | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         "ss_base_model_version": version,
         "ss_output_name": "erases " + concepts,
         "ss_training_comment": f"closed-form concept erasure ({card.method}), computed, not trained",
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": "erases " + concepts,
         "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "membrane",
         "modelspec.description": f"Erases ({card.method}): {concepts}",
         "modelspec.usage_hint": "No trigger words; strength 1 is the erasure as computed on the model it is for.",
         "modelspec.license": card.licence,
         "membrane.format": "lora",
-        "membrane.method": card.method,
-        "membrane.concepts": json.dumps(card.concepts),
-        "membrane.surrogates": json.dumps(card.surrogates),
-        "membrane.family": card.family,
-        "membrane.text_encoder": card.text_encoder,
-        "membrane.settings": json.dumps(card.settings, sort_keys=True),
     }

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..adapter import Card, ErasureAdapter, TextMap
 from ..errors import ErasureError
-from .files import save_whole
+from .files import card_metadata, save_whole
 
 FORMAT, VERSION = "erasure_adapter", 1
 A, B, CONCEPT = "text_map.a", "text_map.b", "text_map.concept"
@@ -22,20 +22,11 @@ def save(adapter, path):
         B: text_map.b.float().contiguous(),
         CONCEPT: torch.tensor(text_map.concept, dtype=torch.int32),
     }
-    metadata = {
+    metadata = card_metadata(card) | {
         "membrane.format": FORMAT,
         "membrane.version": str(VERSION),
-        "membrane.method": card.method,
-        "membrane.concepts": json.dumps(card.concepts),
-        "membrane.surrogates": json.dumps(card.surrogates),
-        "membrane.family": card.family,
-        "membrane.text_encoder": card.text_encoder,
-        "membrane.settings": json.dumps(card.settings, sort_keys=True),
         "membrane.licence": card.licence,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": "erases " + ", ".join(card.concepts),
         "modelspec.architecture": card.family or "unknown",
-        "modelspec.implementation": "membrane",
         "modelspec.description": f"Erasure adapter ({card.method}) for: {', '.join(card.concepts)}",
     }
     save_whole(tensors, path, metadata)

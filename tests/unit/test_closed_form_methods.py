@@ -7,7 +7,7 @@ from membrane.core.closed_form.double_projection import double_projection
 from membrane.core.closed_form.job import METHODS, Encoded, Job, erase, solve
 from membrane.core.closed_form.rece import rece_terms
 from membrane.core.closed_form.speed import centroids, influential, invariants, speed
-from membrane.core.closed_form.text_map import by_concept, compress, gram, minimal_terms, protected_basis, text_map
+from membrane.core.closed_form.text_map import by_concept, gram, minimal_terms, protected_basis, text_map
 from membrane.core.closed_form.uce import uce_factor, uce_terms
 from membrane.core.errors import ErasureError
 
@@ -185,7 +185,7 @@ def test_factors_are_as_few_and_as_exact_as_float32_allows():
     a, b = draw(12, 1).T, draw(12, 2)
     a[:, 5], b[7], b[8] = a[:, 4], b[6], b[6]
     owner = torch.tensor([0] * 6 + [1] * 6)
-    found = compress(a, b, owner, 2)
+    found = text_map([(a[:, :6], b[:6]), (a[:, 6:], b[6:])], [6, 6], D)
     assert found.concept.count(0) == 5 or found.concept.count(0) == 6
     assert found.concept.count(1) == 4
     assert difference(dense(found), a @ b) < 1e-6
@@ -196,7 +196,8 @@ def test_factors_are_as_few_and_as_exact_as_float32_allows():
 
 
 def test_concepts_that_change_nothing_leave_no_terms():
-    found = compress(torch.zeros(D, 4, dtype=torch.float64), draw(4, 1), torch.tensor([0, 0, 2, 2]), 3)
+    nothing = torch.zeros(D, 2, dtype=torch.float64)
+    found = text_map([(nothing, draw(2, 1)), (nothing[:, :0], draw(0, 1)), (nothing, draw(2, 2))], [2, 0, 2], D)
     assert found.concept == () and found.a.shape == (D, 0)
 
 
