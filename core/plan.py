@@ -1,6 +1,6 @@
 """From a stack to what the model gets: the cheapest exact realisation, never a different result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,10 +16,9 @@ class TextPart:
     start_percent: float
     end_percent: float
 
-    @property
-    def always(self):
-        """True when the part acts in every step."""
-        return self.start_percent <= 0.0 and self.end_percent >= 1.0
+    def to(self, device):
+        """The same part with its factors on a device."""
+        return replace(self, a=self.a.to(device), b=self.b.to(device))
 
     def delta(self, context):
         """A (B c) for text vectors (..., d), computed in float32."""
@@ -58,7 +57,7 @@ def make_plan(stack, width):
         )
         for (start, end), entries in sorted(ranges.items())
     ]
-    if len(parts) == 1 and parts[0].always:
+    if list(ranges) == [(0.0, 1.0)]:
         return Plan(parts[0], ())
     return Plan(None, tuple(parts))  # every delta must see the unedited text, so all act in the same place
 

@@ -69,15 +69,15 @@ class ErasedConditioning:
 class TimedErasure:
     """Stands in for the base model's `apply_model`: adds the parts that act in some steps only."""
 
-    def __init__(self, base, plan, previous):
-        self.base, self.plan, self.previous = base, plan, previous
+    def __init__(self, base, parts, previous):
+        self.base, self.parts, self.previous = base, parts, previous
 
     def __call__(self, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
         original = self.previous or type(self.base).apply_model.__get__(self.base)
         if c_crossattn is not None:
             sampling = self.base.model_sampling
             erased = c_crossattn.float()
-            for part in self.plan.timed:
+            for part in self.parts:
                 start, end = sampling.percent_to_sigma(part.start_percent), sampling.percent_to_sigma(part.end_percent)
                 on = ((t <= start) & (t >= end)).float().view(-1, 1, 1)  # no copy to the CPU, so no waiting
                 erased = erased + on * part.delta(c_crossattn)
@@ -86,6 +86,12 @@ class TimedErasure:
 
     def __deepcopy__(self, memo):
         return self
+
+
+def _foreign(model, name, ours):
+    """What another pack has put in a place of the base model, below our own patch of class `ours`; or None."""
+    patch = model.object_patches.get(name)
+    return patch.previous if isinstance(patch, ours) else patch
 
 
 def applied_stack(model):
@@ -102,13 +108,12 @@ def apply_stack(model, stack):
     if not plan:
         return model
     patched = model.clone()
-    before = model.object_patches.get(EXTRA_CONDS)
-    foreign = before.previous if isinstance(before, ErasedConditioning) else before
+    foreign = _foreign(model, EXTRA_CONDS, ErasedConditioning)
     patched.add_object_patch(EXTRA_CONDS, ErasedConditioning(model.model, whole, plan, foreign))
     if plan.timed:
-        before = model.object_patches.get(APPLY_MODEL)
-        foreign = before.previous if isinstance(before, TimedErasure) else before
-        patched.add_object_patch(APPLY_MODEL, TimedErasure(model.model, plan, foreign))
+        parts = [part.to(model.load_device) for part in plan.timed]  # once, not in every step
+        foreign = _foreign(model, APPLY_MODEL, TimedErasure)
+        patched.add_object_patch(APPLY_MODEL, TimedErasure(model.model, parts, foreign))
     log.info("Membrane: %d erasure adapter(s) on the text of %s", len(whole.entries), type(model.model).__name__)
     return patched
 
@@ -117,10 +122,9 @@ def without_stack(model):
     """A clone of a MODEL without the stack that acts on its text; another pack's patches stay."""
     clone = model.clone()
     for name, ours in ((EXTRA_CONDS, ErasedConditioning), (APPLY_MODEL, TimedErasure)):
-        patch = clone.object_patches.get(name)
-        if isinstance(patch, ours):
-            if patch.previous is None:
-                del clone.object_patches[name]
-            else:
-                clone.object_patches[name] = patch.previous
+        foreign = _foreign(clone, name, ours)
+        if foreign is None:
+            clone.object_patches.pop(name, None)
+        else:
+            clone.object_patches[name] = foreign
     return clone

@@ -20,8 +20,8 @@ def _plain(text):
     return text
 
 
-def _chunks(clip, text):
-    """{encoder: [chunk of (token, weight), ...]} of a text."""
+def _tokenize(clip, text):
+    """{encoder: [its chunk of (token, weight)]} of a text; raises when it does not fit one context."""
     if clip is None:
         raise ErasureError(
             "The CLIP input is empty, the checkpoint holds no text encoder; connect the CLIP that belongs to the model."
@@ -32,39 +32,36 @@ def _chunks(clip, text):
             f"The text encoder {type(clip.cond_stage_model).__name__} tokenises in a way this pack does not know; "
             "use the CLIP of a Stable Diffusion 1, 2 or XL checkpoint."
         )
+    chunks = _first(tokens)
+    if len(chunks) > 1:
+        size = len(chunks[0])
+        raise ErasureError(
+            f'The text "{_shorten(text)}" needs more than the {size - 2} tokens that the text encoder reads '
+            f"at once (it fills {sum(map(len, chunks)) // size} contexts); shorten it."
+        )
     return tokens
 
 
-def token_ids(clip, text):
-    """Token ids (T,) of a text in the first encoder's context; raises when it does not fit."""
-    chunks = next(iter(_chunks(clip, text).values()))
-    ids = [int(token) if isinstance(token, Integral) else EMBEDDING for token, *_ in chunks[0]]
-    if len(chunks) > 1:
-        used = sum(len(chunk) for chunk in chunks)
-        raise ErasureError(
-            f'The text "{_shorten(text)}" needs more than the {len(ids) - 2} tokens that the text encoder reads '
-            f"at once (it fills {used // len(ids)} contexts); shorten it."
-        )
-    return ids
+def _first(tokens):
+    """The chunks of the first encoder."""
+    return next(iter(tokens.values()))
 
 
-def end_token(clip):
-    """Id of the end token: what follows the start token of an empty prompt."""
-    return token_ids(clip, "")[1]
+def _ids(tokens):
+    """Token ids (T,) of a tokenized text in the first encoder's context."""
+    return [int(token) if isinstance(token, Integral) else EMBEDDING for token, *_ in _first(tokens)[0]]
 
 
 def encode(clip, prompts, on_progress=None):
     """Encoded prompts. The prompts of a batch travel as chunks of one long prompt, which every host batches."""
     prompts = tuple(prompts)
-    ids = tuple(token_ids(clip, p) for p in prompts)
+    tokenized = [_tokenize(clip, prompt) for prompt in prompts]
+    end = _ids(_tokenize(clip, ""))[1]  # follows the start token of an empty prompt
     vectors = []
     for start in range(0, len(prompts), BATCH):
-        tokens = {}
-        for prompt in prompts[start : start + BATCH]:
-            for name, chunks in _chunks(clip, prompt).items():
-                tokens.setdefault(name, []).extend(chunks)
-        batch = clip.encode_from_tokens(tokens)
-        count = len(prompts[start : start + BATCH])
+        together = tokenized[start : start + BATCH]
+        count = len(together)
+        batch = clip.encode_from_tokens({name: sum((t[name] for t in together), []) for name in together[0]})
         if batch.shape[1] % count:
             raise ErasureError(
                 f"The text encoder {type(clip.cond_stage_model).__name__} gave {batch.shape[1]} vectors for "
@@ -74,7 +71,7 @@ def encode(clip, prompts, on_progress=None):
         vectors.append(batch.reshape(count, -1, batch.shape[-1]).float().cpu())
         if on_progress:
             on_progress(min(start + BATCH, len(prompts)))
-    return Encoded(prompts, ids, torch.cat(vectors), end_token(clip))
+    return Encoded(prompts, tuple(map(_ids, tokenized)), torch.cat(vectors), end)
 
 
 def encode_for(model, clip, prompts, on_progress=None):
