@@ -40,15 +40,16 @@ EPOCHS, PENALTY = 3, 0.1
 class Size:
     """What is measured: output rows of the key and value matrices, text widths, how many of what."""
 
-    rows: tuple[int, ...] = (320,) * 10 + (640,) * 10 + (1280,) * 12
+    rows: tuple[int, ...] = (320,) * 10 + (640,) * 10 + (1280,) * 12  # Stable Diffusion 1.5
     width: int = 768
+    wide_rows: tuple[int, ...] = (640,) * 20 + (1280,) * 120  # SDXL
     wide: int = 2048
     concepts: int = 100
     preserved: int = 1000
     repeats: int = 3
 
 
-QUICK = Size(rows=(32, 64, 96), width=96, wide=128, concepts=8, preserved=40, repeats=1)
+QUICK = Size(rows=(32, 64, 96), width=96, wide_rows=(64, 96), wide=128, concepts=8, preserved=40, repeats=1)
 
 
 # ---------------------------------------------------------------- data
@@ -67,12 +68,13 @@ def embeddings(count, width, seed):
     return rows
 
 
-def weights(size):
-    """The key and value matrices (out, width), float32, with a spectrum over one and a half decades."""
+def weights(rows, width):
+    """The key and value matrices (out, width), float32, one by one, with a spectrum over one and a half decades."""
     g = torch.Generator().manual_seed(3)
-    axes = torch.linalg.qr(torch.randn(size.width, size.width, generator=g))[0]
-    spectrum = 0.05 * torch.logspace(0, -1.5, size.width)
-    return [torch.randn(out, size.width, generator=g) * spectrum @ axes for out in size.rows]
+    axes = torch.linalg.qr(torch.randn(width, width, generator=g))[0]
+    spectrum = 0.05 * torch.logspace(0, -1.5, width)
+    for out in rows:
+        yield torch.randn(out, width, generator=g) * spectrum @ axes
 
 
 def encoded_prompts(concepts, preserved, width):
@@ -293,18 +295,54 @@ def exactness(size, layers, figures):
     figures["max_relative_error"] = float(f"{worst:.2g}")
 
 
+def wide_exactness(size, figures):
+    """The same for all matrices of SDXL, UCE and one epoch of RECE for one concept; one matrix at a time."""
+    blank, target = embeddings(2, size.wide, 2).double()
+    base = gram(blank)
+    eye = torch.eye(size.wide, dtype=torch.float64)
+
+    def start():
+        return (w.double() for w in weights(size.wide_rows, size.wide))
+
+    def after_uce(w):
+        return naive_edit([w], target[1:], blank[:-1], base, 0.5, 1.0)[0]
+
+    a, mixed, weight_gram = PENALTY * eye, torch.zeros_like(eye), torch.zeros_like(eye)
+    for w in start():
+        v = after_uce(w)
+        a.addmm_(v.T, v)
+        mixed.addmm_(v.T, w)
+        weight_gram.addmm_(w.T, w)
+    derived = (torch.linalg.inv(a) @ mixed @ target.T).T
+    groups, full = [[(target[1:], blank[:-1])]], [[(target, blank)]]
+    uce = sum(a @ b for a, b in uce_terms(groups, uce_factor(groups, base)))
+    rece = sum(a @ b for a, b in rece_terms(groups, full, base, weight_gram, penalty=PENALTY))
+    errors = {"UCE": 0.0, "RECE, 1 epoch(s)": 0.0}
+    for w in start():
+        v = after_uce(w)
+        both = (uce, v), (rece, naive_edit([v], derived, blank, base, 0.1, 0.1)[0])
+        for name, (change, edited) in zip(errors, both):
+            errors[name] = max(errors[name], ((w @ change - (edited - w)).norm() / (edited - w).norm()).item())
+    row(f"{len(size.wide_rows)} matrices of width {size.wide}", "error")
+    for name, error in errors.items():
+        row(f"  1 concept(s), {name}", f"{error:.1e}")
+    figures["sdxl_max_relative_error"] = float(f"{max(errors.values()):.2g}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     size = QUICK if parser.parse_args().quick else Size()
     torch.set_num_threads(2)
     figures = {}
-    layers = weights(size)
+    layers = list(weights(size.rows, size.width))
     with torch.no_grad():
         many_concepts(size, figures)
         speed_speedup(size, layers, figures)
         exactness(size, layers, figures)
         rece_speedups(size, layers, figures)
+        del layers
+        wide_exactness(size, figures)
     print(json.dumps({"figures": figures}))
 
 

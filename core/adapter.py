@@ -42,6 +42,40 @@ class TextMap:
         return (self.a * scale) @ self.b
 
 
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A low-rank change of one layer, W -> W + (alpha / r) up down (LoRA; SPM, Lyu et al. 2024, eq. 2 with r = 1).
+
+    up: (out, r); down: (r, in) of a linear layer, (r, in, height, width) of a convolution; alpha: scale times rank;
+    bias: (out,), added to the layer's bias, or None.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    alpha: float
+    bias: torch.Tensor | None = None
+
+    def __post_init__(self):
+        up, down, bias = self.up, self.down, self.bias
+        fits = up.dim() == 2 and down.dim() in (2, 4) and 0 < up.shape[1] == down.shape[0]
+        if not fits or (bias is not None and bias.shape != up.shape[:1]):
+            shapes = " and ".join(str(tuple(t.shape)) for t in (up, down, bias) if t is not None)
+            raise ErasureError(
+                f"A low-rank change has factors of shapes {shapes}; expected (out, rank) and (rank, in); "
+                "the file is damaged, get it again."
+            )
+
+    @property
+    def rank(self):
+        """Rank r."""
+        return self.up.shape[1]
+
+    @property
+    def scale(self):
+        """The factor alpha / r of the product."""
+        return self.alpha / self.rank
+
+
 @dataclass(frozen=True)
 class Card:
     """What an adapter says about itself; goes into the file's metadata."""
@@ -57,12 +91,16 @@ class Card:
 
 @dataclass(frozen=True, eq=False)
 class ErasureAdapter:
-    """One erasure: its card and its deltas."""
+    """One erasure: its card and its deltas, a map of the text or changes of layers or both.
+
+    low_rank: {site: LowRank}, with sites in the spelling of core/sites.py, whatever the file's was.
+    """
 
     card: Card
-    text_map: TextMap
+    text_map: TextMap | None = None
     name: str = ""  # file name it was loaded from, or "" when computed in the graph
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
 
     def describe(self):
-        """One line for messages: the file or the concepts."""
-        return self.name or ", ".join(self.card.concepts)
+        """One line for messages: the file, the concepts or the method."""
+        return self.name or ", ".join(self.card.concepts) or self.card.method

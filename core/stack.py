@@ -1,9 +1,10 @@
 """The erasure stack: which adapters act, how strongly, and when. Plain data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .adapter import ErasureAdapter
 from .errors import ErasureError
+from .permeability import FIXED, Permeability
 
 
 @dataclass(frozen=True)
@@ -11,13 +12,16 @@ class Entry:
     """One adapter of a stack.
 
     strength: factor of its deltas, any finite number; start_percent, end_percent: the part of the
-    sampling it acts in, as the host's conditioning time ranges (0 is the first step, 1 the last).
+    sampling it acts in, as the host's conditioning time ranges (0 is the first step, 1 the last);
+    permeability: how far it opens for a text; enabled: False keeps the entry without its effect.
     """
 
     adapter: ErasureAdapter
     strength: float = 1.0
     start_percent: float = 0.0
     end_percent: float = 1.0
+    permeability: Permeability = Permeability()
+    enabled: bool = True
 
     def __post_init__(self):
         if not 0.0 <= self.start_percent <= self.end_percent <= 1.0:
@@ -25,15 +29,26 @@ class Entry:
                 f"The adapter {self.adapter.describe()} is to act from {self.start_percent:g} to {self.end_percent:g} "
                 "of the sampling; expected 0 <= start <= end <= 1, set start_percent and end_percent accordingly."
             )
+        if self.mode != FIXED and not self.adapter.card.concepts:
+            raise ErasureError(
+                f"The adapter {self.adapter.describe()} does not say which concepts it erases, so its permeability "
+                f'cannot follow the text; set the permeability to "{FIXED}".'
+            )
         if self.strength != self.strength or abs(self.strength) == float("inf"):
             raise ErasureError(
                 f"The adapter {self.adapter.describe()} has the strength {self.strength}; expected a finite number."
             )
 
     @property
+    def mode(self):
+        """Mode of its permeability; never "automatic"."""
+        return self.permeability.mode_for(self.adapter)
+
+    @property
     def acts(self):
         """False when the entry changes nothing."""
-        return self.strength != 0 and self.start_percent < 1.0 and self.end_percent > 0.0
+        within = self.start_percent < 1.0 and self.end_percent > 0.0
+        return self.enabled and self.strength != 0 and self.permeability.factor != 0 and within
 
     @property
     def always(self):
@@ -53,3 +68,7 @@ class ErasureStack:
     def with_entry(self, entry):
         """A new stack with one more entry."""
         return ErasureStack((*self.entries, entry))
+
+    def with_permeability(self, permeability):
+        """A new stack whose entries all open in the given way."""
+        return ErasureStack(tuple(replace(entry, permeability=permeability) for entry in self.entries))

@@ -1,18 +1,22 @@
 """Loading and saving erasure adapters."""
 
-import hashlib
 import logging
 
+from ..core.closed_form.concepts import parse_lines
 from ..core.errors import ErasureError
-from ..core.formats import kohya, native
-from ..core.host.folders import adapter_names, adapter_path, new_adapter_path
-from ..core.host.patching import context_width
-from ..core.host.weights import cross_attention_weights, kohya_names
+from ..core.extract import extract
+from ..core.formats import kohya, native, registry
+from ..core.host.folders import adapter_names, adapter_path, load_adapter, new_adapter_path, signature, stamp
+from ..core.host.layers import context_width, family
+from ..core.host.patching import applied
+from ..core.host.progress import Progress
+from ..core.host.weights import base_layers, cross_attention_weights, edited_weights, kohya_names, kohya_sites
 from ..core.plan import require_width
 
 log = logging.getLogger("membrane")
 
 NATIVE, LORA = "membrane", "LoRA (kohya)"
+NO_FILE = "none"
 
 
 class MembraneLoadAdapter:
@@ -41,11 +45,10 @@ class MembraneLoadAdapter:
 
     @classmethod
     def IS_CHANGED(cls, adapter_name):
-        with open(adapter_path(adapter_name), "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
+        return signature(adapter_path(adapter_name))
 
     def load(self, adapter_name):
-        adapter = native.load(adapter_path(adapter_name))
+        adapter = load_adapter(adapter_name)
         return adapter, "\n".join(adapter.card.concepts)
 
 
@@ -81,7 +84,7 @@ class MembraneSaveAdapter:
                     {
                         "default": NATIVE,
                         "tooltip": "membrane: fits every model of the family. LoRA (kohya): for any LoRA loader of any "
-                        "program, exact on the model it is made from.",
+                        "program; of a closed-form erasure exact on the model it is made from.",
                     },
                 ),
                 "model": (
@@ -93,19 +96,121 @@ class MembraneSaveAdapter:
 
     def save(self, adapter, filename_prefix, format=NATIVE, model=None):
         if format == LORA:
-            if model is None:
-                raise ErasureError(
-                    "The model input is empty, but a LoRA holds the weights of one model times the erasure; "
-                    'connect the model it is for, or set format to "membrane".'
-                )
-            require_width(adapter, context_width(model))  # before a file name is taken
-            path, name = new_adapter_path(filename_prefix, "loras")
-            kohya.save(adapter, cross_attention_weights(model), path, kohya_names(model))
+            path, name = self._save_lora(adapter, filename_prefix, model)
         else:
             path, name = new_adapter_path(filename_prefix)
             native.save(adapter, path)
         log.info("Membrane: saved %s", path)
         return {"ui": {"text": [name]}}
 
+    def _save_lora(self, adapter, filename_prefix, model):
+        if model is None:
+            raise ErasureError(
+                "The model input is empty, but a LoRA needs a model's weights or the names of its layers; "
+                'connect the model it is for, or set format to "membrane".'
+            )
+        if adapter.text_map is not None and adapter.low_rank:
+            raise ErasureError(
+                f"The adapter {adapter.describe()} changes both the text and layers, which one LoRA cannot hold; "
+                'set format to "membrane".'
+            )
+        if adapter.text_map is None:
+            names, convolutions = kohya_sites(model)
+            path, name = new_adapter_path(filename_prefix, "loras")
+            kohya.save_low_rank(adapter, path, names, convolutions)
+            return path, name
+        require_width(adapter, context_width(model))  # before a file name is taken
+        path, name = new_adapter_path(filename_prefix, "loras")
+        kohya.save(adapter, cross_attention_weights(model), path, kohya_names(model))
+        return path, name
 
-NODES = [MembraneLoadAdapter, MembraneSaveAdapter]
+
+class MembraneExtract:
+    TITLE = "Extract Erasure Adapter"
+    DESCRIPTION = (
+        "Turns whole edited weights (UCE, ESD, RECE, SPEED, Concept Ablation, an edited checkpoint) into a small "
+        "erasure adapter: the difference to the model they were made from, as low-rank factors."
+    )
+    SEARCH_ALIASES = ["import UCE", "import ESD", "lora extract", "weights to adapter", "svd"]
+    CATEGORY = "membrane"
+    RETURN_TYPES = ("ERASURE_ADAPTER", "STRING")
+    RETURN_NAMES = ("adapter", "report")
+    OUTPUT_TOOLTIPS = (
+        "The adapter, for Stack Erasure Adapters or Save Erasure Adapter.",
+        "What was compared, kept and left out, and whether the model fits.",
+    )
+    FUNCTION = "extract"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model from before the edit, the one the edit was made from."}),
+                "weights_file": (
+                    [NO_FILE, *adapter_names()],
+                    {"tooltip": "A file with edited weights in models/erasure_adapters; not used with edited_model."},
+                ),
+                "concepts": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
+                        "default": "",
+                        "tooltip": "What the edit erases, one concept per line; the permeability needs it to follow "
+                        "prompts.",
+                    },
+                ),
+                "energy": (
+                    "FLOAT",
+                    {
+                        "default": 0.999,
+                        "min": 0.5,
+                        "max": 1.0,
+                        "step": 0.001,
+                        "tooltip": "How much of the change in each layer to keep (share of its squared size). Less "
+                        "makes smaller files.",
+                    },
+                ),
+                "max_rank": (
+                    "INT",
+                    {"default": 128, "min": 1, "max": 1024, "tooltip": "The largest rank a layer may get."},
+                ),
+            },
+            "optional": {
+                "edited_model": (
+                    "MODEL",
+                    {"tooltip": "The edited model itself, such as a checkpoint, instead of a file."},
+                ),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, weights_file):
+        # named here so that either kind of slash is accepted; the host then skips its own list check
+        return True if weights_file == NO_FILE else MembraneLoadAdapter.VALIDATE_INPUTS(weights_file)
+
+    @classmethod
+    def IS_CHANGED(cls, weights_file, **inputs):
+        return "" if weights_file == NO_FILE else stamp(adapter_path(weights_file))
+
+    def extract(self, model, weights_file, concepts, energy, max_rank, edited_model=None):
+        for given in (model, edited_model):
+            if given is not None and applied(given) is not None:
+                raise ErasureError(
+                    f"The model {type(given.model).__name__} carries erasures that are not in its weights; use Apply "
+                    'Erasure with apply_to "weights", or save their adapters as they are.'
+                )
+        if edited_model is not None:
+            edited = edited_weights(edited_model)
+        elif weights_file == NO_FILE:
+            raise ErasureError("There is nothing to extract from; choose a weights_file or connect edited_model.")
+        else:
+            edited = registry.load_weights(adapter_path(weights_file))
+        progress = Progress(len(edited.layers()))
+        names = tuple(parse_lines(concepts))
+        adapter, report = extract(base_layers(model), edited, names, family(model), energy, max_rank, progress.at)
+        log.info("Membrane: %s", report)
+        return adapter, report
+
+
+NODES = [MembraneLoadAdapter, MembraneSaveAdapter, MembraneExtract]

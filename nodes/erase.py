@@ -1,12 +1,21 @@
 """Closed-form erasure as a node."""
 
+import hashlib
+
 from ..core.closed_form.concepts import parse_concepts, parse_lines, parse_templates
 from ..core.closed_form.job import METHODS, TOKENS, Job, erase
-from ..core.host.patching import apply_stack, family
+from ..core.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
+from ..core.closed_form.rece import PENALTIES
+from ..core.errors import ErasureError
+from ..core.host.folders import input_text_file, input_text_files
+from ..core.host.layers import family
+from ..core.host.patching import apply_stack
 from ..core.host.progress import Progress
 from ..core.host.text import encode_for, fingerprint
 from ..core.host.weights import cross_attention_gram, cross_attention_layers
 from ..core.stack import Entry, ErasureStack
+
+NONE = "none"
 
 
 class MembraneErase:
@@ -175,30 +184,65 @@ class MembraneErase:
                         "subject: the last one of the concept. all: every one.",
                     },
                 ),
+                "preset": (
+                    list(KINDS),
+                    {
+                        "default": CUSTOM,
+                        "tooltip": "custom: the widgets count. object, style, person, nudity: the published numbers "
+                        "of the method for that kind count instead of the templates and all numbers here.",
+                    },
+                ),
+                "preserve_file": (
+                    [NONE, *input_text_files()],
+                    {
+                        "default": NONE,
+                        "tooltip": "A text file in ComfyUI's input folder with more to preserve, one concept or "
+                        "prompt per line.",
+                    },
+                ),
+                "penalty_on": (
+                    list(PENALTIES),
+                    {
+                        "default": PENALTIES[0],
+                        "tooltip": "RECE: what the penalty keeps small of the vectors it finds. length: their size, "
+                        "as in all published runs. The others are the variants of the published code.",
+                    },
+                ),
             },
         }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, preserve_file=NONE):
+        # named here so that a missing file gives a sentence; the host then skips its own list check
+        try:
+            preserve_text(preserve_file)
+        except ErasureError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, preserve_file=NONE, **others):
+        return hashlib.sha256(preserve_text(preserve_file).encode()).hexdigest()
 
     def erase(
         self, model, clip, concepts, replace_with, preserve, method, strength,
         templates="{}", erase_scale=1.0, preserve_scale=1.0, anchor=0.5, epochs=1, penalty=0.1,
-        tau=0.1, rho=1.0, tokens=TOKENS[0],
+        tau=0.1, rho=1.0, tokens=TOKENS[0], preset=CUSTOM, preserve_file=NONE, penalty_on=PENALTIES[0],
     ):  # fmt: skip
-        parsed = parse_concepts(concepts, replace_with)
-        job = Job(
-            concepts=tuple(parsed),
-            preserve=tuple(parse_lines(preserve)),
-            templates=tuple(parse_templates(templates)),
-            method=method,
-            erase_scale=erase_scale,
-            preserve_scale=preserve_scale,
-            anchor=anchor,
-            epochs=epochs,
-            penalty=penalty,
-            tau=tau,
-            rho=rho,
-            tokens=tokens,
-            safe_anchor=not any(concept.surrogate for concept in parsed),
-        )
+        preserved = tuple(parse_lines(f"{preserve}\n{preserve_text(preserve_file)}"))
+        if preset == CUSTOM:
+            settings = {
+                "templates": tuple(parse_templates(templates)), "erase_scale": erase_scale,
+                "preserve_scale": preserve_scale, "anchor": anchor, "epochs": epochs, "penalty": penalty,
+                "penalty_on": penalty_on, "tau": tau, "rho": rho, "tokens": tokens,
+            }  # fmt: skip
+        else:
+            replace_with = replace_with.strip() or surrogate_of(preset, method)
+            settings = {"templates": PRESETS[preset].templates, **published(preset, method, len(preserved))}
+        parsed = tuple(parse_concepts(concepts, replace_with))
+        safe_anchor = not any(concept.surrogate for concept in parsed)
+        job = Job(parsed, preserved, method=method, safe_anchor=safe_anchor, **settings)
+        epochs = job.epochs
         prompts = job.prompts()
         layers = len(list(cross_attention_layers(model))) if method == "RECE" else 0
         progress = Progress(len(prompts) + layers + epochs)
@@ -209,6 +253,11 @@ class MembraneErase:
         adapter = erase(job, encoded, family(model), fingerprint(clip), gram, progress.at)
         progress.next_phase(epochs)
         return apply_stack(model, ErasureStack((Entry(adapter, strength),))), adapter
+
+
+def preserve_text(name):
+    """Content of a file in the input folder, nothing for none."""
+    return "" if name == NONE else input_text_file(name)
 
 
 NODES = [MembraneErase]

@@ -6,9 +6,12 @@ from ..core.closed_form.concepts import parse_lines
 from ..core.errors import ErasureError
 from ..core.evaluation.chart import bar_chart
 from ..core.evaluation.impact import impacts, report
+from ..core.evaluation.openings import openings, openings_report
+from ..core.host.layers import cross_attention_layers
+from ..core.host.patching import concepts_for
 from ..core.host.progress import Progress
-from ..core.host.text import encode_for
-from ..core.host.weights import cross_attention_gram, cross_attention_layers
+from ..core.host.text import encode, encode_for
+from ..core.host.weights import cross_attention_gram
 
 MOST_BARS = 60
 
@@ -53,11 +56,54 @@ class MembraneImpact:
         progress = Progress(len(lines) + layers)
         encoded = encode_for(model, clip, lines, progress.at)
         progress.next_phase(len(lines))
-        found = impacts(stack, encoded, cross_attention_gram(model, progress.at))
+        found = impacts(stack, encoded, cross_attention_gram(model, progress.at), concepts_for(stack, clip))
         shown = found[:MOST_BARS]
         title = "Change of what the model hears" + (f" ({MOST_BARS} of {len(found)})" if len(found) > MOST_BARS else "")
         chart = bar_chart(title, [(impact.prompt, impact.change) for impact in shown])
         return torch.from_numpy(chart)[None], report(found)
 
 
-NODES = [MembraneImpact]
+class MembranePreview:
+    TITLE = "Preview Permeability"
+    DESCRIPTION = (
+        "Shows how far each adapter of a stack opens for each prompt, before any sampling: prompts with the concept "
+        "should open it, all others should leave it as closed as possible."
+    )
+    SEARCH_ALIASES = ["facilitated transport", "gate", "spm", "which adapter opens"]
+    CATEGORY = "membrane"
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("chart", "report")
+    OUTPUT_TOOLTIPS = ("Bars for each prompt, an adapter or concept each.", "The same as text.")
+    FUNCTION = "preview"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "clip": ("CLIP", {"tooltip": "The text encoder whose words the model reads."}),
+                "stack": ("ERASURE_STACK", {"tooltip": "The adapters to look at."}),
+                "prompts": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
+                        "default": "a star\na heart\na circle",
+                        "tooltip": "Prompts to compare, one per line: with the concept, its relatives, and others.",
+                    },
+                ),
+            },
+        }
+
+    def preview(self, clip, stack, prompts):
+        lines = parse_lines(prompts)
+        if not lines:
+            raise ErasureError("No prompt to compare was given; write at least one, each on a line of its own.")
+        progress = Progress(len(lines))
+        encoded = encode(clip, lines, progress.at)
+        rows = openings(stack, encoded, concepts_for(stack, clip))
+        bars = [(f"{opening.prompt}: {opening.adapter}", opening.value) for opening in rows]
+        title = "How far adapters open" + (f" ({MOST_BARS} of {len(bars)})" if len(bars) > MOST_BARS else "")
+        return torch.from_numpy(bar_chart(title, bars[:MOST_BARS]))[None], openings_report(rows)
+
+
+NODES = [MembraneImpact, MembranePreview]

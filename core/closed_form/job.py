@@ -8,7 +8,7 @@ import torch
 from ..adapter import Card, ErasureAdapter
 from .concepts import Concept, aligned_rows, fill, last_subject_token
 from .double_projection import double_projection_of
-from .rece import rece_of
+from .rece import PENALTIES, rece_of
 from .speed import speed_of
 from .uce import uce_of
 
@@ -16,7 +16,7 @@ TOKENS = ("subject", "all")
 SCALES = ("erase_scale", "preserve_scale", "anchor")
 SETTINGS = {  # the fields of a job that its method reads; they go on the card
     "UCE": SCALES,
-    "RECE": (*SCALES, "epochs", "penalty"),
+    "RECE": (*SCALES, "epochs", "penalty", "penalty_on"),
     "SPEED": ("tau", "rho", "lam", "prior_filter", "tokens"),
     "Double Projections": ("tau", "safe_anchor", "tokens"),
 }
@@ -31,6 +31,7 @@ class Encoded:
     ids: tuple[list[int], ...]  # token ids of each, (T,)
     vectors: torch.Tensor  # (n, T, d), float32 on the CPU
     end: int  # id of the end token
+    pooled: torch.Tensor | None = None  # (n, p), one vector a prompt, where the model reads such (SDXL)
 
     @cached_property
     def place(self):
@@ -61,9 +62,10 @@ class Job:
 
     preserve: prompts or concepts whose meaning must stay; each also in every template. The empty prompt
     is always preserved. erase_scale, preserve_scale, anchor: the weights of UCE's three terms. epochs,
-    penalty: RECE's rounds and the ridge of its derived embeddings. SPEED: tau, the mean square from which a
-    direction of the preserved vectors is protected; rho, the ridge; lam, slack of what the start token and
-    the empty prompt keep; prior_filter, protect only what the erasure would disturb. Double Projections: tau,
+    penalty, penalty_on: RECE's rounds, and the weight and object of the penalty on its derived embeddings.
+    SPEED: tau, the mean square from which a direction of the preserved vectors is protected; rho, the ridge;
+    lam, slack of what the start token and the empty prompt keep; prior_filter, protect only what the erasure
+    would disturb. Double Projections: tau,
     for preserve lists with as many vectors as the text is wide; safe_anchor, replace by what the preserved
     vectors and the surrogates can express of the concept (published) instead of by the surrogate. tokens, for
     these two: the vector of the last "subject" token of each prompt, or of "all" tokens but the start token.
@@ -78,6 +80,7 @@ class Job:
     anchor: float = 0.5
     epochs: int = 1
     penalty: float = 0.1
+    penalty_on: str = PENALTIES[0]
     tau: float = 0.1
     rho: float = 1.0
     lam: float = 0.0
@@ -179,19 +182,44 @@ def solve(job, encoded, weight_gram=None, on_epoch=None):
             return uce_of(groups, preserve, **scales)
         return rece_of(
             groups, whole_groups(job, encoded), preserve, weight_gram,
-            epochs=job.epochs, penalty=job.penalty, on_epoch=on_epoch, **scales,
+            epochs=job.epochs, penalty=job.penalty, penalty_on=job.penalty_on, on_epoch=on_epoch, **scales,
         )  # fmt: skip
     groups = subject_groups(job, encoded) if job.tokens == "subject" else whole_groups(job, encoded, 1)
+    captions = job.retained_captions() if job.method == "SPEED" else job.captions()
+    return _null_space(job, groups, preserved_rows(job, encoded, captions), encoded.row(""))
+
+
+def _null_space(job, groups, retained, empty):
+    """SPEED or Double Projections on rows: groups by concept, retained (F, d), those of the empty prompt (T, d)."""
     names = [c.text for c in job.concepts]
     if job.method == "SPEED":
-        retained = preserved_rows(job, encoded, job.retained_captions())
         return speed_of(
-            groups, retained, encoded.row(""),
+            groups, retained, empty,
             tau=job.tau, rho=job.rho, lam=job.lam, prior_filter=job.prior_filter, names=names,
         )  # fmt: skip
-    retained = preserved_rows(job, encoded, job.captions())
     safe = torch.cat([retained, *safe_surrogates(job, groups)]) if job.safe_anchor else None
     return double_projection_of(groups, retained, safe=safe, tau=job.tau, names=names)
+
+
+def solve_pooled(job, encoded):
+    """TextMap (p wide) of the pooled vector that SDXL reads beside the text, c -> c + A (B c), or None without one.
+
+    The same formulas with one row a prompt: the layer that reads the vector is linear in it, so that the weights
+    cancel here too. RECE gets its UCE part: it derives embeddings from key and value matrices only.
+    """
+    if encoded.pooled is None:
+        return None
+    pooled = Encoded(encoded.prompts, encoded.ids, encoded.pooled[:, None], encoded.end)
+    groups = whole_groups(job, pooled)
+    if job.method in ("UCE", "RECE"):
+        preserve = [pooled.row(p) for p in job.preserved()]
+        return uce_of(
+            groups, preserve,
+            erase_scale=job.erase_scale, preserve_scale=job.preserve_scale, anchor=job.anchor,
+        )  # fmt: skip
+    captions = job.retained_captions() if job.method == "SPEED" else job.captions()
+    retained = torch.cat([pooled.vectors[0, :0], *(pooled.row(p) for p in captions)])
+    return _null_space(job, groups, retained, pooled.row(""))
 
 
 def erase(job, encoded, family, text_encoder, weight_gram=None, on_epoch=None):

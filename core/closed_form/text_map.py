@@ -15,7 +15,7 @@ SPAN_TOLERANCE = 1e-4  # part of a vector that must lie outside a space to count
 
 def batch_size(width):
     """Rows to work on at a time: few next to a (width, width) matrix, enough for the full speed of products."""
-    return max(64, width // 4)
+    return max(64, width // 8)
 
 
 def batches(rows):
@@ -43,16 +43,20 @@ def gram_of(parts, width, scale=1.0):
     for rows in parts:
         for i in range(0, width, strip):
             total[i:, i : i + strip].addmm_(rows[:, i:].T, rows[:, i : i + strip], alpha=scale)
-    return total.tril_().add_(total.tril(-1).T)
+    for i in range(0, width, strip):  # the upper triangle is the lower one, a strip at a time
+        block, end = total[i : i + strip, i : i + strip], i + strip
+        block.tril_().add_(block.tril(-1).T)
+        total[i:end, end:] = total[end:, i:end].T
+    return total
 
 
-def ridge_factor(target_gram, preserve_gram, erase_scale, anchor):
-    """Cholesky factor of G = anchor I + erase_scale C^T C + preserve_gram, (d, d).
+def ridge_factor(target_gram, preserve_gram, erase_scale, preserve_scale, anchor):
+    """Cholesky factor of G = anchor I + erase_scale C^T C + preserve_scale R^T R, (d, d); uses target_gram up.
 
     The matrix that UCE inverts (Gandikota et al. 2024, eq. 7), the same for every layer. Raises when it is
     numerically singular.
     """
-    system = erase_scale * target_gram + preserve_gram
+    system = target_gram.mul_(erase_scale).add_(preserve_gram, alpha=preserve_scale)
     system.diagonal().add_(anchor)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed or not torch.isfinite(factor).all():
@@ -172,15 +176,22 @@ def text_map(terms, sizes, width):
     sizes: the n_k.
     """
     room = sum(min(n, width) for n in sizes)
-    a, b, values = torch.empty(width, room), torch.empty(room, width), torch.zeros(room, dtype=torch.float64)
-    owners = []
+    # terms as rows of both, so that what is not written takes no memory and dropping some needs no second copy
+    a, b, values = torch.empty(room, width), torch.empty(room, width), torch.zeros(room, dtype=torch.float64)
+    owners, largest = [], 0.0
     for k, (ak, bk) in enumerate(terms):
         ak, bk, s = minimal_terms(ak, bk)
-        mine = slice(len(owners), len(owners) + len(s))
-        a[:, mine], b[mine], values[mine] = ak, bk, s
-        owners += [k] * len(s)
-    keep = values > RANK_TOLERANCE * values.max().item() if room else values > 0
-    if not keep.all():
-        a = a[:, keep]
-        b = b[keep]
-    return TextMap(a, b, tuple(k for k, kept in zip(owners, keep.tolist()) if kept))
+        largest = max(largest, s[0].item() if len(s) else 0.0)  # falling, so those to keep come first
+        count = int((s > RANK_TOLERANCE * largest).sum())
+        mine = slice(len(owners), len(owners) + count)
+        a[mine], b[mine], values[mine] = ak.T[:count], bk[:count], s[:count]
+        owners += [k] * count
+    keep = (values[: len(owners)] > RANK_TOLERANCE * largest).nonzero().flatten().tolist()
+    for rows in (a, b):
+        for new, old in enumerate(keep):
+            if new != old:
+                rows[new] = rows[old]
+    a, b = a[: len(keep)], b[: len(keep)]
+    if 2 * len(keep) < room:
+        a, b = a.clone(), b.clone()  # else the whole room stays reserved
+    return TextMap(a.T, b, tuple(owners[i] for i in keep))

@@ -10,7 +10,7 @@ def target_rows(groups):
 
 def uce_factor(groups, preserve_gram, *, erase_scale=1.0, preserve_scale=1.0, anchor=0.5):
     """Cholesky factor of UCE's matrix for groups of rows; preserve_gram: R^T R of the preserved rows."""
-    return ridge_factor(gram(target_rows(groups)), preserve_scale * preserve_gram, erase_scale, anchor)
+    return ridge_factor(gram(target_rows(groups)), preserve_gram, erase_scale, preserve_scale, anchor)
 
 
 def uce_terms(groups, factor, erase_scale=1.0):

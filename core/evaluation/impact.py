@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import ErasureError
+from ..permeability import gate_values
 from ..plan import make_plan
 
 
@@ -27,19 +29,29 @@ def relative_change(delta, vectors, weight_gram):
     return torch.sqrt(changed.clamp(min=0) / whole).item()
 
 
-def impacts(stack, encoded, weight_gram):
-    """Impact of a stack on each encoded prompt, the most changed first.
+def impacts(stack, encoded, weight_gram, concepts=None):
+    """Impact of a stack's text maps on each encoded prompt, the most changed first.
 
-    Counted are the rows from the first word to the first end token: the start token is the same for
-    every prompt, and padding repeats the end token. Time ranges do not count, every entry is taken to act.
+    Counted are the rows from the first word to the first end token: the start token is the same for every prompt,
+    and padding repeats the end token. Time ranges do not count, every entry is taken to act. concepts: what gates
+    that follow the text need. Raises ErasureError when an adapter changes layers, which the text does not show.
     """
-    plan = make_plan(stack, encoded.vectors.shape[-1])
-    parts = [plan.constant] if plan.constant else plan.timed
+    other = next((e.adapter for e in stack.entries if e.acts and e.adapter.text_map is None), None)
+    if other is not None:
+        raise ErasureError(
+            f"The adapter {other.describe()} changes layers inside the model, not the text, so its impact cannot be "
+            "seen before sampling; take it out of the stack that goes into the preview."
+        )
+    plan = make_plan(stack, encoded.vectors.shape[-1], concepts)
     found = []
     for prompt in encoded.prompts:
-        end = encoded.id_row(prompt).index(encoded.end, 1)
-        rows = encoded.row(prompt)[1 : end + 1]
-        delta = sum((part.delta(rows) for part in parts), torch.zeros_like(rows))
+        ids = encoded.id_row(prompt)
+        rows = encoded.row(prompt)[1 : ids.index(encoded.end, 1) + 1]
+        gates = None
+        if plan.channels:
+            score = concepts.match(encoded.row(prompt)[None], [frozenset(ids)]) if concepts else None
+            gates = gate_values(plan.channels, score)
+        delta = plan.text.delta(rows[None], gates)[0] if plan.text else torch.zeros_like(rows)
         found.append(Impact(prompt, relative_change(delta, rows, weight_gram)))
     return sorted(found, key=lambda impact: -impact.change)
 

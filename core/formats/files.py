@@ -4,7 +4,11 @@ import json
 import os
 import uuid
 
+import torch
 from safetensors.torch import save_file
+
+from ..adapter import Card
+from ..errors import ErasureError
 
 
 def card_metadata(card):
@@ -16,17 +20,52 @@ def card_metadata(card):
         "membrane.family": card.family,
         "membrane.text_encoder": card.text_encoder,
         "membrane.settings": json.dumps(card.settings, sort_keys=True),
+        "membrane.licence": card.licence,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": "erases " + ", ".join(card.concepts),
+        "modelspec.title": title(card),
         "modelspec.implementation": "membrane",
     }
+
+
+def title(card):
+    """A file's title: what it erases, or how, when that is not known."""
+    return "erases " + ", ".join(card.concepts) if card.concepts else f"concept erasure ({card.method})"
+
+
+def read_card(name, metadata):
+    """The card that card_metadata() wrote; name: of the file, for messages."""
+    try:
+        concepts = json.loads(metadata["membrane.concepts"])
+        surrogates = json.loads(metadata.get("membrane.surrogates", "[]"))
+        settings = json.loads(metadata.get("membrane.settings", "{}"))
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ErasureError(f'"{name}" has a damaged description ({error}); save the adapter again.') from error
+    if not all(isinstance(x, list) and all(isinstance(s, str) for s in x) for x in (concepts, surrogates)):
+        raise ErasureError(f'"{name}" names no concepts; it is damaged, save the adapter again.')
+    return Card(
+        metadata.get("membrane.method", ""),
+        tuple(concepts),
+        tuple(surrogates),
+        metadata.get("membrane.family", ""),
+        metadata.get("membrane.text_encoder", ""),
+        settings if isinstance(settings, dict) else {},
+        metadata.get("membrane.licence", ""),
+    )
+
+
+def own(tensor):
+    """A contiguous copy on the CPU; safetensors writes no two tensors that share memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def save_whole(tensors, path, metadata):
     """Writes a safetensors file beside its place and renames it; a failure leaves what was there before."""
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
+        with open(temporary, "wb"):
+            mode = os.stat(temporary).st_mode  # what new files get here; safetensors makes them private
         save_file(tensors, temporary, metadata)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):

@@ -1,11 +1,31 @@
-"""A plain LoRA file with kohya's key names, for the stock LoRA loader of any user interface."""
+"""LoRA files with kohya's key names: SPM, LECO, sd-scripts, Concept Sliders, and our export for any program.
+
+<layer>.lora_up.weight (out, r), <layer>.lora_down.weight (r, in), <layer>.alpha; the layer with prefix and underscores.
+SPM and LECO are told apart by what their metadata says, not by their keys.
+"""
+
+import json
+import logging
 
 import torch
 
+from ..adapter import Card, ErasureAdapter
+from ..errors import ErasureError
 from ..low_rank import compact, layer_factors
-from .files import card_metadata, save_whole
+from .factors import balanced, gather, low_rank
+from .files import card_metadata, own, read_card, save_whole, title
 
-HALF_ERROR = 1e-3  # of a layer's product, relative; above it the layer is stored in float32
+log = logging.getLogger("membrane")
+
+PARTS = {
+    ".lora_up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_mid.weight": "mid",
+    ".alpha": "alpha",
+    ".diff_b": "bias",
+}
+FORMAT = "lora"
+SPM_METADATA = ("prompts", "rank", "alpha")
 
 # (start of the host's family name, kohya's ss_base_model_version, modelspec's architecture), the first that fits
 FAMILIES = (
@@ -14,6 +34,18 @@ FAMILIES = (
     ("SD2", "sd_v2", "stable-diffusion-v2-512"),
     ("SD1", "sd_v1", "stable-diffusion-v1"),
 )
+
+
+def recognises(contents):
+    """Whether a file has kohya's keys."""
+    return any(key.endswith((".lora_up.weight", ".lora_down.weight")) for key in contents.tensors)
+
+
+def parse(contents):
+    """Adapter of such a file; raises ErasureError for a damaged one."""
+    layers = gather(contents, _split)
+    changes = {layer: low_rank(contents.name, layer, parts) for layer, parts in layers.items()}
+    return ErasureAdapter(_card(contents), None, contents.name, changes)
 
 
 def save(adapter, weights, path, names):
@@ -26,30 +58,99 @@ def save(adapter, weights, path, names):
     a, b = compact(adapter.text_map.a, adapter.text_map.b)
     tensors, rank = {}, 1
     for key, weight in weights:
-        up, down = _stored(*layer_factors(weight.cpu(), a, b))
+        up, down = balanced(*layer_factors(weight.cpu(), a, b))
         rank = max(rank, len(down))
-        name = names[key]
-        tensors[f"{name}.lora_up.weight"] = up
-        tensors[f"{name}.lora_down.weight"] = down
-        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
-    save_whole(tensors, path, _metadata(adapter.card, rank))
+        tensors |= _layer(names[key], up, down, len(down))
+    comment = f"closed-form concept erasure ({adapter.card.method}), computed, not trained"
+    save_whole(tensors, path, _metadata(adapter.card, rank, rank, comment))
 
 
-def _stored(up, down):
-    """The factors in float16 where their product keeps its digits, else in float32."""
-    tiny = torch.finfo(torch.float32).tiny
-    ratio = down.norm(dim=1).clamp_min(tiny) / up.norm(dim=0).clamp_min(tiny)
-    # both factors in the middle of float16's range; powers of two change no digits
-    scale = ratio.sqrt().log2().round().exp2()
-    up, down = up * scale, down / scale[:, None]
-    half = up.half(), down.half()
-    product = up @ down
-    if (half[0].double() @ half[1].double() - product).norm() <= HALF_ERROR * product.norm():
-        return half
-    return up.float(), down.float()
+def save_low_rank(adapter, path, names, convolutions=()):
+    """Writes an adapter's changes of layers as a LoRA, factors as they are; the file appears whole or not at all.
+
+    names: {site: lora_unet_... name} of a model's layers; convolutions: the sites that are convolutions there,
+    whose factors get four dimensions. Where all layers have one rank and alpha, the file also has SPM's metadata,
+    so that the published SPM code reads it. Raises ErasureError when the model lacks a layer.
+    """
+    missing = [layer for layer in adapter.low_rank if layer not in names]
+    if missing:
+        raise ErasureError(
+            f"The model lacks {len(missing)} of the {len(adapter.low_rank)} layers that {adapter.describe()} changes "
+            f"({', '.join(missing[:3])}); connect a model of the family it was made for."
+        )
+    tensors = {}
+    for layer, change in adapter.low_rank.items():
+        up, down = change.up, change.down
+        if layer in convolutions and down.dim() == 2:
+            down = down[:, :, None, None]
+        if down.dim() == 4:
+            up = up[:, :, None, None]
+        tensors |= _layer(names[layer], up, down, change.alpha, change.bias)
+    ranks = {change.rank for change in adapter.low_rank.values()}
+    alphas = {change.alpha for change in adapter.low_rank.values()}
+    metadata = _metadata(adapter.card, max(ranks), max(alphas), f"concept erasure ({adapter.card.method})")
+    if len(ranks) == len(alphas) == 1:
+        metadata |= _spm_metadata(adapter.card, max(ranks), max(alphas))
+    save_whole(tensors, path, metadata)
 
 
-def _metadata(card, rank):
+def _split(key):
+    return next(((key.removesuffix(end), part) for end, part in PARTS.items() if key.endswith(end)), None)
+
+
+def _layer(name, up, down, alpha, bias=None):
+    tensors = {
+        f"{name}.lora_up.weight": own(up),
+        f"{name}.lora_down.weight": own(down),
+        f"{name}.alpha": torch.tensor(float(alpha)),
+    }
+    if bias is not None:
+        tensors[f"{name}.diff_b"] = own(bias)
+    return tensors
+
+
+def _card(contents):
+    metadata = contents.metadata
+    if metadata.get("membrane.format") == FORMAT:
+        return read_card(contents.name, metadata)
+    if all(key in metadata for key in SPM_METADATA):
+        concepts = tuple(piece.strip() for piece in metadata["prompts"].split(",") if piece.strip())
+        if not concepts:
+            raise ErasureError(
+                f'"{contents.name}" is an SPM file that names no concept (its "prompts" are '
+                f'"{metadata["prompts"]}"), so its permeability cannot be computed; save it again with its concepts.'
+            )
+        return Card("SPM", concepts)
+    if "ss_leco_prompt_count" in metadata:
+        return Card("LECO", *_leco_prompts(metadata))
+    return Card("LoRA", ())
+
+
+def _leco_prompts(metadata):
+    """What sd-scripts' LECO erased and what it put there; () and () where it does not say."""
+    try:
+        prompts = json.loads(metadata["ss_leco_preview"])
+        pairs = {p["target"] or p["positive"]: p["neutral"] for p in prompts if p["action"] == "erase"}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return (), ()
+    pairs = {str(target): str(neutral) for target, neutral in pairs.items() if target}
+    return tuple(pairs), tuple(pairs.values())
+
+
+def _spm_metadata(card, rank, alpha):
+    """What the published SPM code reads; it takes the prompts apart at commas."""
+    with_comma = [concept for concept in card.concepts if "," in concept]
+    if with_comma:
+        log.info(
+            'Membrane: the file has no "prompts" for the published SPM code, which would split "%s" at the comma',
+            with_comma[0],
+        )
+    if with_comma or not card.concepts:
+        return {"rank": str(rank), "alpha": str(alpha)}
+    return {"prompts": ",".join(card.concepts), "rank": str(rank), "alpha": str(alpha)}
+
+
+def _metadata(card, rank, alpha, comment):
     concepts = ", ".join(card.concepts)
     version, architecture = next(
         ((version, name) for start, version, name in FAMILIES if card.family.startswith(start)),
@@ -58,13 +159,13 @@ def _metadata(card, rank):
     return card_metadata(card) | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
-        "ss_network_alpha": str(rank),
+        "ss_network_alpha": str(alpha),
         "ss_base_model_version": version,
-        "ss_output_name": "erases " + concepts,
-        "ss_training_comment": f"closed-form concept erasure ({card.method}), computed, not trained",
+        "ss_output_name": title(card),
+        "ss_training_comment": comment,
         "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.description": f"Erases ({card.method}): {concepts}",
+        "modelspec.description": f"Erases ({card.method}): {concepts}" if concepts else title(card),
         "modelspec.usage_hint": "No trigger words; strength 1 is the erasure as computed on the model it is for.",
         "modelspec.license": card.licence,
-        "membrane.format": "lora",
+        "membrane.format": FORMAT,
     }

@@ -1,52 +1,83 @@
-"""Membrane's own file: safetensors with the text map's factors and the card as metadata."""
+"""Membrane's own file: safetensors with an adapter's text map, its changes of layers, and the card as metadata.
 
-import json
-import os
+Version 1 has a text map: text_map.a, .b, .concept. Version 2 has changes of layers as well or instead:
+low_rank.<site>.up, .down, .alpha and, where a layer's bias changes, .bias.
+"""
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ..adapter import Card, ErasureAdapter, TextMap
+from ..adapter import ErasureAdapter, TextMap
 from ..errors import ErasureError
-from .files import card_metadata, save_whole
+from . import containers
+from .factors import low_rank
+from .files import card_metadata, own, read_card, save_whole
 
-FORMAT, VERSION = "erasure_adapter", 1
-A, B, CONCEPT = "text_map.a", "text_map.b", "text_map.concept"
+FORMAT = "erasure_adapter"
+TEXT_MAP_VERSION, VERSION = 1, 2
+A, B, CONCEPT = TEXT_MAP = ("text_map.a", "text_map.b", "text_map.concept")
+LOW_RANK = "low_rank."
 
 
 def save(adapter, path):
-    """Writes an adapter; the file appears whole or not at all."""
-    card, text_map = adapter.card, adapter.text_map
-    tensors = {
-        A: text_map.a.float().contiguous(),
-        B: text_map.b.float().contiguous(),
-        CONCEPT: torch.tensor(text_map.concept, dtype=torch.int32),
-    }
+    """Writes an adapter; the file appears whole or not at all. Factors of layers keep their number types."""
+    card, tensors = adapter.card, {}
+    if adapter.text_map is not None:
+        tensors[A] = adapter.text_map.a.float().contiguous()
+        tensors[B] = adapter.text_map.b.float().contiguous()
+        tensors[CONCEPT] = torch.tensor(adapter.text_map.concept, dtype=torch.int32)
+    for layer, change in adapter.low_rank.items():
+        name = LOW_RANK + layer
+        tensors[f"{name}.up"], tensors[f"{name}.down"] = own(change.up), own(change.down)
+        tensors[f"{name}.alpha"] = torch.tensor(change.alpha, dtype=torch.float64)
+        if change.bias is not None:
+            tensors[f"{name}.bias"] = own(change.bias)
+    what = f" for: {', '.join(card.concepts)}" if card.concepts else ""
     metadata = card_metadata(card) | {
         "membrane.format": FORMAT,
-        "membrane.version": str(VERSION),
-        "membrane.licence": card.licence,
+        # files that older releases can read keep the version those know
+        "membrane.version": str(VERSION if adapter.low_rank else TEXT_MAP_VERSION),
         "modelspec.architecture": card.family or "unknown",
-        "modelspec.description": f"Erasure adapter ({card.method}) for: {', '.join(card.concepts)}",
+        "modelspec.description": f"Erasure adapter ({card.method}){what}",
     }
     save_whole(tensors, path, metadata)
 
 
 def load(path):
     """Adapter of a native file; raises ErasureError for anything else or a damaged one."""
-    name = os.path.basename(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            keys = set(file.keys())
-            _check_header(name, metadata, keys)
-            tensors = {key: file.get_tensor(key) for key in (A, B, CONCEPT)}
-    except (SafetensorError, OSError) as error:
-        raise ErasureError(
-            f'"{name}" cannot be read as a safetensors file ({error}); download or save it again.'
-        ) from error
-    a, b, concept = tensors[A], tensors[B], tensors[CONCEPT]
-    card = _card(name, metadata)
+    return parse(containers.read(path))
+
+
+def recognises(contents):
+    """Whether a file says that it is one."""
+    return contents.metadata.get("membrane.format") == FORMAT
+
+
+def parse(contents):
+    """Adapter of the contents of a native file; raises ErasureError for anything else or a damaged one."""
+    name, tensors = contents.name, contents.tensors
+    _check_header(contents)
+    card = read_card(name, contents.metadata)
+    text_map = None
+    if any(key in tensors for key in TEXT_MAP):
+        text_map = _text_map(name, tensors, card)
+    layers = {}
+    for key, tensor in tensors.items():
+        if key.startswith(LOW_RANK):
+            layer, _, part = key.removeprefix(LOW_RANK).rpartition(".")
+            layers.setdefault(layer, {})[part] = tensor
+    changes = {layer: low_rank(name, layer, parts) for layer, parts in layers.items()}
+    if text_map is None and not changes:
+        raise ErasureError(f'"{name}" lacks {", ".join(TEXT_MAP)}; it is damaged, save the adapter again.')
+    return ErasureAdapter(card, text_map, name, changes)
+
+
+def _text_map(name, tensors, card):
+    missing = set(TEXT_MAP) - tensors.keys()
+    if missing:
+        raise ErasureError(f'"{name}" lacks {", ".join(sorted(missing))}; it is damaged, save the adapter again.')
+    if not card.concepts:
+        raise ErasureError(f'"{name}" names no concepts; it is damaged, save the adapter again.')
+    a, b, concept = (tensors[key] for key in TEXT_MAP)
     if not (a.is_floating_point() and b.is_floating_point()) or concept.is_floating_point() or concept.dim() != 1:
         raise ErasureError(
             f'"{name}" holds a text map of the wrong number types; it is damaged, save the adapter again.'
@@ -59,45 +90,19 @@ def load(path):
             f'"{name}" has terms for concept number {max(owners)} but names {len(card.concepts)} concepts; '
             "it is damaged, save the adapter again."
         )
-    return ErasureAdapter(card, TextMap(a.float(), b.float(), owners), name)
+    return TextMap(a.float(), b.float(), owners)
 
 
-def _check_header(name, metadata, keys):
-    found = metadata.get("membrane.format")
-    if found != FORMAT:
-        some = ", ".join(sorted(keys)[:3]) or "nothing"
+def _check_header(contents):
+    name, metadata = contents.name, contents.metadata
+    if not recognises(contents):
         raise ErasureError(
-            f'"{name}" is not a Membrane erasure adapter (it holds {some}); choose a file made by Save Erasure Adapter.'
+            f'"{name}" is not a Membrane erasure adapter (it holds {contents.some()}); '
+            "choose a file made by Save Erasure Adapter."
         )
     version = metadata.get("membrane.version", "")
-    if not version.isdigit() or int(version) > VERSION:
+    if version not in map(str, range(1, VERSION + 1)):
         raise ErasureError(
             f'"{name}" is of format version {version or "unknown"}, and this pack reads up to {VERSION}; '
             "update Membrane."
         )
-    missing = {A, B, CONCEPT} - keys
-    if missing:
-        raise ErasureError(f'"{name}" lacks {", ".join(sorted(missing))}; it is damaged, save the adapter again.')
-
-
-def _card(name, metadata):
-    try:
-        concepts = json.loads(metadata["membrane.concepts"])
-        surrogates = json.loads(metadata.get("membrane.surrogates", "[]"))
-        settings = json.loads(metadata.get("membrane.settings", "{}"))
-    except (KeyError, ValueError) as error:
-        raise ErasureError(f'"{name}" has a damaged description ({error}); save the adapter again.') from error
-    if (
-        not all(isinstance(x, list) and all(isinstance(s, str) for s in x) for x in (concepts, surrogates))
-        or not concepts
-    ):
-        raise ErasureError(f'"{name}" names no concepts; it is damaged, save the adapter again.')
-    return Card(
-        metadata.get("membrane.method", ""),
-        tuple(concepts),
-        tuple(surrogates),
-        metadata.get("membrane.family", ""),
-        metadata.get("membrane.text_encoder", ""),
-        settings if isinstance(settings, dict) else {},
-        metadata.get("membrane.licence", ""),
-    )

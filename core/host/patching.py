@@ -1,91 +1,173 @@
 """Puts a plan on a clone of the host's MODEL.
 
-The text part acts on each conditioning when the host prepares it (`extra_conds` of the base model), so
-it costs nothing per step; parts with a time range act in `apply_model`. Both are object patches, which
-every host from March 2024 on undoes by itself when it switches to another clone.
+The text part acts on each conditioning when the host prepares it (`extra_conds` of the base model), so it costs
+nothing per step. The gates of each conditioning are computed there too and travel with it, so the host puts them
+into the batch in whatever order it uses; `apply_model` receives them and publishes them to the gated layers for
+the duration of one call. All are object patches, which every host from March 2024 on undoes by itself when it
+switches to another clone. What is not gated goes to the host's own patch list.
 """
 
 import logging
+import weakref
+
+import comfy.conds
+import comfy.lora
+import torch
 
 from ..errors import ErasureError
-from ..plan import make_plan
+from ..permeability import OFF, SAME, Concepts, gate_values
+from ..plan import joined, make_plan, wanted_concepts
 from ..stack import ErasureStack
+from .bypass import Bypass, Part, Rows
+from .layers import context_width, layer_keys, modules, plain_key, require_fit
+from .prompts import PROMPTS
+from .text import encode
 
 log = logging.getLogger("membrane")
 EXTRA_CONDS, APPLY_MODEL = "extra_conds", "apply_model"
+GATES = "membrane_gates"
 
 
-def context_width(model):
-    """Width of the text vectors a MODEL reads; raises for models without text cross-attention."""
-    width = getattr(model.model.model_config, "unet_config", {}).get("context_dim")
-    if isinstance(width, (list, tuple)):
-        width = width[0]
-    reads = next((module.in_features for _, module in cross_attention_layers(model)), None)
-    if width is None or reads != width:
-        raise ErasureError(
-            f"The model {type(model.model).__name__} has no cross-attention that reads the text directly "
-            "(no matching attn2.to_k layers were found); "
-            "closed-form erasure needs a Stable Diffusion 1, 2 or XL type U-Net."
-        )
-    return int(width)
+class Runs:
+    """What the samplings that are under way know of each other's conditionings.
 
+    A sampling is told by its noise tensor, which the host hands to every conditioning and keeps until the end.
+    """
 
-def cross_attention_layers(model):
-    """(key of the weight, module) of the key and value layers that read the text, in the U-Net's order."""
-    for name, module in model.model.diffusion_model.named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            yield f"diffusion_model.{name}.weight", module
+    def __init__(self):
+        self.under_way = []
 
+    def of(self, noise):
+        """{"positive": gates or None, "active": set of channels} of a sampling."""
+        self.under_way = [(ref, state) for ref, state in self.under_way if ref() is not None]
+        found = next((state for ref, state in self.under_way if ref() is noise), None)
+        if found is None:
+            found = {"positive": None, "active": set()}
+            if noise is not None:
+                self.under_way.append((weakref.ref(noise), found))
+        return found
 
-def family(model):
-    """The host's name of the model's family, such as SD15 or SDXL."""
-    return type(model.model.model_config).__name__.lstrip("_")
+    def active(self, count):
+        """Channels that some conditioning opens, in order; all of them when no sampling is known."""
+        states = [state for ref, state in self.under_way if ref() is not None]
+        return tuple(sorted(set().union(*(s["active"] for s in states)))) if states else tuple(range(count))
 
 
 class ErasedConditioning:
-    """Stands in for the base model's `extra_conds`: erases from each conditioning's text once.
+    """Stands in for the base model's `extra_conds`: erases from each conditioning's text once, and sets its gates.
 
-    Immutable; clones may share it. `previous` is what another pack had put in the same place.
+    Clones may share it: what it learns belongs to one sampling. `previous` is what another pack had put there.
     """
 
     def __init__(self, base, stack, plan, previous):
         self.base, self.stack, self.plan, self.previous = base, stack, plan, previous
+        self.runs = Runs()
 
     def __call__(self, **kwargs):
         original = self.previous or type(self.base).extra_conds.__get__(self.base)
-        text = kwargs.get("cross_attn")
-        if text is None or self.plan.constant is None:
-            return original(**kwargs)
-        # a ControlNet reads the same text but is not part of what was edited
-        if "control" in kwargs and kwargs.get("cross_attn_controlnet") is None:
-            kwargs["cross_attn_controlnet"] = text
-        kwargs["cross_attn"] = (text.float() + self.plan.constant.delta(text)).to(text.dtype)
-        return original(**kwargs)
+        text, plan = kwargs.get("cross_attn"), self.plan
+        gates = self.gates(text, kwargs.get("prompt_type"), kwargs.get("noise")) if plan.channels else None
+        if text is not None and plan.text is not None and not plan.timed_text:
+            # a ControlNet reads the same text but is not part of what was edited
+            if "control" in kwargs and kwargs.get("cross_attn_controlnet") is None:
+                kwargs["cross_attn_controlnet"] = text
+            kwargs["cross_attn"] = (text.float() + plan.text.delta(text, gates)).to(text.dtype)
+        out = original(**kwargs)
+        if plan.in_steps:
+            out[GATES] = comfy.conds.CONDRegular(gates.to(kwargs.get("device", "cpu")))
+        return out
+
+    def gates(self, text, prompt_type, noise):
+        """Values (rows, K) of the plan's gates for a conditioning's text (rows, T, d) or None."""
+        channels, concepts = self.plan.channels, self.plan.concepts
+        score = None
+        if concepts is not None:
+            if text is None:
+                score = torch.zeros(1, len(concepts.names))
+            else:
+                score = concepts.match(text, PROMPTS.recall(text))
+        values = gate_values(channels, score)
+        run = self.runs.of(noise)
+        if prompt_type == "negative":
+            values = _negative(channels, values, run["positive"])
+        else:
+            run["positive"] = values if run["positive"] is None else _stronger(run["positive"], values)
+        run["active"].update(values.ne(0).any(dim=0).nonzero().flatten().tolist())
+        return values
 
     def __deepcopy__(self, memo):
         return self
 
 
-class TimedErasure:
-    """Stands in for the base model's `apply_model`: adds the parts that act in some steps only."""
+def _negative(channels, own, positive):
+    """Gates of the negative prompt: as the positive prompt's, its own or none, as each channel says."""
+    if positive is not None and len(positive) != len(own):
+        rows = max(len(positive), len(own))
+        positive, own = (x.repeat(-(-rows // len(x)), 1)[:rows] for x in (positive, own))
+    values = own.clone()
+    for k, channel in enumerate(channels):
+        if channel.permeability.negative == OFF:
+            values[:, k] = 0.0
+        elif channel.permeability.negative == SAME and positive is not None:
+            values[:, k] = positive[:, k]
+    return values
 
-    def __init__(self, base, parts, previous):
-        self.base, self.parts, self.previous = base, parts, previous
+
+def _stronger(x, y):
+    """The value further from 0 of two gates (rows, K): of several positive prompts the one that opens most counts."""
+    if len(x) != len(y):
+        x, y = x[x.abs().argmax(dim=0), range(x.shape[1])][None], y[y.abs().argmax(dim=0), range(y.shape[1])][None]
+    return torch.where(x.abs() >= y.abs(), x, y)
+
+
+class ErasedSteps:
+    """Stands in for the base model's `apply_model`: takes the gates of the rows in the batch off the call, closes
+    those out of their time range, and lends them to the gated layers until the call is over."""
+
+    def __init__(self, base, plan, conditioning, rows, previous):
+        self.base, self.plan, self.conditioning, self.rows, self.previous = base, plan, conditioning, rows, previous
+        self.text = plan.text if plan.timed_text else None
+        self.timed = {}
+        for k, channel in enumerate(plan.channels):
+            if not channel.always:
+                self.timed.setdefault((channel.start_percent, channel.end_percent), []).append(k)
 
     def __call__(self, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
         original = self.previous or type(self.base).apply_model.__get__(self.base)
-        if c_crossattn is not None:
-            sampling = self.base.model_sampling
-            erased = c_crossattn.float()
-            for part in self.parts:
-                start, end = sampling.percent_to_sigma(part.start_percent), sampling.percent_to_sigma(part.end_percent)
-                on = ((t <= start) & (t >= end)).float().view(-1, 1, 1)  # no copy to the CPU, so no waiting
-                erased = erased + on * part.delta(c_crossattn)
-            c_crossattn = erased.to(c_crossattn.dtype)
-        return original(x, t, c_concat, c_crossattn, *args, **kwargs)
+        gates = kwargs.pop(GATES, None)
+        if gates is None:  # not prepared by this model's extra_conds: only what needs no text can act
+            gates = gate_values([c for c in self.plan.channels if not c.reads_text], None).to(x.device)
+            gates = _spread(gates, [k for k, c in enumerate(self.plan.channels) if not c.reads_text], self.plan)
+        if self.timed:
+            gates = self._in_range(gates, t)
+        if self.text is not None and c_crossattn is not None:
+            self.text = self.text.to(c_crossattn.device)
+            delta = self.text.delta(c_crossattn, gates)
+            c_crossattn = (c_crossattn.float() + delta).to(c_crossattn.dtype)
+        before = self.rows.gates, self.rows.active
+        active = self.conditioning.runs.active(len(self.plan.channels))
+        try:
+            self.rows.active, self.rows.gates = active, gates[:, list(active)]
+            return original(x, t, c_concat, c_crossattn, *args, **kwargs)
+        finally:
+            self.rows.gates, self.rows.active = before
+
+    def _in_range(self, gates, t):
+        sampling = self.base.model_sampling
+        gates = gates.expand(max(len(gates), len(t)), -1).clone()
+        for (start, end), columns in self.timed.items():
+            on = (t <= sampling.percent_to_sigma(start)) & (t >= sampling.percent_to_sigma(end))  # stays on the device
+            gates[:, columns] *= on.to(gates).view(-1, 1)
+        return gates
 
     def __deepcopy__(self, memo):
         return self
+
+
+def _spread(values, columns, plan):
+    gates = values.new_zeros(1, len(plan.channels))
+    gates[:, columns] = values
+    return gates
 
 
 def _foreign(model, name, ours):
@@ -94,37 +176,109 @@ def _foreign(model, name, ours):
     return patch.previous if isinstance(patch, ours) else patch
 
 
+def applied(model):
+    """The ErasedConditioning of a MODEL, or None."""
+    patch = model.object_patches.get(EXTRA_CONDS)
+    return patch if isinstance(patch, ErasedConditioning) else None
+
+
 def applied_stack(model):
     """The stack that already acts on a MODEL, empty when none does."""
-    patch = model.object_patches.get(EXTRA_CONDS)
-    return patch.stack if isinstance(patch, ErasedConditioning) else ErasureStack()
+    return applied(model).stack if applied(model) else ErasureStack()
 
 
-def apply_stack(model, stack):
-    """A clone of a MODEL with the stack added to what already acts on it; the model itself when nothing acts."""
-    width = context_width(model)
+def concepts_for(stack, clip, known=None):
+    """The Concepts that a stack's gates need, as a CLIP encodes them; those in `known` stay as they are."""
+    names = wanted_concepts(stack)
+    missing = [name for name in names if known is None or name not in known.names]
+    if not missing:
+        return known
+    fresh = Concepts.of(encode(clip, (*missing, "")))
+    if known is None:
+        return fresh
+    if known.vectors.shape[1:] != fresh.vectors.shape[1:]:
+        raise ErasureError(
+            f"The erasures already on this model compare texts of shape {tuple(known.vectors.shape[1:])}, the "
+            f"connected CLIP gives {tuple(fresh.vectors.shape[1:])}; connect the CLIP that belongs to the model."
+        )
+    return Concepts(known.names + fresh.names, torch.cat([known.vectors, fresh.vectors]), known.tokens + fresh.tokens)
+
+
+def apply_stack(model, stack, clip=None):
+    """A clone of a MODEL with the stack added to what already acts on it; the model itself when nothing acts.
+
+    clip: needed when permeability follows the text.
+    """
+    before = applied(model)
     whole = applied_stack(model) + stack
-    plan = make_plan(whole, width)
-    if not plan:
+    has_text = any(entry.adapter.text_map is not None for entry in whole.entries)
+    width = context_width(model) if has_text else None
+    has_layers = any(entry.adapter.low_rank for entry in whole.entries)
+    keys = layer_keys(model) if has_layers else {}
+    missing = require_fit(model, stack, keys)
+    plan = make_plan(whole, width, concepts_for(whole, clip, before and before.plan.concepts), keys)
+    static = joined(stack, keys)
+    if not plan and not static:
         return model
     patched = model.clone()
-    foreign = _foreign(model, EXTRA_CONDS, ErasedConditioning)
-    patched.add_object_patch(EXTRA_CONDS, ErasedConditioning(model.model, whole, plan, foreign))
-    if plan.timed:
-        parts = [part.to(model.load_device) for part in plan.timed]  # once, not in every step
-        foreign = _foreign(model, APPLY_MODEL, TimedErasure)
-        patched.add_object_patch(APPLY_MODEL, TimedErasure(model.model, parts, foreign))
-    log.info("Membrane: %d erasure adapter(s) on the text of %s", len(whole.entries), type(model.model).__name__)
+    if static:
+        add_joined(patched, static)
+    if plan:
+        _put(patched, model, whole, plan)
+    count = sum(entry.acts for entry in whole.entries)
+    log.info("Membrane: %d erasure adapter(s) on %s", count, type(model.model).__name__)
+    if missing:
+        total = sum(len(entry.adapter.low_rank) for entry in stack.entries)
+        log.warning("Membrane: %d of %d changes belong to layers this model does not have", missing, total)
     return patched
+
+
+def _put(patched, model, whole, plan):
+    base, rows = model.model, Rows()
+    conditioning = ErasedConditioning(base, whole, plan, _foreign(model, EXTRA_CONDS, ErasedConditioning))
+    patched.add_object_patch(EXTRA_CONDS, conditioning)
+    if not plan.in_steps:
+        return
+    steps = ErasedSteps(base, plan, conditioning, rows, _foreign(model, APPLY_MODEL, ErasedSteps))
+    patched.add_object_patch(APPLY_MODEL, steps)
+    layers, parts = modules(model), {}
+    for key, layer in plan.layers.items():
+        parts.setdefault(plain_key(key), []).append(Part(layer, _outputs(key)))
+    for key, found in parts.items():
+        name = key.removesuffix(".weight") + ".forward"
+        patched.add_object_patch(name, Bypass(layers[key], found, rows, _foreign(model, name, Bypass)))
+
+
+def _outputs(key):
+    """(start, length) of the outputs that a key of layer_keys() stands for, None for all of them."""
+    if isinstance(key, str):
+        return None
+    if len(key) > 2 or key[1][0] != 0:
+        raise ErasureError(
+            f"The layer {key[0]} is stored by the host in a way that permeability cannot follow; "
+            'set the permeability to "fixed".'
+        )
+    return key[1][1:]
+
+
+def add_joined(patched, changes):
+    """Adds {key: Joined} to the host's own patch list, one low-rank entry a layer."""
+    lora, keys, biases = {}, {}, {}
+    for i, (key, change) in enumerate(changes.items()):
+        lora[f"{i}.lora_up.weight"], lora[f"{i}.lora_down.weight"] = change.up, change.down
+        keys[str(i)] = key
+        if change.bias is not None:
+            biases[plain_key(key).removesuffix("weight") + "bias"] = ("diff", (change.bias,))
+    patched.add_patches(comfy.lora.load_lora(lora, keys) | biases, 1.0)
 
 
 def without_stack(model):
     """A clone of a MODEL without the stack that acts on its text; another pack's patches stay."""
     clone = model.clone()
-    for name, ours in ((EXTRA_CONDS, ErasedConditioning), (APPLY_MODEL, TimedErasure)):
-        foreign = _foreign(clone, name, ours)
-        if foreign is None:
-            clone.object_patches.pop(name, None)
-        else:
-            clone.object_patches[name] = foreign
+    for name, patch in list(clone.object_patches.items()):
+        if isinstance(patch, ErasedConditioning | ErasedSteps | Bypass):
+            if patch.previous is None:
+                clone.object_patches.pop(name)
+            else:
+                clone.object_patches[name] = patch.previous
     return clone

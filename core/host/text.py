@@ -7,7 +7,7 @@ import torch
 
 from ..closed_form.job import Encoded
 from ..errors import ErasureError
-from .patching import context_width
+from .layers import context_width
 
 BATCH = 32  # prompts per forward pass of the text encoder
 EMBEDDING = -1  # stands for a textual-inversion vector among token ids

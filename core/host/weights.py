@@ -1,6 +1,7 @@
 """The host model's effective weights, what a layer multiplies with, and the erasure put on them."""
 
 import logging
+from collections.abc import Mapping
 
 import comfy.lora
 import comfy.model_patcher
@@ -8,9 +9,13 @@ import comfy.utils
 import torch
 
 from ..errors import ErasureError
+from ..extract import BaseLayer
+from ..formats.weights import EditedWeights
 from ..low_rank import compact, layer_factors
-from ..plan import make_plan
-from .patching import applied_stack, context_width, cross_attention_layers, without_stack
+from ..plan import Joined, first_gated, joined, make_plan
+from ..sites import site
+from .layers import context_width, cross_attention_layers, layer_keys, modules, require_fit
+from .patching import add_joined, applied_stack, without_stack
 
 try:  # a function of its own since August 2024, a method of the patcher before
     from comfy.lora import calculate_weight
@@ -34,20 +39,63 @@ def effective_weight(model, key, patches):
     return calculate_weight(rest, weight, key)
 
 
+def _key_patches(model):
+    """{key: stored weight and its patches} of the denoiser's weights and biases, as get_key_patches() means it."""
+    if hasattr(comfy.model_patcher, "get_key_weight"):
+        return model.get_key_patches("diffusion_model.")
+    # get_key_patches of older hosts breaks a model whose own patches are in place: it takes the patched
+    # weights for plain ones and leaves them behind, so that the next load patches them once more
+    stored = {f"diffusion_model.{name}": p for name, p in model.model.diffusion_model.named_parameters()}
+    backups = {key: model.backup.get(key, parameter) for key, parameter in stored.items()}
+    return {key: [getattr(backup, "weight", backup), *model.patches.get(key, ())] for key, backup in backups.items()}
+
+
 def cross_attention_weights(model):
     """(key, effective weight (out, d)) of the key and value layers that read the text, one at a time."""
-    layers = dict(cross_attention_layers(model))
-    if hasattr(comfy.model_patcher, "get_key_weight"):
-        patches = model.get_key_patches("diffusion_model.")
-    else:
-        # get_key_patches of older hosts breaks a model whose own patches are in place: it takes the patched
-        # weights for plain ones and leaves them behind, so that the next load patches them once more
-        backups = {key: model.backup.get(key, layer.weight) for key, layer in layers.items()}
-        patches = {
-            key: [getattr(backup, "weight", backup), *model.patches.get(key, ())] for key, backup in backups.items()
-        }
-    for key in layers:
+    patches = _key_patches(model)
+    for key, _ in cross_attention_layers(model):
         yield key, effective_weight(model, key, patches[key])
+
+
+def base_layers(model):
+    """{site: BaseLayer} of a MODEL's denoiser with its effective weights, every spelling of a site leading to one."""
+    patches, layers = _key_patches(model), {}
+
+    def layer(key):
+        def read():
+            found = [key, key.removesuffix("weight") + "bias"]
+            return tuple(effective_weight(model, k, patches[k]) if k in patches else None for k in found)
+
+        return BaseLayer(site(key), read)
+
+    for key in patches:
+        if key.endswith(".weight"):
+            layers[site(key)] = layer(key)
+    spellings = {name: site(key) for name, key in layer_keys(model).items() if isinstance(key, str)}
+    return layers | {name: layers[own] for name, own in spellings.items() if own in layers}
+
+
+class _Tensors(Mapping):
+    """{(site, "weight" or "bias"): effective tensor} of a MODEL's denoiser, made as it is asked."""
+
+    def __init__(self, model):
+        self.model, self.patches = model, _key_patches(model)
+        self.keys_of = {(site(key), key.rpartition(".")[2]): key for key in self.patches}
+
+    def __getitem__(self, name):
+        key = self.keys_of[name]
+        return effective_weight(self.model, key, self.patches[key])
+
+    def __iter__(self):
+        return iter(self.keys_of)
+
+    def __len__(self):
+        return len(self.keys_of)
+
+
+def edited_weights(model):
+    """EditedWeights of a MODEL with everything that is patched onto it."""
+    return EditedWeights(_Tensors(model), "the edited model", whole=True)
 
 
 def cross_attention_gram(model, on_progress=None):
@@ -63,13 +111,29 @@ def cross_attention_gram(model, on_progress=None):
 
 
 def kohya_names(model):
-    """{key: kohya's LoRA name} of the key and value layers, by the host's table of diffusers names."""
+    """{key: kohya's LoRA name} of the denoiser's layers, by the host's table of diffusers names."""
     table = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     diffusers = {f"diffusion_model.{ours}": theirs for theirs, ours in table.items()}
-    keys = [key for key, _ in cross_attention_layers(model)]
     # a network outside the table keeps the host's own path, which the host's LoRA loader knows as well
-    paths = {key: diffusers.get(key, key.removeprefix("diffusion_model.")) for key in keys}
-    return {key: "lora_unet_" + path.removesuffix(".weight").replace(".", "_") for key, path in paths.items()}
+    return {key: "lora_unet_" + site(diffusers.get(key, key)) for key in modules(model)}
+
+
+def kohya_sites(model):
+    """({site: kohya's LoRA name}, the sites that are convolutions), with every spelling of a site."""
+    names, layers = kohya_names(model), modules(model)
+    keys = {site(key): key for key in layers} | {name: k for name, k in layer_keys(model).items() if k in layers}
+    convolutions = {name for name, key in keys.items() if hasattr(layers[key], "kernel_size")}
+    return {name: names[key] for name, key in keys.items()}, convolutions
+
+
+def _of_the_text(model, text):
+    """{key: Joined} of what a TextPart adds to the effective weights that read the text."""
+    a, b = compact(text.a, text.b)
+    shared, found = b.float().contiguous(), {}
+    for key, weight in cross_attention_weights(model):
+        up, down = layer_factors(weight, a, b)
+        found[key] = Joined(up.float(), shared if down is b else down.float())
+    return found
 
 
 def apply_to_weights(model, stack):
@@ -79,31 +143,28 @@ def apply_to_weights(model, stack):
     host's own patch list. W is the layer's effective weight, so what comes before counts, and what acts on
     the text already moves to the weights with it. The model itself when nothing acts.
 
-    Raises ErasureError when an adapter has a time range, which weights cannot have.
+    Raises ErasureError when an adapter has a time range or follows the text, which weights cannot do.
     """
-    width = context_width(model)
     whole = applied_stack(model) + stack
-    plan = make_plan(whole, width)
     if not any(entry.acts for entry in stack.entries):
         return model
-    for entry in whole.entries:
-        if entry.acts and not entry.always:
-            raise ErasureError(
-                f"The adapter {entry.adapter.describe()} acts from {entry.start_percent:g} to {entry.end_percent:g} of "
-                'the sampling, but weights are the same in every step; set apply_to to "text", or its range to 0 and 1.'
-            )
-    a, b = compact(plan.constant.a, plan.constant.b)
-    shared = b.float().contiguous()
-    lora, keys = {}, {}
-    for key, weight in cross_attention_weights(model):
-        name = key.removesuffix(".weight")
-        up, down = layer_factors(weight, a, b)
-        lora[f"{name}.lora_up.weight"] = up.float()
-        lora[f"{name}.lora_down.weight"] = shared if down is b else down.float()
-        keys[name] = key
+    gated = first_gated(whole)
+    if gated:
+        raise ErasureError(
+            f"The adapter {gated.adapter.describe()} acts from {gated.start_percent:g} to {gated.end_percent:g} of the "
+            f'sampling with the permeability "{gated.mode}" (negative: {gated.permeability.negative}), but weights are '
+            'the same for every step and prompt; set apply_to to "text", or the range to 0 and 1, the permeability '
+            'to "fixed" and its negative to "same as positive".'
+        )
+    keys = layer_keys(model) if any(entry.adapter.low_rank for entry in stack.entries) else {}
+    require_fit(model, stack, keys)
+    changes = joined(stack, keys)
     patched = without_stack(model)
-    patched.add_patches(comfy.lora.load_lora(lora, keys), 1.0)
-    log.info(
-        "Membrane: %d erasure adapter(s) on %d weights of %s", len(whole.entries), len(keys), type(model.model).__name__
-    )
+    if changes:
+        add_joined(patched, changes)
+    if any(entry.adapter.text_map is not None for entry in whole.entries):
+        text = make_plan(whole, context_width(model)).text
+        if text is not None:
+            add_joined(patched, _of_the_text(patched, text))
+    log.info("Membrane: %d erasure adapter(s) on the weights of %s", len(whole.entries), type(model.model).__name__)
     return patched

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = ROOT / "tests" / "contract" / "nodes.json"
+EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
 
 
 def describe_input(name, entry, optional):
@@ -21,7 +22,7 @@ def describe_input(name, entry, optional):
         "name": name,
         "optional": optional,
         # the files of a folder differ from machine to machine
-        "type": "FILES" if name.endswith("_name") else kind,
+        "type": "FILES" if name.endswith(("_name", "_file")) else kind,
         **{k: options[k] for k in ("default", "min", "max", "step", "multiline") if k in options},
     }
 
@@ -60,8 +61,9 @@ def test_every_node_explains_itself(pack):
         assert cls.CATEGORY.split("/")[0] == "membrane"
         assert cls.DESCRIPTION and cls.SEARCH_ALIASES
         assert len(getattr(cls, "OUTPUT_TOOLTIPS", ())) == len(cls.RETURN_TYPES), name
-        for group in cls.INPUT_TYPES().values():
-            for key, entry in group.items():
+        types = cls.INPUT_TYPES()
+        for group in ("required", "optional"):  # what is hidden has no widget
+            for key, entry in types.get(group, {}).items():
                 assert entry[1]["tooltip"], f"{name}.{key}"
                 # the page of March 2024 takes {} in such a box for a choice and removes what follows //
                 assert not entry[1].get("multiline") or entry[1]["dynamicPrompts"] is False, f"{name}.{key}"
@@ -84,7 +86,7 @@ def test_the_folder_category(host, pack):
     import folder_paths
 
     paths, extensions = folder_paths.folder_names_and_paths["erasure_adapters"]
-    assert extensions == {".safetensors"} and len(paths) == len(set(paths))
+    assert extensions == EXTENSIONS and len(paths) == len(set(paths))
     from membrane.core.host import folders
 
     folder_paths.folder_names_and_paths["erasure_adapters"] = (["/somewhere/else"], set())
@@ -92,9 +94,9 @@ def test_the_folder_category(host, pack):
         folders.register()
         folders.register()
         paths, extensions = folder_paths.folder_names_and_paths["erasure_adapters"]
-        assert paths[0] == "/somewhere/else" and len(paths) == 2 and extensions == {".safetensors"}
+        assert paths[0] == "/somewhere/else" and len(paths) == 2 and extensions == EXTENSIONS
     finally:
         folder_paths.folder_names_and_paths["erasure_adapters"] = (
             [str(host.work / "models" / "erasure_adapters")],
-            {".safetensors"},
+            set(EXTENSIONS),
         )

@@ -1,11 +1,14 @@
 """Erasing on a real host: exact, undoable, and without a trace on anything else."""
 
+from pathlib import Path
+
 import comfy.sd
 import pytest
 import torch
 from membrane.core.closed_form.concepts import fill
 from membrane.core.errors import ErasureError
-from membrane.core.host.patching import apply_stack, cross_attention_layers
+from membrane.core.host.layers import cross_attention_layers
+from membrane.core.host.patching import apply_stack
 from membrane.core.host.text import encode
 from membrane.core.pixel_world import ASSETS
 from membrane.core.stack import Entry, ErasureStack
@@ -391,3 +394,57 @@ def test_null_space_methods_leave_the_preserved_subject_alone(node, demo, method
     e = adapter.text_map.matrix()
     assert (e @ heart).norm() < 1e-4 * heart.norm()
     assert (star + e @ star - circle).norm() < 0.2 * (star - circle).norm()
+
+
+def test_a_preset_sets_the_published_numbers(node, demo):
+    card = erase(node, demo, concepts="star", preset="person", method="SPEED", rho=7.0, templates="{} {}")[1].card
+    assert card.surrogates == ("person",)
+    assert (card.settings["tau"], card.settings["rho"], card.settings["prior_filter"]) == (1e-4, 0.05, False)
+    assert "a portrait of {}" in card.settings["templates"]
+    card = erase(node, demo, concepts="star -> circle\nheart ->", preset="style", preserve="ring")[1].card
+    assert card.surrogates == ("circle", "") and card.settings["preserve_scale"] == 0.5
+
+
+def test_no_preset_is_the_same_as_before(node, demo):
+    plain = erase(node, demo)[1]
+    assert plain.card == erase(node, demo, preset="custom", preserve_file="none")[1].card
+    assert "penalty_on" not in plain.card.settings
+
+
+def test_penalties_differ(node, demo):
+    one, other = (erase(node, demo, method="RECE", penalty_on=kind)[1] for kind in ("length", "distance"))
+    assert other.card.settings["penalty_on"] == "distance"
+    assert (one.text_map.matrix() - other.text_map.matrix()).norm() > 1e-3 * one.text_map.matrix().norm()
+
+
+@pytest.fixture
+def kept_list():
+    import folder_paths
+
+    file = Path(folder_paths.get_input_directory()) / "kept.txt"
+    file.write_text("\ufeffheart\n\nsquare\nheart\n", encoding="utf-8")
+    yield file
+    file.unlink(missing_ok=True)
+
+
+def test_a_preserve_list_from_a_file(node, demo, kept_list, pack):
+    cls = pack.NODE_CLASS_MAPPINGS["MembraneErase"]
+    assert cls.INPUT_TYPES()["optional"]["preserve_file"][0] == ["none", "kept.txt"]
+    assert cls.VALIDATE_INPUTS("kept.txt") is True and cls.VALIDATE_INPUTS() is True
+    written = erase(node, demo, preserve="moon\nheart\nsquare")[1]
+    read = erase(node, demo, preserve="moon", preserve_file="kept.txt")[1]
+    assert read.card == written.card and torch.equal(read.text_map.a, written.text_map.a)
+    before = cls.IS_CHANGED("kept.txt", model=None)
+    assert before == cls.IS_CHANGED("kept.txt") != cls.IS_CHANGED()
+    kept_list.write_text("ring", encoding="utf-8")
+    assert before != cls.IS_CHANGED("kept.txt")
+
+
+def test_a_preserve_list_that_cannot_be_read(node, demo, kept_list, pack):
+    kept_list.write_bytes(b"caf\xe9")
+    with pytest.raises(ErasureError, match="not UTF-8"):
+        erase(node, demo, preserve_file="kept.txt")
+    for name in ("gone.txt", "../kept.txt"):
+        assert "was not found" in pack.NODE_CLASS_MAPPINGS["MembraneErase"].VALIDATE_INPUTS(name)
+        with pytest.raises(ErasureError, match="was not found"):
+            erase(node, demo, preserve_file=name)

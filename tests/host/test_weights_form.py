@@ -11,7 +11,8 @@ import pytest
 import torch
 from membrane.core.adapter import Card, ErasureAdapter, TextMap
 from membrane.core.errors import ErasureError
-from membrane.core.host.patching import APPLY_MODEL, EXTRA_CONDS, apply_stack, cross_attention_layers
+from membrane.core.host.layers import cross_attention_layers
+from membrane.core.host.patching import APPLY_MODEL, EXTRA_CONDS, apply_stack
 from membrane.core.host.weights import apply_to_weights, kohya_names
 from membrane.core.pixel_world import ASSETS
 from membrane.core.stack import Entry, ErasureStack
@@ -244,9 +245,9 @@ def test_a_lora_stays_in_its_folder(node, demo, adapter, prefix):
 
 
 def test_names_are_kohyas(demo):
-    names = kohya_names(demo[0])
-    assert set(names) == {key for key, _ in cross_attention_layers(demo[0])}
-    assert len(set(names.values())) == len(names)
+    everything = kohya_names(demo[0])
+    assert len(set(everything.values())) == len(everything)
+    names = {key: everything[key] for key, _ in cross_attention_layers(demo[0])}
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     assert names[key] == "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     assert all(
@@ -273,11 +274,12 @@ SIZES = {
 
 
 @pytest.mark.parametrize(
-    ("family", "layers", "names"),
+    ("family", "layers", "spm_layers", "names"),
     [
         (
             "SD15",
             32,
+            192,
             {
                 "input_blocks.1.1.transformer_blocks.0": "down_blocks_0_attentions_0_transformer_blocks_0",
                 "input_blocks.8.1.transformer_blocks.0": "down_blocks_2_attentions_1_transformer_blocks_0",
@@ -287,6 +289,7 @@ SIZES = {
         (
             "SDXL",
             140,
+            722,
             {
                 "input_blocks.8.1.transformer_blocks.9": "down_blocks_2_attentions_1_transformer_blocks_9",
                 "middle_block.1.transformer_blocks.3": "mid_block_attentions_0_transformer_blocks_3",
@@ -295,7 +298,7 @@ SIZES = {
         ),
     ],
 )
-def test_names_of_the_published_networks(family, layers, names):
+def test_names_of_the_published_networks(family, layers, spm_layers, names):
     """The full networks' own modules, built without memory; the names are those of published LoRAs."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -308,10 +311,15 @@ def test_names_of_the_published_networks(family, layers, names):
             operations=comfy.ops.disable_weight_init, **copy.deepcopy(sizes),
         )  # fmt: skip
     config = types.SimpleNamespace(unet_config=sizes)
-    found = kohya_names(
+    whole = kohya_names(
         types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=network, model_config=config))
     )
-    assert len(found) == layers and len(set(found.values())) == layers
+    assert len(set(whole.values())) == len(whole)
+    layer = {f"diffusion_model.{n}.weight": m for n, m in network.named_modules() if hasattr(m, "weight")}
+    inside = [n for key, n in whole.items() if "_attentions_" in n and layer[key].weight.dim() > 1]
+    assert len(inside) == spm_layers
+    found = {key: name for key, name in whole.items() if "attn2.to_k" in key or "attn2.to_v" in key}
+    assert len(found) == layers
     for ours, theirs in names.items():
         for kind in ("k", "v"):
             assert found[f"diffusion_model.{ours}.attn2.to_{kind}.weight"] == f"lora_unet_{theirs}_attn2_to_{kind}"

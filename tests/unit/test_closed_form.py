@@ -11,7 +11,7 @@ from membrane.core.closed_form.concepts import (
     parse_templates,
 )
 from membrane.core.closed_form.job import Encoded, Job, erase
-from membrane.core.closed_form.rece import rece
+from membrane.core.closed_form.rece import PENALTIES, rece
 from membrane.core.closed_form.uce import uce
 from membrane.core.errors import ErasureError
 
@@ -71,15 +71,54 @@ def test_terms_of_a_concept_are_that_concepts_share():
         assert (found - expected).norm() / expected.norm() < 1e-6
 
 
-def naive_rece(start, c_full, n_full, c, n, r, epochs, penalty, lam, p):
+def naive_derivation(current, start, c, n, penalty, penalty_on):
+    """RECE's derived embeddings (rows) with each of the published penalties, by plain inverses."""
+    eye = torch.eye(D, dtype=torch.float64)
+    a = sum(w.T @ w for w in current)
+    right = sum(w.T @ v for w, v in zip(current, start)) @ c.T
+    if penalty_on == "length":
+        return (torch.linalg.inv(penalty * eye + a) @ right).T
+    if penalty_on == "distance":
+        return (torch.linalg.inv(penalty * eye + a) @ (right + penalty * c.T)).T
+    if penalty_on == "outputs":
+        return (torch.linalg.inv((1 + penalty) * a) @ (right + penalty * a @ c.T)).T
+    if penalty_on == "both":
+        return (torch.linalg.inv(penalty * eye + (1 + penalty) * a) @ (right + penalty * (a + eye) @ c.T)).T
+    return (torch.linalg.inv(penalty * eye + a) @ (right + penalty * n.T)).T
+
+
+def naive_rece(start, c_full, n_full, c, n, r, epochs, penalty, lam, p, penalty_on="length"):
     """The published loop on every matrix: UCE, then derived embeddings and an edit per epoch."""
     current = [naive_uce(w, c, n, r, 1.0, 1.0, 0.5) for w in start]
     for _ in range(epochs):
-        a = penalty * torch.eye(D, dtype=torch.float64) + sum(w.T @ w for w in current)
-        b = sum(w.T @ v for w, v in zip(current, start))
-        derived = [torch.linalg.inv(a) @ b @ ci for ci in c_full]
+        derived = naive_derivation(current, start, c_full, n_full, penalty, penalty_on)
         current = [naive_uce(w, derived, n_full, r, 1.0, p, lam) for w in current]
     return current
+
+
+@pytest.mark.parametrize("penalty_on", PENALTIES)
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_rece_with_every_penalty(penalty_on, epochs):
+    full_c, full_n = embeddings(2, 1), embeddings(2, 2)
+    r = embeddings(2, 3).flatten(0, 1)
+    groups = [[(c[3:], n[3:])] for c, n in zip(full_c, full_n)]
+    whole = [[(c, n)] for c, n in zip(full_c, full_n)]
+    start = weights()
+    base, weight_gram = r.T @ r, sum(w.T @ w for w in start)
+    settings = {"epochs": epochs, "penalty": 0.3, "penalty_on": penalty_on}
+    terms = list(rece_module.rece_terms(groups, whole, base, weight_gram, **settings))
+    found = sum(a @ b for a, b in terms)
+    rows = [t.flatten(0, 1) for t in (full_c, full_n, full_c[:, 3:], full_n[:, 3:])]
+    expected = naive_rece(start, *rows, r, epochs, 0.3, 0.1, 0.1, penalty_on)
+    for w, want in zip(start, expected):
+        assert relative(w + w @ found, want, w) < 1e-6
+
+
+def test_rece_says_when_the_edit_has_no_inverse():
+    flat = torch.eye(D, dtype=torch.float64)
+    flat[0, 0] = 0.0
+    with pytest.raises(ErasureError, match='put the penalty on "length"'):
+        rece_module.derivation(torch.eye(D, dtype=torch.float64), flat, 0.1, "outputs")
 
 
 @pytest.mark.parametrize("concepts", [1, 3])

@@ -1,11 +1,13 @@
 """SPEED, Double Projections and the shared solver against naive float64 forms; real shapes and degenerate input."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from membrane.core.closed_form.concepts import Concept
 from membrane.core.closed_form.double_projection import double_projection
-from membrane.core.closed_form.job import METHODS, Encoded, Job, erase, solve
-from membrane.core.closed_form.rece import rece_terms
+from membrane.core.closed_form.job import METHODS, Encoded, Job, erase, solve, solve_pooled
+from membrane.core.closed_form.rece import PENALTIES, rece_terms
 from membrane.core.closed_form.speed import centroids, influential, invariants, speed
 from membrane.core.closed_form.text_map import by_concept, gram, minimal_terms, protected_basis, text_map
 from membrane.core.closed_form.uce import uce_factor, uce_terms
@@ -321,6 +323,40 @@ def test_three_hundred_concepts(method):
     assert len(set(found.concept)) == 300
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("preserve", [("a star map", "map of a star"), ("disc",), ()])
+def test_a_concept_inside_a_preserved_line(method, preserve):
+    """And with nothing or only the replacement preserved: the concept still moves to its replacement."""
+    found, encoded = run(("star", "disc"), preserve=preserve, method=method, safe_anchor=False)
+    star, disc = (encoded.row(word)[1].double() for word in ("star", "disc"))
+    assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
+    moved = star + dense(found) @ star
+    assert (moved - disc).norm() < (star - disc).norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_concepts_that_read_alike_share_the_erasure(method):
+    """Two concepts with the same tokens and two that differ by a word; no system becomes singular."""
+    found, encoded = run(("star", "disc"), ("star ", "disc"), ("big star", "disc"), method=method, safe_anchor=False)
+    assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
+    single, _ = run(("star", "disc"), ("big star", "disc"), method=method, safe_anchor=False)
+    star = encoded.row("star")[1].double()
+    if method == "Double Projections":  # exact on every target, however often it is listed
+        assert difference(dense(found) @ star, dense(single) @ star) < 1e-5
+
+
+@pytest.mark.parametrize("penalty_on", PENALTIES)
+def test_three_hundred_concepts_with_every_penalty(penalty_on):
+    """Numbers, or one sentence where the edited layers have no inverse left."""
+    concepts = [(f"thing{i}", "disc") for i in range(300)]
+    try:
+        found, _ = run(*concepts, method="RECE", epochs=2, penalty_on=penalty_on)
+    except ErasureError as error:
+        assert penalty_on == "outputs" and "\n" not in str(error)
+    else:
+        assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
+
+
 @pytest.mark.parametrize("method", ["SPEED", "Double Projections"])
 def test_preserving_everything_leaves_nothing_to_erase_by(method):
     preserve = tuple(f"kept{i}" for i in range(80))
@@ -402,3 +438,46 @@ def test_real_shapes_with_many_concepts():
     assert (c0.double() @ found.T).norm() < 1e-6 * c0.norm()
     assert (invariants(empty) @ found.T).norm() < 1e-6 * c0.norm()
     assert by_concept(c1, anchors, owner, 100)[3][0][0].shape == (1, 768)
+
+
+# ---------------------------------------------------------------- the pooled vector of SDXL
+
+
+def with_pooled(encoded, width=10):
+    g = torch.Generator().manual_seed(6)
+    return replace(encoded, pooled=torch.randn(len(encoded.prompts), width, generator=g))
+
+
+@pytest.mark.parametrize("method", ["UCE", "RECE"])
+def test_the_pooled_vector_gets_uces_formula(method):
+    job = Job((Concept("star", "disc"), Concept("sun", "")), ("heart",), TEMPLATES, method=method, preserve_scale=2.0)
+    encoded = with_pooled(encoder(job.prompts()))
+    assert solve_pooled(job, encoder(job.prompts())) is None
+    found = solve_pooled(job, encoded)
+
+    def rows(prompts):
+        return torch.stack([encoded.pooled[encoded.place[p]] for p in prompts]).double()
+
+    c = rows(["star", "a red star here", "sun", "a red sun here"])
+    n = rows(["disc", "a red disc here", "", "a red here"])
+    r = rows(["", "heart", "a red heart here"])
+    system = 0.5 * torch.eye(10, dtype=torch.float64) + c.T @ c + 2 * r.T @ r
+    assert difference(dense(found), (n - c).T @ c @ torch.linalg.inv(system)) < 1e-6
+    assert set(found.concept) == {0, 1}
+
+
+@pytest.mark.parametrize("method", ["SPEED", "Double Projections"])
+def test_the_pooled_vector_of_what_is_preserved_stays(method):
+    job = Job((Concept("star", "disc"),), ("heart",), method=method, tau=0.0, prior_filter=False, safe_anchor=False)
+    encoded = with_pooled(encoder(job.prompts()))
+    e = dense(solve_pooled(job, encoded))
+    star, disc, heart, empty = (encoded.pooled[encoded.place[p]].double() for p in ("star", "disc", "heart", ""))
+    assert max((e @ heart).norm(), (e @ empty).norm()) < 1e-6
+    assert (star + e @ star - disc).norm() < 0.5 * (star - disc).norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_pooled_vector_without_a_preserve_list(method):
+    job = Job((Concept("star", "disc"), Concept("moon", "sun")), method=method, safe_anchor=False)
+    found = solve_pooled(job, with_pooled(encoder(job.prompts())))
+    assert torch.isfinite(found.a).all() and set(found.concept) == {0, 1}

@@ -5,9 +5,10 @@ import os
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
 from membrane.core.errors import ErasureError
 from membrane.core.formats import files, native
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 
@@ -27,8 +28,6 @@ def adapter(width=16, concepts=("star", "heart, red")):
 
 def rewrite(path, change_tensors=None, change_metadata=None):
     """The same file with some tensors or metadata changed."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
     tensors = load_file(path)
@@ -55,8 +54,6 @@ def test_round_trip(path):
 
 
 def test_metadata_is_what_model_browsers_read(path):
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert all(isinstance(v, str) for v in metadata.values())
@@ -90,8 +87,10 @@ def put(key, value):
     ("tensors", "metadata", "message"),
     [
         (None, drop("membrane.format"), "is not a Membrane erasure adapter"),
-        (None, put("membrane.version", "2"), "format version 2, and this pack reads up to 1; update"),
+        (None, put("membrane.version", "3"), "format version 3, and this pack reads up to 2; update"),
         (None, put("membrane.version", "x"), "format version x"),
+        (None, put("membrane.version", "\u00b2"), "format version"),
+        (None, put("membrane.version", "9" * 5000), "format version 9"),
         (None, put("membrane.concepts", "[oops"), "damaged description"),
         (None, put("membrane.concepts", "[]"), "names no concepts"),
         (None, put("membrane.concepts", '["a"]'), "names 1 concepts"),
@@ -122,3 +121,73 @@ def test_a_plain_lora_is_refused_by_what_it_holds(tmp_path):
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(4, 1)}, file)
     with pytest.raises(ErasureError, match="it holds lora_unet_x.lora_up.weight"):
         native.load(file)
+
+
+def layers():
+    """A linear layer in half precision and a convolution with a bias."""
+    g = torch.Generator().manual_seed(1)
+    return {
+        "down_blocks_0_attn2_to_k": LowRank(
+            torch.randn(8, 2, generator=g).half(), torch.randn(2, 6, generator=g).half(), 0.1
+        ),
+        "conv_in": LowRank(
+            torch.randn(8, 1, generator=g), torch.randn(1, 4, 3, 3, generator=g), 1.0, torch.randn(8, generator=g)
+        ),
+    }
+
+
+@pytest.mark.parametrize("with_text_map", [True, False])
+@pytest.mark.parametrize("concepts", [("star",), ()])
+def test_changes_of_layers_round_trip(tmp_path, with_text_map, concepts):
+    if with_text_map and not concepts:
+        return
+    path, text_map = str(tmp_path / "x.safetensors"), adapter(concepts=concepts).text_map if with_text_map else None
+    native.save(ErasureAdapter(Card("ESD", concepts), text_map, "", layers()), path)
+    loaded = native.load(path)
+    assert loaded.card == Card("ESD", concepts) and (loaded.text_map is not None) == with_text_map
+    assert loaded.low_rank.keys() == layers().keys()
+    for name, change in layers().items():
+        found = loaded.low_rank[name]
+        assert found.alpha == change.alpha
+        for a, b in ((found.up, change.up), (found.down, change.down), (found.bias, change.bias)):
+            assert a is b is None or (torch.equal(a, b) and a.dtype == b.dtype)
+
+
+def test_only_what_older_releases_cannot_read_is_version_two(path, tmp_path):
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["membrane.version"] == "1"
+        assert set(file.keys()) == {"text_map.a", "text_map.b", "text_map.concept"}
+    other = str(tmp_path / "layers.safetensors")
+    native.save(ErasureAdapter(Card("SPM", ("star",)), None, "", layers()), other)
+    with safe_open(other, framework="pt") as file:
+        assert file.metadata()["membrane.version"] == "2"
+        assert "low_rank.conv_in.bias" in file.keys() and "low_rank.down_blocks_0_attn2_to_k.alpha" in file.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("low_rank.conv_in.up"), "holds alpha and bias and down of conv_in but no up factor"),
+        (
+            put("low_rank.conv_in.up", torch.zeros(8, 2)),
+            r"shapes \(8, 2\) \(up\) and \(1, 4, 3, 3\) \(down\) for conv_in",
+        ),
+        (put("low_rank.conv_in.bias", torch.zeros(4)), r"a bias of shape \(4,\) for conv_in; expected \(8,\)"),
+        (put("low_rank.conv_in.alpha", torch.zeros(4)), r"alpha of conv_in with the shape \(4,\)"),
+        (put("low_rank.conv_in.alpha", torch.tensor(float("inf"))), "not finite in alpha of conv_in"),
+        (lambda tensors: tensors.clear(), "lacks text_map.a"),
+    ],
+)
+def test_damaged_layers_are_named(tmp_path, change, message):
+    path = str(tmp_path / "x.safetensors")
+    native.save(ErasureAdapter(Card("SPM", ("star",)), None, "", layers()), path)
+    rewrite(path, change)
+    with pytest.raises(ErasureError, match=message):
+        native.load(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_others_can_read_the_file_as_any_other(path, tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert os.stat(path).st_mode == plain.stat().st_mode

@@ -1,0 +1,119 @@
+"""What a file holds, whoever wrote it: tensors by name and a map of strings. Nothing in a file is ever run."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import ErasureError
+
+SAFETENSORS, TORCH = "safetensors", "PyTorch"
+ZIP, LFS_POINTER = b"PK\x03\x04", b"version https://git-lfs"
+OUTER = ("state_dict", "model")  # outer keys that are no part of a tensor's name
+DEPTH = 4  # of nested dictionaries; published files have two
+
+# Mapped files only, which excludes the layouts before PyTorch 1.6: releases up to 2.5 ran code in those in spite of
+# weights_only (CVE-2025-32434).
+load_weights_only = partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """A file's tensors and metadata.
+
+    tensors: {name: tensor} on the CPU, still in the file where possible; names of nested dictionaries are joined by
+    dots. metadata: safetensors' map of strings. outer: the keys of a PyTorch file that hold dictionaries.
+    """
+
+    name: str  # of the file, for messages
+    container: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    outer: frozenset[str] = frozenset()
+
+    def some(self):
+        """A few of the names, for messages."""
+        return ", ".join(sorted(self.tensors)[:3]) or "nothing"
+
+
+def read(path):
+    """Contents of a safetensors or PyTorch file, told apart by its first bytes.
+
+    Raises ErasureError for every other file, a damaged one, and one that is more than tensors.
+    """
+    name = os.path.basename(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ErasureError(f'"{name}" cannot be read ({error}); check the file or choose another one.') from error
+    if not head:
+        raise ErasureError(f'"{name}" cannot be read, it is empty (0 bytes); download or save it again.')
+    if head.startswith(LFS_POINTER):
+        raise ErasureError(
+            f'"{name}" is a Git LFS pointer, a few lines of text in place of the weights; download the file itself '
+            '(about as large as its page says), or run "git lfs pull" in its folder.'
+        )
+    return _read_torch(path, name) if head.startswith(ZIP) else _read_safetensors(path, name)
+
+
+def _read_safetensors(path, name):
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            return Contents(name, SAFETENSORS, tensors, file.metadata() or {})
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ErasureError(
+            f'"{name}" cannot be read as a safetensors file, nor is it a PyTorch file of version 1.6 or later '
+            f"({_first_line(error)}); download or save it again."
+        ) from error
+
+
+def _read_torch(path, name):
+    try:
+        found = load_weights_only(path)
+    except Exception as error:  # a damaged or hostile file may raise anything
+        foreign = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        if foreign:
+            raise ErasureError(
+                f'"{name}" holds more than weights (it asks for the Python object {foreign[1]}), and Membrane never '
+                "runs what a file brings along; get it as safetensors, or convert it in a place you trust."
+            ) from error
+        raise ErasureError(
+            f'"{name}" cannot be read as a PyTorch file ({_first_line(error)}); download it again, best as safetensors.'
+        ) from error
+    if isinstance(found, torch.Tensor):
+        found = {"tensor": found}
+    if not isinstance(found, dict):
+        raise ErasureError(
+            f'"{name}" holds one {type(found).__name__}; expected a dictionary of weights, choose another file.'
+        )
+    tensors = dict(_flat(found, set()))
+    for key, tensor in tensors.items():
+        # a view may claim any size, and every check of its numbers would then fill the memory
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ErasureError(
+                f'"{name}" holds {key} without a stored number for each of its elements; expected plain tensors, get '
+                "it as safetensors."
+            )
+    return Contents(name, TORCH, tensors, outer=frozenset(k for k, v in found.items() if isinstance(v, dict)))
+
+
+def _flat(mapping, seen, prefix="", depth=1):
+    """(name, tensor) of the tensors in nested dictionaries; a dictionary that holds itself is visited once."""
+    seen.add(id(mapping))
+    for key, value in mapping.items():
+        if not isinstance(key, str):
+            continue
+        if isinstance(value, torch.Tensor):
+            yield prefix + key, value.detach()
+        elif isinstance(value, dict) and id(value) not in seen and depth < DEPTH:
+            yield from _flat(value, seen, prefix if key in OUTER else f"{prefix}{key}.", depth + 1)
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

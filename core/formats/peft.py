@@ -1,0 +1,86 @@
+"""LoRA files with the names of PEFT and diffusers: EraseAnything, MACE's attention processors, most DiT LoRAs.
+
+<layer>.lora_A.weight (r, in) and <layer>.lora_B.weight (out, r), or .lora.down/.up, _lora.down/.up; the layer with
+dots. Alpha is a tensor beside them or in the metadata; without either it is the rank.
+"""
+
+import json
+import math
+import re
+
+import torch
+
+from ..adapter import Card, ErasureAdapter
+from ..errors import ErasureError
+from ..sites import site
+from .factors import gather, low_rank
+
+# the layer, then one of PEFT's (which may say the adapter's name) or diffusers' spellings of a factor, or alpha
+KEY = re.compile(
+    r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight$"
+    r"|(.+?)(?:_lora|\.lora|\.lora_linear_layer)\.(down|up)\.weight$"
+    r"|(.+)\.alpha$"
+)
+PARTS = {"A": "down", "B": "up", "down": "down", "up": "up"}
+LARGEST_ALPHA = 1e9
+METADATA = "lora_adapter_metadata"  # diffusers' JSON of PEFT's settings, each under the model's name
+
+
+def recognises(contents):
+    """Whether a file has these keys."""
+    return any(part in PARTS.values() for _, part in filter(None, map(_split, contents.tensors)))
+
+
+def parse(contents):
+    """Adapter of such a file; raises ErasureError for a damaged one."""
+    layers = gather(contents, _split)
+    settings = _settings(contents)
+    changes = {}
+    for layer, parts in layers.items():
+        if "alpha" not in parts and "down" in parts and settings:
+            parts["alpha"] = torch.tensor(_alpha(contents.name, settings, layer, len(parts["down"])))
+        changes[layer] = low_rank(contents.name, layer, parts)
+    return ErasureAdapter(Card("LoRA", ()), None, contents.name, changes)
+
+
+def _split(key):
+    found = KEY.match(key)
+    if not found:
+        return None
+    peft, half, diffusers, way, other = found.groups()
+    return (peft or diffusers or other), PARTS.get(half or way, "alpha")
+
+
+def _settings(contents):
+    """PEFT's settings of the denoiser, or {} where the file does not have them."""
+    text = contents.metadata.get(METADATA)
+    if text is None:
+        return {}
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        whole = None
+    if not isinstance(whole, dict):
+        raise ErasureError(
+            f'"{contents.name}" has damaged settings ({METADATA} is no JSON object), and its scale is unknown without '
+            "them; get the file again."
+        )
+    for model in ("transformer.", "unet.", ""):
+        settings = {key.removeprefix(model): value for key, value in whole.items() if key.startswith(model)}
+        if "lora_alpha" in settings:
+            return settings
+    return {}
+
+
+def _alpha(file, settings, layer, rank):
+    """PEFT's alpha for a layer; with rsLoRA (Kalajdzievski 2023) the scale is alpha / sqrt(r) instead of alpha / r."""
+    patterns = settings.get("alpha_pattern")
+    patterns = patterns if isinstance(patterns, dict) else {}
+    own = (value for name, value in patterns.items() if f"_{layer}".endswith(f"_{site(name)}"))
+    alpha = next(own, settings["lora_alpha"])
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < LARGEST_ALPHA:
+        raise ErasureError(
+            f'"{file}" has the alpha {str(alpha)[:40]} for {layer}; expected a number such as the rank, get the file '
+            "again."
+        )
+    return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)

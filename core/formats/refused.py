@@ -1,0 +1,84 @@
+"""Files that are known but not read, each with the reason, so that nobody searches for a mistake of their own."""
+
+import re
+
+from ..errors import ErasureError
+
+RECELER = (".down.weight", ".down.bias", ".up.weight", ".up.bias")
+Z_ERASE = re.compile(r"layers\.\d+\.attention\.to_[qk]\.lora_(down|up)\.weight$")
+EMBEDDINGS = {"emb_params", "clip_l", "clip_g", "t5xxl"}
+
+# what a key of such a file contains, and its kind
+KINDS = {
+    "hada_w": "LoHa factors",
+    "lokr_w": "LoKr factors",
+    "dora_scale": "DoRA factors",
+    "lora_magnitude_vector": "DoRA factors",
+    "oft_blocks": "OFT factors",
+    "oft_diag": "OFT factors",
+}
+OWN_PROGRAM = "use the program it was made with"
+
+
+def look_alike(contents):
+    """The ErasureError for a file that would pass for a LoRA or for weights of a denoiser but is none, or None."""
+    keys, tensors = tuple(contents.tensors), contents.tensors
+    if any("lora_gloce_" in key for key in keys):
+        return _error(contents, "is a GLoCE file, a gated change of what attention puts out and no LoRA", OWN_PROGRAM)
+    three = any(key.endswith(".lora_down.weight") and tensors[key].dim() == 3 for key in keys)
+    if three or any(key.startswith("attention_gate.") for key in keys):
+        return _error(
+            contents,
+            "is a CPE file (three-dimensional factors and an attention_gate), which is no LoRA without its gate",
+            OWN_PROGRAM,
+        )
+    if keys and all(map(Z_ERASE.match, keys)):
+        return _error(
+            contents,
+            "is a Z-Erase file, which changes the positions of the text only; as a LoRA it would change the "
+            "picture's as well",
+            OWN_PROGRAM,
+        )
+    if any(key.endswith(".down.bias") for key in keys) and all(key.endswith(RECELER) for key in keys):
+        return _error(contents, "is a Receler file, a small network after each attention and no LoRA", OWN_PROGRAM)
+    if any(key.startswith("controlnet_") for key in keys):
+        return _error(contents, "is a ControlNet and no erasure", "load it as a ControlNet")
+    for part, kind in KINDS.items():
+        found = next((key for key in keys if part in key), None)
+        if found:
+            return _no_pairs(contents, kind, found)
+    found = next((key for key in keys if key.endswith(".diff")), None)
+    return _no_pairs(contents, "whole differences of layers", found) if found else None
+
+
+def other(contents):
+    """The ErasureError for a file of no format that is read."""
+    keys = contents.tensors.keys()
+    if any(key.startswith(("text_model.", "text_encoder.")) for key in keys):
+        return _error(
+            contents,
+            "holds a whole text encoder (such as AdvUnlearn's), and Membrane erases in the denoiser",
+            "load it as the CLIP of your workflow",
+        )
+    placeholder = len(keys) == 1 and next(iter(keys)).startswith("<")
+    if keys & EMBEDDINGS or "string_to_param" in contents.outer or placeholder:
+        return _error(
+            contents, "is a textual inversion embedding", "put it into models/embeddings and name it in the prompt"
+        )
+    return _error(
+        contents,
+        f"is of no format that Membrane reads (it holds {contents.some()})",
+        "choose an erasure adapter, a LoRA, or weights of a denoiser",
+    )
+
+
+def _no_pairs(contents, kind, found):
+    return _error(
+        contents,
+        f"holds {kind} ({found}), and Membrane reads low-rank pairs (lora_up and lora_down)",
+        "convert it to a plain LoRA",
+    )
+
+
+def _error(contents, found, do):
+    return ErasureError(f'"{contents.name}" {found}; {do}.')

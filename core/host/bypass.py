@@ -1,0 +1,132 @@
+"""Gated low-rank changes beside the host's layers: the weights stay as they are.
+
+SPM, Lyu et al. 2024, eq. 9: y = W x + sum_c g_c (v_reg_c^T x) v_sig_c, for all adapters of a layer at once, with
+its own g for every row of the batch.
+"""
+
+import torch
+from torch.nn import functional
+
+from ..errors import ErasureError
+
+
+class Rows:
+    """The gates of the rows that are going through the network now, (rows, active channels), and which are active."""
+
+    def __init__(self):
+        self.gates, self.active = None, ()
+
+
+class Part:
+    """A GatedLayer as one layer's forward uses it: only the active columns, on the right device, in the right type."""
+
+    def __init__(self, layer, outputs=None):
+        self.layer = layer
+        self.outputs = outputs  # (start, length) of the outputs it changes, or None for all
+        self.wanted, self.ready = None, None
+
+    def factors(self, active, like):
+        """The Ready factors of the active channels, or None when no column belongs to them."""
+        wanted = (active, like.device, like.dtype)
+        if self.wanted != wanted:
+            self.wanted, self.ready = wanted, self._prepare(*wanted)
+        return self.ready
+
+    def _prepare(self, active, device, dtype):
+        layer = self.layer.columns(active)
+        if layer is None:
+            return None
+        to = {"device": device, "dtype": dtype}
+        return Ready(
+            layer.down.to(**to),
+            layer.up.T.contiguous().to(**to),
+            torch.tensor(layer.channel, device=device),
+            layer.paired,
+            layer.rank,
+            None if layer.bias is None else layer.bias.T.contiguous().to(**to),
+            torch.tensor(layer.bias_channel, device=device),
+        )
+
+
+class Ready:
+    """Factors ready for a forward: down (K, in...), up (K, out), channel (K,), bias (n, out), bias_channel (n,)."""
+
+    def __init__(self, down, up, channel, paired, rank, bias, bias_channel):
+        self.down, self.up, self.channel, self.paired, self.rank = down, up, channel, paired, rank
+        self.bias, self.bias_channel = bias, bias_channel
+
+    def scaled(self, inner, gates):
+        """Inner values (..., K) times their gates; paired ones added over the adapters and scaled once more."""
+        inner = inner * gates
+        if not self.paired:
+            return inner
+        first = inner.shape[-1] - self.paired
+        summed = inner[..., first:].unflatten(-1, (-1, self.rank)).sum(dim=-2, keepdim=True)
+        again = summed.expand(*summed.shape[:-2], self.paired // self.rank, self.rank).flatten(-2)
+        return torch.cat([inner[..., :first], again * gates[..., first:]], dim=-1)
+
+
+class Bypass:
+    """Stands in for a layer's `forward`: the class's own forward (or what another pack put there), then the parts."""
+
+    def __init__(self, module, parts, rows, previous=None):
+        self.module, self.parts, self.rows, self.previous = module, parts, rows, previous
+
+    def __call__(self, x, *args, **kwargs):
+        original = self.previous or type(self.module).forward.__get__(self.module)
+        y = original(x, *args, **kwargs)
+        if self.rows.gates is None:
+            return y
+        for part in self.parts:
+            ready = part.factors(self.rows.active, x)
+            if ready is not None:
+                y = self._add(x, y, ready, part.outputs)
+        return y
+
+    def _add(self, x, y, ready, outputs):
+        gates = _for_rows(self.rows.gates, x)
+        convolution = hasattr(self.module, "kernel_size")
+        if convolution:
+            delta = self._convolved(x, ready, gates)
+        else:
+            column_gates = gates[:, ready.channel].view(-1, *[1] * (x.dim() - 2), len(ready.channel)).to(x.dtype)
+            inner = ready.scaled(functional.linear(x, ready.down), column_gates)
+            fresh = self.previous is None and y.is_contiguous() and y.dtype == inner.dtype
+            if fresh and outputs is None and ready.bias is None:
+                # in place: one pass over y, and no tensor of its size is made
+                y.view(-1, y.shape[-1]).addmm_(inner.reshape(-1, inner.shape[-1]), ready.up)
+                return y
+            delta = inner @ ready.up
+        if ready.bias is not None:
+            shift = gates[:, ready.bias_channel].to(x.dtype) @ ready.bias
+            after = y.dim() - 2
+            delta = delta + (shift.view(len(shift), -1, *[1] * after) if convolution else
+                             shift.view(len(shift), *[1] * after, -1))  # fmt: skip
+        if outputs is None:
+            return y + delta.to(y.dtype)
+        start, length = outputs
+        y = y.clone()
+        y[..., start : start + length] += delta.to(y.dtype)
+        return y
+
+    def _convolved(self, x, ready, gates):
+        down = ready.down if ready.down.dim() == 4 else ready.down[:, :, None, None]
+        inner = functional.conv2d(x, down, stride=self.module.stride, padding=self.module.padding)
+        column_gates = gates[:, ready.channel].to(x.dtype)
+        scaled = ready.scaled(inner.movedim(1, -1), column_gates[:, None, None, :])
+        return (scaled @ ready.up).movedim(-1, 1)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def _for_rows(gates, x):
+    """Gates (batch, K) for a layer whose batch may be a multiple of the rows, as HyperTile makes it."""
+    if len(gates) in (1, len(x)):
+        return gates
+    if len(x) % len(gates):
+        raise ErasureError(
+            f"A layer got a batch of {len(x)} for {len(gates)} rows of gates; another node splits the batch inside "
+            'the network, apply it to another model or set the permeability to "fixed".'
+        )
+    return gates.repeat_interleave(len(x) // len(gates), dim=0)

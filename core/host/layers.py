@@ -1,0 +1,103 @@
+"""The layers of the host's model and the names that adapters know them by."""
+
+import comfy.lora
+
+from ..errors import ErasureError
+from ..sites import site
+
+WEIGHT = ".weight"
+
+
+def family(model):
+    """The host's name of the model's family, such as SD15 or SDXL."""
+    return type(model.model.model_config).__name__.lstrip("_")
+
+
+def context_width(model):
+    """Width of the text vectors a MODEL reads; raises for models without text cross-attention."""
+    width = getattr(model.model.model_config, "unet_config", {}).get("context_dim")
+    if isinstance(width, (list, tuple)):
+        width = width[0]
+    reads = next((module.in_features for _, module in cross_attention_layers(model)), None)
+    if width is None or reads != width:
+        raise ErasureError(
+            f"The model {type(model.model).__name__} has no cross-attention that reads the text directly "
+            "(no matching attn2.to_k layers were found); "
+            "closed-form erasure needs a Stable Diffusion 1, 2 or XL type U-Net."
+        )
+    return int(width)
+
+
+def cross_attention_layers(model):
+    """(key of the weight, module) of the key and value layers that read the text, in the U-Net's order."""
+    for name, module in model.model.diffusion_model.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            yield f"diffusion_model.{name}.weight", module
+
+
+def layer_keys(model):
+    """{site: key} for every spelling the host's own LoRA loader knows; a key is that of a weight, or the host's
+    tuple of it and the part of it that the name stands for, where the host fuses layers."""
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    return {site(name): key for name, key in names.items() if plain_key(key).endswith(WEIGHT)}
+
+
+def plain_key(key):
+    """The key of the weight in one of layer_keys()."""
+    return key if isinstance(key, str) else key[0]
+
+
+def modules(model):
+    """{key of the weight: module} of the denoiser's layers."""
+    named = model.model.diffusion_model.named_modules()
+    return {f"diffusion_model.{name}{WEIGHT}": module for name, module in named if hasattr(module, "weight")}
+
+
+def require_fit(model, stack, keys):
+    """Checks the low-rank changes of a stack against a MODEL; returns how many of them the model has no layer for.
+
+    Raises ErasureError when an adapter has no layer in common with the model or a factor has another shape.
+    """
+    layers, missing = modules(model), 0
+    for entry in stack.entries:
+        adapter = entry.adapter
+        if not adapter.low_rank:
+            continue
+        known = [name for name in adapter.low_rank if name in keys]
+        if not known:
+            made_for = f" (made for {adapter.card.family})" if adapter.card.family else ""
+            raise ErasureError(
+                f"None of the {len(adapter.low_rank)} layers that the adapter {adapter.describe()}{made_for} changes "
+                f"exists in this {family(model)} model (the first is {next(iter(adapter.low_rank))}); "
+                "use an adapter made for this family."
+            )
+        missing += len(adapter.low_rank) - len(known)
+        for name in known:
+            _require_shape(model, adapter, name, keys[name], layers.get(plain_key(keys[name])))
+    return missing
+
+
+def _require_shape(model, adapter, name, key, layer):
+    change = adapter.low_rank[name]
+    wanted = _shape(layer, key)
+    found = (len(change.up), *change.down.shape[1:])
+    if wanted is not None and found != wanted and (*found, 1, 1) != wanted:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} changes {name} as a layer of shape {found}, but in this "
+            f"{family(model)} model it has the shape {wanted}; use an adapter made for this family."
+        )
+
+
+def _shape(layer, key):
+    """(out, in) of a linear layer, (out, in, height, width) of a convolution; None for anything else."""
+    if hasattr(layer, "in_features"):
+        out, shape = layer.out_features, (layer.in_features,)
+    elif hasattr(layer, "in_channels") and hasattr(layer, "kernel_size") and layer.groups == 1:
+        out, shape = layer.out_channels, (layer.in_channels, *layer.kernel_size)
+    else:
+        return None
+    if not isinstance(key, str):
+        if key[1][0] != 0:
+            return None
+        out = key[1][2]
+    return (out, *shape)

@@ -1,0 +1,85 @@
+"""Which tokens a conditioning was made from.
+
+A conditioning that reaches the sampler is vectors only, but Facilitated Transport also compares tokens. So the
+host's CLIP is watched while it encodes: what goes in and comes out is passed on untouched, and the token ids are
+kept under a hash of the vectors, per context of 77 tokens.
+"""
+
+import functools
+import hashlib
+from collections import OrderedDict
+from numbers import Integral
+
+import comfy.sd
+import torch
+
+LIMIT = 4096  # contexts; about 1 MB
+
+
+class Prompts:
+    """Token ids of the contexts that were encoded lately, found by their vectors."""
+
+    def __init__(self, limit=LIMIT):
+        self.limit = limit
+        self.known = OrderedDict()
+
+    def remember(self, tokens, vectors):
+        """Keeps the ids of a tokenized text, {encoder: [contexts of (token, weight)]}, for its vectors (1, n T, d)."""
+        contexts = next(iter(tokens.values()))
+        if not contexts or vectors.dim() != 3 or vectors.shape[1] % len(contexts):
+            return
+        for context, chunk in zip(contexts, vectors[0].chunk(len(contexts))):
+            key = _key(chunk)
+            self.known[key] = (len(chunk), frozenset(int(t[0]) for t in context if isinstance(t[0], Integral)))
+            self.known.move_to_end(key)
+        while len(self.known) > self.limit:
+            self.known.popitem(last=False)
+
+    def recall(self, vectors):
+        """Distinct token ids of each row of vectors (rows, n T, d); None for a row with a context that is not known."""
+        lengths = {length for length, _ in self.known.values()}
+        return [next((found for length in lengths if (found := self._row(row, length))), None) for row in vectors]
+
+    def _row(self, row, length):
+        if not len(row) or len(row) % length:
+            return None
+        found = [self.known.get(_key(chunk)) for chunk in row.split(length)]
+        return frozenset().union(*(ids for _, ids in found)) if all(found) else None
+
+
+def _key(vectors):
+    data = vectors.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.blake2b(data.view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
+
+
+PROMPTS = Prompts()
+
+
+def watch(clip_class=comfy.sd.CLIP, prompts=PROMPTS):
+    """Remembers what the host's CLIP encodes from now on; a second call changes nothing."""
+    for name in ("encode_from_tokens", "encode_from_tokens_scheduled"):
+        method = getattr(clip_class, name, None)
+        if method is not None and not hasattr(method, "membrane"):
+            setattr(clip_class, name, _watched(method, prompts))
+
+
+def _watched(method, prompts):
+    @functools.wraps(method)
+    def encode(self, tokens, *args, **kwargs):
+        result = method(self, tokens, *args, **kwargs)
+        for vectors in _vectors(result):
+            if isinstance(tokens, dict) and isinstance(vectors, torch.Tensor):
+                prompts.remember(tokens, vectors)
+        return result
+
+    encode.membrane = True
+    return encode
+
+
+def _vectors(result):
+    """The text vectors in whatever form the host returns them."""
+    if isinstance(result, dict):
+        return (result.get("cond"),)
+    if isinstance(result, list):  # scheduled: [[vectors, {...}], ...]
+        return tuple(entry[0] for entry in result)
+    return (result[0] if isinstance(result, tuple) else result,)

@@ -1,0 +1,84 @@
+"""The stack as text, both ways."""
+
+import json
+
+import pytest
+import torch
+from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.errors import ErasureError
+from membrane.core.permeability import Permeability
+from membrane.core.stack import Entry, ErasureStack
+from membrane.core.stack_json import from_json, names, to_json
+
+
+def adapter(name):
+    return ErasureAdapter(Card("UCE", (name,)), TextMap(torch.zeros(4, 1), torch.zeros(1, 4), (0,)), name)
+
+
+FILES = {name: adapter(name) for name in ("star.safetensors", "objects/heart.safetensors")}
+
+
+def load(text):
+    return from_json(text, FILES.__getitem__)
+
+
+def test_there_and_back():
+    settings = Permeability("route", 2.0, 0.25, "own", 3)
+    stack = ErasureStack(
+        (
+            Entry(FILES["star.safetensors"], -0.5, 0.1, 0.9, settings, enabled=False),
+            Entry(FILES["objects/heart.safetensors"]),
+        )
+    )
+    text = to_json(stack)
+    assert load(text) == stack
+    assert names(text) == ["star.safetensors", "objects/heart.safetensors"]
+    assert json.loads(text)["membrane_stack"] == 1
+
+
+@pytest.mark.parametrize("text", ["", "  \n", '{"membrane_stack": 1}', to_json(ErasureStack())])
+def test_empty(text):
+    assert load(text) == ErasureStack()
+
+
+def test_defaults_are_those_of_an_entry():
+    assert load('{"membrane_stack": 1, "entries": [{"adapter": "star.safetensors"}]}').entries == (
+        Entry(FILES["star.safetensors"]),
+    )
+
+
+def entry(**fields):
+    return json.dumps({"membrane_stack": 1, "entries": [{"adapter": "star.safetensors", **fields}]})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[1, 2", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", 'lacks "membrane_stack"'),
+        ("{}", 'lacks "membrane_stack"'),
+        ('{"membrane_stack": true}', 'lacks "membrane_stack"'),
+        ('{"membrane_stack": 2, "entries": []}', "version 2, and this pack reads up to 1; update"),
+        ('{"membrane_stack": 1, "entries": {}}', "no list"),
+        ('{"membrane_stack": 1, "entries": ["star"]}', "Entry 1 of the stack names no adapter"),
+        ('{"membrane_stack": 1, "entries": [{"strength": 1}]}', "Entry 1 of the stack names no adapter"),
+        (entry(strenght=1), 'the field "strenght"; expected only adapter, enabled, strength'),
+        (entry(strength="1"), "\"strength\": '1'; expected a number"),
+        (entry(strength=True), "expected a number"),
+        (entry(enabled=1), "expected true or false"),
+        (entry(start_percent=0.8, end_percent=0.2), "start <= end"),
+        (entry(permeability="route"), "expected {"),
+        (entry(permeability={"top": 1}), "permeability of entry 1 of the stack"),
+        (entry(permeability={"mode": "open"}), 'mode "open"'),
+        (entry(strength=float("nan")), "finite"),
+    ],
+)
+def test_what_is_no_stack(text, sentence):
+    with pytest.raises(ErasureError, match=sentence.replace("(", r"\(").replace("{", r"\{")):
+        load(text)
+
+
+def test_adapters_without_a_file_cannot_be_written():
+    with pytest.raises(ErasureError, match="save it with Save Erasure Adapter"):
+        to_json(ErasureStack((Entry(adapter("")),)))
