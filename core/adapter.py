@@ -93,13 +93,15 @@ class Card:
 class ErasureAdapter:
     """One erasure: its card and its deltas, a map of the text or changes of layers or both.
 
-    low_rank: {site: LowRank}, with sites in the spelling of core/sites.py, whatever the file's was.
+    low_rank: {site: LowRank}, with sites in the spelling of core/sites.py, whatever the file's was. pooled_map: of the
+    pooled vector that SDXL reads beside the text, None where it is left alone.
     """
 
     card: Card
     text_map: TextMap | None = None
     name: str = ""  # file name it was loaded from, or "" when computed in the graph
     low_rank: dict[str, LowRank] = field(default_factory=dict)
+    pooled_map: TextMap | None = None
 
     def describe(self):
         """One line for messages: the file, the concepts or the method."""

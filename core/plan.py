@@ -81,16 +81,18 @@ class Joined:
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What a model gets while it runs. channels: its gates; concepts: what they compare texts with, or None;
-    text: what acts on the text, or None, in the conditioning or, when timed, in every step; layers: {key: GatedLayer}.
+    text: what acts on the text, or None, in the conditioning or, when timed, in every step; pooled: the same for the
+    pooled vector, always in the conditioning; layers: {key: GatedLayer}.
     """
 
     channels: tuple[Channel, ...] = ()
     concepts: Concepts | None = None
     text: TextPart | None = None
     layers: dict = field(default_factory=dict)
+    pooled: TextPart | None = None
 
     def __bool__(self):
-        return self.text is not None or bool(self.layers)
+        return self.text is not None or self.pooled is not None or bool(self.layers)
 
     @property
     def timed_text(self):
@@ -123,7 +125,7 @@ def make_plan(stack, width=None, concepts=None, keys=None):
     Raises ErasureError when a text map was made for another width, or adapters that are to be combined as the
     published code does differ in rank.
     """
-    channels, terms, columns, biases = [], [], {}, {}
+    channels, terms, pooled, columns, biases = [], [], [], {}, {}
     place = _places(concepts)
 
     def channel(entry, names):
@@ -138,7 +140,9 @@ def make_plan(stack, width=None, concepts=None, keys=None):
             continue
         gated = _gated(entry)
         if adapter.text_map is not None:
-            terms.append(_terms(entry, gated, channel))
+            terms.append(_terms(entry, adapter.text_map, gated, channel))
+        if adapter.pooled_map is not None and entry.always:  # a model reads it once for all steps
+            pooled.append(_terms(entry, adapter.pooled_map, gated, channel))
         if gated and adapter.low_rank:
             k = channel(entry, adapter.card.concepts)
             for site, change in adapter.low_rank.items():
@@ -147,12 +151,15 @@ def make_plan(stack, width=None, concepts=None, keys=None):
                     columns.setdefault(key, []).append((change, k, entry.mode == REFERENCE))
                     if change.bias is not None:
                         biases.setdefault(key, []).append((change.bias, k))
-    text = None
-    if terms:
-        a, b, owner = zip(*terms)
-        text = TextPart(torch.cat(a, dim=1), torch.cat(b), torch.cat(owner))
     layers = {key: _layer(key, found, biases.get(key, ())) for key, found in columns.items()}
-    return Plan(tuple(channels), concepts, text, layers)
+    return Plan(tuple(channels), concepts, _part(terms), layers, _part(pooled))
+
+
+def _part(terms):
+    if not terms:
+        return None
+    a, b, owner = zip(*terms)
+    return TextPart(torch.cat(a, dim=1), torch.cat(b), torch.cat(owner))
 
 
 def _places(concepts):
@@ -188,9 +195,9 @@ def channels_of(stack, concepts):
     return names, channels
 
 
-def _terms(entry, gated, channel):
-    """(a, b, channel of each term) of an entry's text map; each concept has a channel of its own."""
-    text_map, names = entry.adapter.text_map, entry.adapter.card.concepts
+def _terms(entry, text_map, gated, channel):
+    """(a, b, channel of each term) of one of an entry's maps; each concept has a channel of its own."""
+    names = entry.adapter.card.concepts
     if not gated:
         factor = entry.strength * entry.permeability.factor
         return text_map.a * factor, text_map.b, torch.full((len(text_map.b),), OPEN)

@@ -8,14 +8,16 @@ from ..core.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrog
 from ..core.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
 from ..core.host.folders import input_text_file, input_text_files
-from ..core.host.layers import family
+from ..core.host.layers import family, reads_pooled
 from ..core.host.patching import apply_stack
 from ..core.host.progress import Progress
 from ..core.host.text import encode_for, fingerprint
-from ..core.host.weights import cross_attention_gram, cross_attention_layers
+from ..core.host.weights import cross_attention_gram, cross_attention_layers, on_layers
 from ..core.stack import Entry, ErasureStack
 
 NONE = "none"
+BOTH, LEAVE, EDIT = "keys and values", "leave", "edit"
+LAYERS = {BOTH: (), "keys": ("attn2.to_k.weight",), "values": ("attn2.to_v.weight",)}
 
 
 class MembraneErase:
@@ -208,6 +210,22 @@ class MembraneErase:
                         "as in all published runs. The others are the variants of the published code.",
                     },
                 ),
+                "layers": (
+                    list(LAYERS),
+                    {
+                        "default": BOTH,
+                        "tooltip": "Which layers hear the erased text. keys and values: all, at the text itself. keys "
+                        "or values: only those, as changes of this model's layers (SPEED is published for values).",
+                    },
+                ),
+                "pooled": (
+                    [LEAVE, EDIT],
+                    {
+                        "default": LEAVE,
+                        "tooltip": "SDXL only: the pooled vector that it reads beside the text. leave: as published. "
+                        "edit: erased from by the same formulas.",
+                    },
+                ),
             },
         }
 
@@ -227,7 +245,8 @@ class MembraneErase:
     def erase(
         self, model, clip, concepts, replace_with, preserve, method, strength,
         templates="{}", erase_scale=1.0, preserve_scale=1.0, anchor=0.5, epochs=1, penalty=0.1,
-        tau=0.1, rho=1.0, tokens=TOKENS[0], preset=CUSTOM, preserve_file=NONE, penalty_on=PENALTIES[0],
+        tau=0.1, rho=1.0, tokens=TOKENS[0], preset=CUSTOM, preserve_file=NONE, penalty_on=PENALTIES[0], layers=BOTH,
+        pooled=LEAVE,
     ):  # fmt: skip
         preserved = tuple(parse_lines(f"{preserve}\n{preserve_text(preserve_file)}"))
         if preset == CUSTOM:
@@ -244,14 +263,16 @@ class MembraneErase:
         job = Job(parsed, preserved, method=method, safe_anchor=safe_anchor, **settings)
         epochs = job.epochs
         prompts = job.prompts()
-        layers = len(list(cross_attention_layers(model))) if method == "RECE" else 0
-        progress = Progress(len(prompts) + layers + epochs)
-        encoded = encode_for(model, clip, prompts, progress.at)
+        count = len(list(cross_attention_layers(model))) if method == "RECE" else 0
+        progress = Progress(len(prompts) + count + epochs)
+        encoded = encode_for(model, clip, prompts, progress.at, pooled == EDIT and reads_pooled(model))
         progress.next_phase(len(prompts))
         gram = cross_attention_gram(model, progress.at) if method == "RECE" else None
-        progress.next_phase(layers)
+        progress.next_phase(count)
         adapter = erase(job, encoded, family(model), fingerprint(clip), gram, progress.at)
         progress.next_phase(epochs)
+        if layers != BOTH:
+            adapter = on_layers(model, adapter, LAYERS[layers])
         return apply_stack(model, ErasureStack((Entry(adapter, strength),))), adapter
 
 

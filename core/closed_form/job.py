@@ -235,4 +235,5 @@ def erase(job, encoded, family, text_encoder, weight_gram=None, on_epoch=None):
         text_encoder,
         settings,
     )
-    return ErasureAdapter(card, solve(job, encoded, weight_gram, on_epoch))
+    text_map = solve(job, encoded, weight_gram, on_epoch)
+    return ErasureAdapter(card, text_map, pooled_map=solve_pooled(job, encoded))

@@ -1,7 +1,7 @@
 """Membrane's own file: safetensors with an adapter's text map, its changes of layers, and the card as metadata.
 
-Version 1 has a text map: text_map.a, .b, .concept. Version 2 has changes of layers as well or instead:
-low_rank.<site>.up, .down, .alpha and, where a layer's bias changes, .bias.
+Version 1 has a text map: text_map.a, .b, .concept. Version 2 has more or other things: changes of layers as
+low_rank.<site>.up, .down, .alpha and, where a layer's bias changes, .bias; a map of the pooled vector as pooled_map.*.
 """
 
 import torch
@@ -14,17 +14,19 @@ from .files import card_metadata, own, read_card, save_whole
 
 FORMAT = "erasure_adapter"
 TEXT_MAP_VERSION, VERSION = 1, 2
-A, B, CONCEPT = TEXT_MAP = ("text_map.a", "text_map.b", "text_map.concept")
+TEXT_MAP, POOLED_MAP = (
+    tuple(f"{name}.{part}" for part in ("a", "b", "concept")) for name in ("text_map", "pooled_map")
+)
 LOW_RANK = "low_rank."
 
 
 def save(adapter, path):
     """Writes an adapter; the file appears whole or not at all. Factors of layers keep their number types."""
     card, tensors = adapter.card, {}
-    if adapter.text_map is not None:
-        tensors[A] = adapter.text_map.a.float().contiguous()
-        tensors[B] = adapter.text_map.b.float().contiguous()
-        tensors[CONCEPT] = torch.tensor(adapter.text_map.concept, dtype=torch.int32)
+    for keys, found in ((TEXT_MAP, adapter.text_map), (POOLED_MAP, adapter.pooled_map)):
+        if found is not None:
+            owners = torch.tensor(found.concept, dtype=torch.int32)
+            tensors |= dict(zip(keys, (found.a.float().contiguous(), found.b.float().contiguous(), owners)))
     for layer, change in adapter.low_rank.items():
         name = LOW_RANK + layer
         tensors[f"{name}.up"], tensors[f"{name}.down"] = own(change.up), own(change.down)
@@ -35,7 +37,7 @@ def save(adapter, path):
     metadata = card_metadata(card) | {
         "membrane.format": FORMAT,
         # files that older releases can read keep the version those know
-        "membrane.version": str(VERSION if adapter.low_rank else TEXT_MAP_VERSION),
+        "membrane.version": str(VERSION if adapter.low_rank or adapter.pooled_map else TEXT_MAP_VERSION),
         "modelspec.architecture": card.family or "unknown",
         "modelspec.description": f"Erasure adapter ({card.method}){what}",
     }
@@ -57,9 +59,10 @@ def parse(contents):
     name, tensors = contents.name, contents.tensors
     _check_header(contents)
     card = read_card(name, contents.metadata)
-    text_map = None
-    if any(key in tensors for key in TEXT_MAP):
-        text_map = _text_map(name, tensors, card)
+    text_map, pooled_map = (
+        _text_map(name, tensors, card, keys) if any(key in tensors for key in keys) else None
+        for keys in (TEXT_MAP, POOLED_MAP)
+    )
     layers = {}
     for key, tensor in tensors.items():
         if key.startswith(LOW_RANK):
@@ -68,16 +71,16 @@ def parse(contents):
     changes = {layer: low_rank(name, layer, parts) for layer, parts in layers.items()}
     if text_map is None and not changes:
         raise ErasureError(f'"{name}" lacks {", ".join(TEXT_MAP)}; it is damaged, save the adapter again.')
-    return ErasureAdapter(card, text_map, name, changes)
+    return ErasureAdapter(card, text_map, name, changes, pooled_map)
 
 
-def _text_map(name, tensors, card):
-    missing = set(TEXT_MAP) - tensors.keys()
+def _text_map(name, tensors, card, keys):
+    missing = set(keys) - tensors.keys()
     if missing:
         raise ErasureError(f'"{name}" lacks {", ".join(sorted(missing))}; it is damaged, save the adapter again.')
     if not card.concepts:
         raise ErasureError(f'"{name}" names no concepts; it is damaged, save the adapter again.')
-    a, b, concept = (tensors[key] for key in TEXT_MAP)
+    a, b, concept = (tensors[key] for key in keys)
     if not (a.is_floating_point() and b.is_floating_point()) or concept.is_floating_point() or concept.dim() != 1:
         raise ErasureError(
             f'"{name}" holds a text map of the wrong number types; it is damaged, save the adapter again.'

@@ -35,6 +35,11 @@ def cross_attention_layers(model):
             yield f"diffusion_model.{name}.weight", module
 
 
+def reads_pooled(model):
+    """Whether a MODEL reads a pooled vector beside the text, as SDXL does."""
+    return getattr(model.model, "adm_channels", 0) > 0
+
+
 def layer_keys(model):
     """{site: key} for every spelling the host's own LoRA loader knows; a key is that of a weight, or the host's
     tuple of it and the part of it that the name stands for, where the host fuses layers."""

@@ -72,6 +72,10 @@ class ErasedConditioning:
             if "control" in kwargs and kwargs.get("cross_attn_controlnet") is None:
                 kwargs["cross_attn_controlnet"] = text
             kwargs["cross_attn"] = (text.float() + plan.text.delta(text, gates)).to(text.dtype)
+        pooled = kwargs.get("pooled_output")
+        if pooled is not None and plan.pooled is not None and pooled.shape[-1] == plan.pooled.a.shape[0]:
+            rows = pooled[:, None]
+            kwargs["pooled_output"] = (rows.float() + plan.pooled.delta(rows, gates))[:, 0].to(pooled.dtype)
         out = original(**kwargs)
         if plan.in_steps:
             out[GATES] = comfy.conds.CONDRegular(gates.to(kwargs.get("device", "cpu")))

@@ -52,8 +52,11 @@ def _ids(tokens):
     return [int(token) if isinstance(token, Integral) else EMBEDDING for token, *_ in _first(tokens)[0]]
 
 
-def encode(clip, prompts, on_progress=None):
-    """Encoded prompts. The prompts of a batch travel as chunks of one long prompt, which every host batches."""
+def encode(clip, prompts, on_progress=None, pooled=False):
+    """Encoded prompts. The prompts of a batch travel as chunks of one long prompt, which every host batches.
+
+    pooled: with the pooled vector of each as well, which the host gives for one prompt at a time only.
+    """
     prompts = tuple(prompts)
     tokenized = [_tokenize(clip, prompt) for prompt in prompts]
     end = _ids(_tokenize(clip, ""))[1]  # follows the start token of an empty prompt
@@ -71,13 +74,25 @@ def encode(clip, prompts, on_progress=None):
         vectors.append(batch.reshape(count, -1, batch.shape[-1]).float().cpu())
         if on_progress:
             on_progress(min(start + BATCH, len(prompts)))
-    return Encoded(prompts, tuple(map(_ids, tokenized)), torch.cat(vectors), end)
+    together = torch.cat([_pooled(clip, tokens) for tokens in tokenized]) if pooled else None
+    return Encoded(prompts, tuple(map(_ids, tokenized)), torch.cat(vectors), end, together)
 
 
-def encode_for(model, clip, prompts, on_progress=None):
+def _pooled(clip, tokens):
+    """Pooled vector (1, p) of one tokenized prompt."""
+    found = clip.encode_from_tokens(tokens, return_pooled=True)[1]
+    if found is None:
+        raise ErasureError(
+            f"The text encoder {type(clip.cond_stage_model).__name__} gives no pooled vector; "
+            'connect the CLIP of an SDXL checkpoint, or set pooled to "leave".'
+        )
+    return found.float().cpu()
+
+
+def encode_for(model, clip, prompts, on_progress=None, pooled=False):
     """Encoded prompts in the width that a MODEL reads; raises when the CLIP belongs to another one."""
     width = context_width(model)
-    encoded = encode(clip, prompts, on_progress)
+    encoded = encode(clip, prompts, on_progress, pooled)
     found = encoded.vectors.shape[-1]
     if found != width:
         raise ErasureError(

@@ -13,7 +13,7 @@ from ..errors import ErasureError
 from ..sites import group, site
 from ..training.latent_anchoring import alphas_cumprod
 from .bypass import Bypass, Ready, Rows
-from .layers import context_width, modules
+from .layers import context_width, modules, reads_pooled
 
 CHECKPOINTED = ("BasicTransformerBlock", "ResBlock")
 
@@ -210,7 +210,7 @@ def trainable_sites(model, groups=()):
     Raises ErasureError for a model that cannot be trained against.
     """
     context_width(model)
-    if getattr(model.model, "adm_channels", 0):
+    if reads_pooled(model):
         raise ErasureError(
             f"The model {type(model.model).__name__} reads pooled text beside the text vectors, which training does "
             "not support yet; train on a Stable Diffusion 1 or 2 checkpoint, or erase in closed form."

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import comfy.lora
 import comfy.model_patcher
 import comfy.utils
 import torch
 
+from ..adapter import LowRank
 from ..errors import ErasureError
 from ..extract import BaseLayer
 from ..formats.weights import EditedWeights
@@ -23,6 +25,7 @@ except ImportError:
     calculate_weight = None
 
 log = logging.getLogger("membrane")
+POOLED = "diffusion_model.label_emb.0.0.weight"  # key of the layer that reads SDXL's pooled vector
 
 
 def effective_weight(model, key, patches):
@@ -136,6 +139,28 @@ def _of_the_text(model, text):
     return found
 
 
+def on_layers(model, adapter, names):
+    """An adapter of the text as changes W + W A B of those layers of a MODEL whose keys end with one of the names."""
+    a, b = compact(adapter.text_map.a, adapter.text_map.b)
+    changes = {}
+    for key, weight in cross_attention_weights(model):
+        if key.endswith(names):
+            up, down = layer_factors(weight, a, b)
+            changes[site(key)] = LowRank(up.float(), down.float(), float(len(down)))
+    return replace(adapter, text_map=None, low_rank=changes)
+
+
+def _of_the_pooled(model, pooled):
+    """The same for the layer that reads the pooled vector, the first inputs of SDXL's label embedding."""
+    patches = _key_patches(model)
+    if POOLED not in patches:
+        return {}
+    weight, width = effective_weight(model, POOLED, patches[POOLED]).double(), pooled.a.shape[0]
+    up = weight[:, :width] @ pooled.a.double()
+    rest = torch.zeros(len(pooled.b), weight.shape[1] - width)
+    return {POOLED: Joined(up.float(), torch.cat([pooled.b.float(), rest], dim=1))}
+
+
 def apply_to_weights(model, stack):
     """A clone of a MODEL with a stack on its weights, W -> W (I + A B) in every layer that reads the text.
 
@@ -163,8 +188,10 @@ def apply_to_weights(model, stack):
     if changes:
         add_joined(patched, changes)
     if any(entry.adapter.text_map is not None for entry in whole.entries):
-        text = make_plan(whole, context_width(model)).text
-        if text is not None:
-            add_joined(patched, _of_the_text(patched, text))
+        plan = make_plan(whole, context_width(model))
+        if plan.text is not None:
+            add_joined(patched, _of_the_text(patched, plan.text))
+        if plan.pooled is not None:
+            add_joined(patched, _of_the_pooled(patched, plan.pooled))
     log.info("Membrane: %d erasure adapter(s) on the weights of %s", len(whole.entries), type(model.model).__name__)
     return patched

@@ -448,3 +448,23 @@ def test_a_preserve_list_that_cannot_be_read(node, demo, kept_list, pack):
         assert "was not found" in pack.NODE_CLASS_MAPPINGS["MembraneErase"].VALIDATE_INPUTS(name)
         with pytest.raises(ErasureError, match="was not found"):
             erase(node, demo, preserve_file=name)
+
+
+@pytest.mark.parametrize("kind", ["keys", "values"])
+def test_only_keys_or_only_values(node, demo, sample, kind):
+    """Against the whole erasure on a model whose other layers are put back."""
+    model, adapter = erase(node, demo, layers=kind)
+    whole = erase(node, demo)[1]
+    assert adapter.text_map is None and all(name.endswith(f"attn2_to_{kind[0]}") for name in adapter.low_rank)
+    matrix = whole.text_map.matrix()
+    delta = {
+        key: layer.weight @ matrix if key.endswith(f"to_{kind[0]}.weight") else torch.zeros_like(layer.weight)
+        for key, layer in cross_attention_layers(demo[0])
+    }
+    base = sample(demo[0])
+    assert difference(sample(model), sample(edited_weights(demo[0], delta)), base) < 1e-3
+    assert torch.equal(sample(demo[0]), base)
+
+
+def test_a_model_without_a_pooled_vector_has_none_to_edit(node, demo):
+    assert erase(node, demo, pooled="edit")[1].pooled_map is None
