@@ -13,7 +13,6 @@ it stopped (--fresh starts anew).
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -24,9 +23,11 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools" / "pixel_world")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "pixel_world")]
 import classifier  # noqa: E402
 import world  # noqa: E402
+
+from tools.in_process import start  # noqa: E402
 
 BATCH = 4  # pictures of one prompt, which differ in their noise
 STEPS, CFG, SIZE = 20, 1.5, 128  # the model's card
@@ -83,6 +84,17 @@ def erase_with(**settings):
     return variant
 
 
+def gated(variant):
+    """The same erasure, opened for each prompt by Facilitated Transport."""
+
+    def opened(node, demo, task):
+        found = variant(node, demo, task)
+        stack = node("MembraneStack", adapter=found["adapter"], permeability="facilitated transport")[0]
+        return found | {"model": node("MembraneApply", model=demo[0], clip=demo[1], stack=stack)[0]}
+
+    return opened
+
+
 def negative_prompt(node, demo, task):
     """No erasure: the concepts as the negative prompt, at the same CFG."""
     return {"negative": ", ".join(concept for concept, _ in TASKS[task][1])}
@@ -105,29 +117,13 @@ METHODS = {  # name: function (node, demo, task) -> what differs from the plain 
     "RECE, captions, penalty on distance": erase_with(
         method="RECE", templates=captions_like_the_prompts, penalty_on="distance"
     ),
+    "UCE, gated": gated(erase_with(method="UCE")),
+    "SPEED, gated": gated(erase_with(method="SPEED")),
+    "UCE, 16 captions, gated": gated(erase_with(method="UCE", templates=more_captions)),
 }
 
 
-# ---------------------------------------------------------------- the host
-
-
-def start():
-    """node(name, **inputs) -> outputs, on the ComfyUI of the tests, and a function that tidies up."""
-    sys.modules.setdefault("membrane", _package())
-    spec = importlib.util.spec_from_file_location("membrane_host", ROOT / "tests" / "host" / "conftest.py")
-    host = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(host)
-    if host.HOST is None:
-        sys.exit(host.REASON)
-    sys.modules["comfy.utils"].PROGRESS_BAR_ENABLED = False
-    return host.run_node, host.pytest_unconfigure
-
-
-def _package():
-    spec = importlib.util.spec_from_file_location(
-        "membrane", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    return importlib.util.module_from_spec(spec)
+# ---------------------------------------------------------------- pictures
 
 
 class Painter:
@@ -161,10 +157,12 @@ class Painter:
 # ---------------------------------------------------------------- measuring
 
 
-def sprites_of(attribute, values, count, seed):
-    """`count` sprites that take the given values of an attribute in turn, each other attribute evenly spread."""
+def sprites_of(attribute, values, count, seed, banned=()):
+    """`count` sprites that take the given values of an attribute in turn, each other attribute evenly spread over all
+    names that are not banned."""
     rng = np.random.default_rng(seed)
-    fields = {a: rng.permutation(np.resize(np.arange(len(world.NAMES[a])), count)) for a in world.ATTRIBUTES}
+    allowed = {a: [i for i, name in enumerate(world.NAMES[a]) if name not in banned] for a in world.ATTRIBUTES}
+    fields = {a: rng.permutation(np.resize(allowed[a], count)) for a in world.ATTRIBUTES}
     fields[attribute] = np.resize(values, count)
     return world.Sprites(**fields)
 

@@ -45,11 +45,6 @@ def site(name):
     return name + "_0" if name.endswith("_to_out") else name
 
 
-def spellings(host_path, diffusers_path=None):
-    """The sites a layer of the host is known by: from its own path, and from diffusers' when there is one."""
-    return tuple(dict.fromkeys(site(path) for path in (host_path, diffusers_path) if path))
-
-
 def group(site):
     """What a layer does: self_attention or cross_attention .query, .key, .value or .out, feed_forward.up or .down,
     proj_in, proj_out, or other."""

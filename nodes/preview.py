@@ -14,6 +14,23 @@ from ..core.host.text import encode, encode_for
 from ..core.host.weights import cross_attention_gram
 
 MOST_BARS = 60
+PROMPTS = (
+    "STRING",
+    {
+        "multiline": True,
+        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
+        "default": "a star\na heart\na circle",
+        "tooltip": "Prompts to compare, one per line: with the concept, its relatives, and others.",
+    },
+)
+
+
+def prompt_lines(prompts):
+    """The prompts, one per line; raises ErasureError when there is none."""
+    lines = parse_lines(prompts)
+    if not lines:
+        raise ErasureError("No prompt to compare was given; write at least one, each on a line of its own.")
+    return lines
 
 
 class MembraneImpact:
@@ -36,22 +53,12 @@ class MembraneImpact:
                 "model": ("MODEL", {"tooltip": "The model whose layers read the text."}),
                 "clip": ("CLIP", {"tooltip": "The text encoder whose words the model reads."}),
                 "stack": ("ERASURE_STACK", {"tooltip": "The erasures to look at."}),
-                "prompts": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
-                        "default": "a star\na heart\na circle",
-                        "tooltip": "Prompts to compare, one per line: with the concept, its relatives, and others.",
-                    },
-                ),
+                "prompts": PROMPTS,
             },
         }
 
     def preview(self, model, clip, stack, prompts):
-        lines = parse_lines(prompts)
-        if not lines:
-            raise ErasureError("No prompt to compare was given; write at least one, each on a line of its own.")
+        lines = prompt_lines(prompts)
         layers = len(list(cross_attention_layers(model)))
         progress = Progress(len(lines) + layers)
         encoded = encode_for(model, clip, lines, progress.at)
@@ -82,22 +89,12 @@ class MembranePreview:
             "required": {
                 "clip": ("CLIP", {"tooltip": "The text encoder whose words the model reads."}),
                 "stack": ("ERASURE_STACK", {"tooltip": "The adapters to look at."}),
-                "prompts": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
-                        "default": "a star\na heart\na circle",
-                        "tooltip": "Prompts to compare, one per line: with the concept, its relatives, and others.",
-                    },
-                ),
+                "prompts": PROMPTS,
             },
         }
 
     def preview(self, clip, stack, prompts):
-        lines = parse_lines(prompts)
-        if not lines:
-            raise ErasureError("No prompt to compare was given; write at least one, each on a line of its own.")
+        lines = prompt_lines(prompts)
         progress = Progress(len(lines))
         encoded = encode(clip, lines, progress.at)
         rows = openings(stack, encoded, concepts_for(stack, clip))

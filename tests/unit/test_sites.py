@@ -1,7 +1,7 @@
 """One spelling of a layer for all programs."""
 
 import pytest
-from membrane.core.sites import group, site, spellings
+from membrane.core.sites import group, site
 
 DIFFUSERS = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 LDM = "input_blocks_1_1_transformer_blocks_0_attn2_to_k"
@@ -38,14 +38,6 @@ PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 def test_site(name, expected):
     assert site(name) == expected
     assert site(expected) == expected
-
-
-def test_spellings():
-    assert spellings("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", f"{PATH}.to_k") == (
-        LDM,
-        DIFFUSERS,
-    )
-    assert spellings("diffusion_model.txt_in.weight") == spellings("txt_in", "txt_in") == ("txt_in",)
 
 
 @pytest.mark.parametrize(
