@@ -56,14 +56,9 @@ def sd15(config):
 def adapters(model, count):
     """SPM adapters of rank 1 for every linear layer and 1x1 convolution of the transformers."""
     from membrane.core.adapter import Card, ErasureAdapter, LowRank
-    from membrane.core.host.layers import modules
+    from membrane.core.host.training import trainable_sites
 
-    sites = {}
-    for key, module in modules(model).items():
-        name = key.removeprefix("diffusion_model.").removesuffix(".weight")
-        inside = "transformer_blocks" in name or name.endswith(("proj_in", "proj_out"))
-        if inside and (hasattr(module, "in_features") or hasattr(module, "kernel_size")):
-            sites[name.replace(".", "_")] = module.weight.shape[:2]
+    sites = {name: module.weight.shape[:2] for name, module in trainable_sites(model).items()}
     found = []
     for i in range(count):
         g = torch.Generator().manual_seed(i)

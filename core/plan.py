@@ -120,7 +120,7 @@ def make_plan(stack, width=None, concepts=None, keys=None):
     """Plan of what a stack does while the model runs.
 
     width: of the model's text vectors, None when it reads none. concepts: Concepts with all wanted_concepts(stack).
-    keys: {site: key of the model's layer}; sites without one are left out, joined() says so.
+    keys: {site: key of the model's layer}; sites without one are left out, as by joined().
 
     Raises ErasureError when a text map was made for another width, or adapters that are to be combined as the
     published code does differ in rank.
