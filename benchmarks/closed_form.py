@@ -32,6 +32,9 @@ from membrane.core.closed_form.rece import rece_terms  # noqa: E402
 from membrane.core.closed_form.text_map import gram, text_map  # noqa: E402
 from membrane.core.closed_form.uce import uce_factor, uce_terms  # noqa: E402
 
+LINUX = sys.platform == "linux"
+if LINUX:
+    libc = ctypes.CDLL("libc.so.6")
 TOKENS, START, END, WORDS = 77, 100, 101, 1000
 EPOCHS, PENALTY = 3, 0.1
 
@@ -158,28 +161,45 @@ def seconds(function, repeats=1):
     return median(times)
 
 
-def resident():
-    """Resident memory of this process in bytes (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+class Malloc(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def memory():
+    """(bytes handed out by the allocator, resident bytes) of this process (Linux with glibc)."""
+    mallinfo = libc.mallinfo2
+    mallinfo.restype = Malloc
+    found = mallinfo()
+    return found.uordblks + found.hblkhd, int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def peak_memory(function):
-    """Bytes by which the resident memory exceeded that before the call, sampled every 2 ms; freed memory not counted
-    in advance, so what was kept for reuse is given back first."""
+    """The two by which memory() exceeded that before the call, sampled every 2 ms.
+
+    The resident size counts free holes between what is in use too, so it depends on what ran before in the process;
+    what was kept for reuse is given back first.
+    """
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before, peak, done = resident(), 0, threading.Event()
+    libc.malloc_trim(0)
+    before, peak, done = memory(), [0, 0], threading.Event()
+
+    def look():
+        peak[:] = [max(p, now - b) for p, now, b in zip(peak, memory(), before)]
 
     def watch():
-        nonlocal peak
         while not done.wait(0.002):
-            peak = max(peak, resident() - before)
+            look()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
         function()
-        peak = max(peak, resident() - before)
+        look()
     finally:
         done.set()
         watcher.join()
@@ -215,8 +235,14 @@ def many_concepts(size, figures):
         encoded = encoded_prompts(size.concepts, size.preserved, width)
         g = torch.Generator().manual_seed(4)
         stored = gram(torch.randn(4 * width, width, generator=g) * 0.05)
-        row(f"{size.concepts} concepts, {size.preserved} preserved, width {width}", "seconds", "terms", "peak / K+V")
-        worst, share = 0.0, 0.0
+        row(
+            f"{size.concepts} concepts, {size.preserved} preserved, width {width}",
+            "seconds",
+            "terms",
+            "peak / K+V",
+            "resident",
+        )
+        worst, shares = 0.0, [0.0, 0.0]
         for method in METHODS:
             task = job(method, size.concepts, size.preserved)
             found = solve(task, encoded, stored)
@@ -226,15 +252,16 @@ def many_concepts(size, figures):
             took = seconds(lambda t=task, e=encoded, s=stored: solve(t, e, s), size.repeats)
             worst = max(worst, took)
             cells = [f"{took:.2f}", terms]
-            if width == size.width and sys.platform == "linux":
+            if width == size.width and LINUX:
                 kept = []
                 used = peak_memory(lambda t=task, e=encoded, s=stored, k=kept: k.append(solve(t, e, s)))
-                share = max(share, used / key_value_bytes)
-                cells.append(f"{used / key_value_bytes:.2f}")
+                found = [u / key_value_bytes for u in used]
+                shares = [max(pair) for pair in zip(shares, found)]
+                cells += [f"{f:.2f}" for f in found]
             row(f"  {method}", *cells)
         figures[name] = round(worst, 2)
-        if share:
-            figures["peak_over_kv"] = round(share, 2)
+        if shares[0]:
+            figures["peak_over_kv"], figures["peak_resident_over_kv"] = (round(s, 2) for s in shares)
 
 
 def speed_speedup(size, layers, figures):

@@ -54,7 +54,7 @@ def derivation(weight_gram, p, penalty, penalty_on="length"):
     if penalty_on in ("distance", "both"):
         right.diagonal().add_(penalty)
     anchored = penalty * torch.cholesky_inverse(factor) if penalty_on == "replacement" else None
-    return torch.cholesky_solve(right, factor), anchored
+    return torch.cholesky_solve(right, factor, out=right), anchored
 
 
 def _unpenalised_size(p, penalty):
