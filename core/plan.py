@@ -1,9 +1,11 @@
 """From a stack to what the model gets: the cheapest exact realisation, never a different result."""
 
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 
+from .adapter import Mask
 from .errors import ErasureError
 from .permeability import FIXED, OFF, REFERENCE, Channel, Concepts
 
@@ -79,10 +81,19 @@ class Joined:
 
 
 @dataclass(frozen=True, eq=False)
+class Damping:
+    """A mask of one layer in a plan: its strength is `factor`, or what its channel's gate says."""
+
+    mask: Mask
+    factor: float = 1.0
+    channel: int = OPEN
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What a model gets while it runs. channels: its gates; concepts: what they compare texts with, or None;
     text: what acts on the text, or None, in the conditioning or, when timed, in every step; pooled: the same for the
-    pooled vector, always in the conditioning; layers: {key: GatedLayer}.
+    pooled vector, always in the conditioning; layers: {key: GatedLayer}; masks: {key: Dampings}, after all else.
     """
 
     channels: tuple[Channel, ...] = ()
@@ -90,9 +101,10 @@ class Plan:
     text: TextPart | None = None
     layers: dict = field(default_factory=dict)
     pooled: TextPart | None = None
+    masks: dict = field(default_factory=dict)
 
     def __bool__(self):
-        return self.text is not None or self.pooled is not None or bool(self.layers)
+        return self.text is not None or self.pooled is not None or bool(self.layers) or bool(self.masks)
 
     @property
     def timed_text(self):
@@ -102,7 +114,7 @@ class Plan:
     @property
     def in_steps(self):
         """True when the gates are needed in every step."""
-        return bool(self.layers) or self.timed_text
+        return bool(self.layers) or self.timed_text or any(d.channel != OPEN for m in self.masks.values() for d in m)
 
 
 def _gated(entry):
@@ -116,7 +128,7 @@ def wanted_concepts(stack):
     return tuple(dict.fromkeys(concept for entry in acting for concept in entry.adapter.card.concepts))
 
 
-def make_plan(stack, width=None, concepts=None, keys=None):
+def make_plan(stack, width=None, concepts=None, keys=MappingProxyType({})):
     """Plan of what a stack does while the model runs.
 
     width: of the model's text vectors, None when it reads none. concepts: Concepts with all wanted_concepts(stack).
@@ -125,7 +137,7 @@ def make_plan(stack, width=None, concepts=None, keys=None):
     Raises ErasureError when a text map was made for another width, or adapters that are to be combined as the
     published code does differ in rank.
     """
-    channels, terms, pooled, columns, biases = [], [], [], {}, {}
+    channels, terms, pooled, columns, biases, masks = [], [], [], {}, {}, {}
     place = _places(concepts)
 
     def channel(entry, names):
@@ -143,16 +155,23 @@ def make_plan(stack, width=None, concepts=None, keys=None):
             terms.append(_terms(entry, adapter.text_map, gated, channel))
         if adapter.pooled_map is not None and entry.always:  # a model reads it once for all steps
             pooled.append(_terms(entry, adapter.pooled_map, gated, channel))
-        if gated and adapter.low_rank:
-            k = channel(entry, adapter.card.concepts)
-            for site, change in adapter.low_rank.items():
-                key = keys.get(site)
-                if key is not None:
-                    columns.setdefault(key, []).append((change, k, entry.mode == REFERENCE))
-                    if change.bias is not None:
-                        biases.setdefault(key, []).append((change.bias, k))
+        if not (adapter.low_rank or adapter.masks):
+            continue
+        k = channel(entry, adapter.card.concepts) if gated else OPEN
+        factor = 1.0 if gated else entry.strength * entry.permeability.factor
+        for site, mask in adapter.masks.items():
+            if site in keys:
+                masks.setdefault(keys[site], []).append(Damping(mask, factor, k))
+        for site, change in adapter.low_rank.items() if gated else ():
+            key = keys.get(site)
+            if key is not None:
+                columns.setdefault(key, []).append((change, k, entry.mode == REFERENCE))
+                if change.bias is not None:
+                    biases.setdefault(key, []).append((change.bias, k))
     layers = {key: _layer(key, found, biases.get(key, ())) for key, found in columns.items()}
-    return Plan(tuple(channels), concepts, _part(terms), layers, _part(pooled))
+    return Plan(
+        tuple(channels), concepts, _part(terms), layers, _part(pooled), {key: tuple(m) for key, m in masks.items()}
+    )
 
 
 def _part(terms):

@@ -109,11 +109,13 @@ class MembraneSaveAdapter:
                 "The model input is empty, but a LoRA needs a model's weights or the names of its layers; "
                 'connect the model it is for, or set format to "membrane".'
             )
-        if adapter.text_map is not None and adapter.low_rank:
+        if sum(map(bool, (adapter.text_map, adapter.low_rank, adapter.masks))) > 1:
             raise ErasureError(
-                f"The adapter {adapter.describe()} changes both the text and layers, which one LoRA cannot hold; "
-                'set format to "membrane".'
+                f"The adapter {adapter.describe()} changes the text, layers or single weights at the same time, which "
+                'one LoRA cannot hold; set format to "membrane".'
             )
+        if adapter.masks:
+            return self._save_differences(adapter, filename_prefix, model)
         if adapter.text_map is None:
             names, convolutions = kohya_sites(model)
             path, name = new_adapter_path(filename_prefix, "loras")
@@ -122,6 +124,20 @@ class MembraneSaveAdapter:
         require_width(adapter, context_width(model))  # before a file name is taken
         path, name = new_adapter_path(filename_prefix, "loras")
         kohya.save(adapter, cross_attention_weights(model), path, kohya_names(model))
+        return path, name
+
+    def _save_differences(self, adapter, filename_prefix, model):
+        layers, (names, _) = base_layers(model), kohya_sites(model)
+        for layer, mask in adapter.masks.items():
+            found = names.get(layer) and layers[layer].read()[0].shape
+            if found and tuple(found) != mask.shape:
+                raise ErasureError(
+                    f"The adapter {adapter.describe()} changes {layer} as a layer of shape {mask.shape}, but in the "
+                    f"connected model it has the shape {tuple(found)}; connect the model it was made for."
+                )
+        kohya.require_layers(adapter, adapter.masks, names)
+        path, name = new_adapter_path(filename_prefix, "loras")
+        kohya.save_masks(adapter, lambda layer: layers[layer].read()[0], path, names)
         return path, name
 
 

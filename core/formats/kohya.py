@@ -72,12 +72,7 @@ def save_low_rank(adapter, path, names, convolutions=()):
     whose factors get four dimensions. Where all layers have one rank and alpha, the file also has SPM's metadata,
     so that the published SPM code reads it. Raises ErasureError when the model lacks a layer.
     """
-    missing = [layer for layer in adapter.low_rank if layer not in names]
-    if missing:
-        raise ErasureError(
-            f"The model lacks {len(missing)} of the {len(adapter.low_rank)} layers that {adapter.describe()} changes "
-            f"({', '.join(missing[:3])}); connect a model of the family it was made for."
-        )
+    require_layers(adapter, adapter.low_rank, names)
     tensors = {}
     for layer, change in adapter.low_rank.items():
         up, down = change.up, change.down
@@ -92,6 +87,30 @@ def save_low_rank(adapter, path, names, convolutions=()):
     if len(ranks) == len(alphas) == 1:
         metadata |= _spm_metadata(adapter.card, max(ranks), max(alphas))
     save_whole(tensors, path, metadata)
+
+
+def save_masks(adapter, weights, path, names):
+    """Writes what an adapter's masks take from a model's weights as differences, W -> W + diff, for any LoRA loader.
+
+    weights: function from a site to W (out, in) of that model; names: {site: lora_unet_... name}. Files are as large
+    as the layers in float16. Raises ErasureError when the model lacks a layer.
+    """
+    require_layers(adapter, adapter.masks, names)
+    tensors = {}
+    for layer, mask in adapter.masks.items():
+        tensors[f"{names[layer]}.diff"] = mask.difference(weights(layer)).half()
+    comment = f"pruned weights ({adapter.card.method}), exact on the model they were taken from"
+    save_whole(tensors, path, _metadata(adapter.card, 1, 1, comment))
+
+
+def require_layers(adapter, layers, names):
+    """Raises ErasureError when a model with these names lacks one of the layers that an adapter changes."""
+    missing = [layer for layer in layers if layer not in names]
+    if missing:
+        raise ErasureError(
+            f"The model lacks {len(missing)} of the {len(layers)} layers that {adapter.describe()} changes "
+            f"({', '.join(missing[:3])}); connect a model of the family it was made for."
+        )
 
 
 def _split(key):

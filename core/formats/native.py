@@ -2,22 +2,28 @@
 
 Version 1 has a text map: text_map.a, .b, .concept. Version 2 has more or other things: changes of layers as
 low_rank.<site>.up, .down, .alpha and, where a layer's bias changes, .bias; a map of the pooled vector as pooled_map.*.
+Version 3 has masks as well: mask.<site>.bits, the packed bits deflated by zlib, .shape (out, in) and, where something
+is left of the marked weights, .kept.
 """
+
+import zlib
 
 import torch
 
-from ..adapter import ErasureAdapter, TextMap
+from ..adapter import ErasureAdapter, Mask, TextMap
 from ..errors import ErasureError
 from . import containers
 from .factors import low_rank
 from .files import card_metadata, own, read_card, save_whole
 
 FORMAT = "erasure_adapter"
-TEXT_MAP_VERSION, VERSION = 1, 2
+TEXT_MAP_VERSION, LAYERS_VERSION, VERSION = 1, 2, 3
 TEXT_MAP, POOLED_MAP = (
     tuple(f"{name}.{part}" for part in ("a", "b", "concept")) for name in ("text_map", "pooled_map")
 )
-LOW_RANK = "low_rank."
+LOW_RANK, MASK = "low_rank.", "mask."
+MASK_PARTS = {"bits": (torch.uint8, 1), "shape": (torch.int64, 1), "kept": (torch.float16, 1)}  # type, dimensions
+LARGEST_LAYER = 2**30  # weights; bounds what a few deflated bytes may grow to
 
 
 def save(adapter, path):
@@ -33,15 +39,28 @@ def save(adapter, path):
         tensors[f"{name}.alpha"] = torch.tensor(change.alpha, dtype=torch.float64)
         if change.bias is not None:
             tensors[f"{name}.bias"] = own(change.bias)
+    for layer, mask in adapter.masks.items():
+        name = MASK + layer
+        deflated = zlib.compress(mask.bits.contiguous().numpy().tobytes(), 9)
+        tensors[f"{name}.bits"] = torch.frombuffer(bytearray(deflated), dtype=torch.uint8)
+        tensors[f"{name}.shape"] = torch.tensor(mask.shape)
+        if mask.kept is not None:
+            tensors[f"{name}.kept"] = own(mask.kept).half()
     what = f" for: {', '.join(card.concepts)}" if card.concepts else ""
     metadata = card_metadata(card) | {
         "membrane.format": FORMAT,
         # files that older releases can read keep the version those know
-        "membrane.version": str(VERSION if adapter.low_rank or adapter.pooled_map else TEXT_MAP_VERSION),
+        "membrane.version": str(_version(adapter)),
         "modelspec.architecture": card.family or "unknown",
         "modelspec.description": f"Erasure adapter ({card.method}){what}",
     }
     save_whole(tensors, path, metadata)
+
+
+def _version(adapter):
+    if adapter.masks:
+        return VERSION
+    return LAYERS_VERSION if adapter.low_rank or adapter.pooled_map else TEXT_MAP_VERSION
 
 
 def load(path):
@@ -63,15 +82,54 @@ def parse(contents):
         _text_map(name, tensors, card, keys) if any(key in tensors for key in keys) else None
         for keys in (TEXT_MAP, POOLED_MAP)
     )
+    changes = {layer: low_rank(name, layer, parts) for layer, parts in _by_layer(tensors, LOW_RANK).items()}
+    masks = {layer: _mask(name, layer, parts) for layer, parts in _by_layer(tensors, MASK).items()}
+    if text_map is None and not changes and not masks:
+        raise ErasureError(f'"{name}" lacks {", ".join(TEXT_MAP)}; it is damaged, save the adapter again.')
+    return ErasureAdapter(card, text_map, name, changes, pooled_map, masks)
+
+
+def _by_layer(tensors, prefix):
+    """{layer: {part: tensor}} of the tensors whose names start with a prefix."""
     layers = {}
     for key, tensor in tensors.items():
-        if key.startswith(LOW_RANK):
-            layer, _, part = key.removeprefix(LOW_RANK).rpartition(".")
+        if key.startswith(prefix):
+            layer, _, part = key.removeprefix(prefix).rpartition(".")
             layers.setdefault(layer, {})[part] = tensor
-    changes = {layer: low_rank(name, layer, parts) for layer, parts in layers.items()}
-    if text_map is None and not changes:
-        raise ErasureError(f'"{name}" lacks {", ".join(TEXT_MAP)}; it is damaged, save the adapter again.')
-    return ErasureAdapter(card, text_map, name, changes, pooled_map)
+    return layers
+
+
+def _mask(name, layer, parts):
+    """Mask of a layer; never inflates more than its shape says."""
+
+    def damaged(what):
+        return ErasureError(f'"{name}" holds a mask of {layer} {what}; it is damaged, save the adapter again.')
+
+    for part, (kind, dimensions) in MASK_PARTS.items():
+        if part not in parts and part != "kept":
+            raise damaged(f"without its {part}")
+        if part in parts and (parts[part].dtype != kind or parts[part].dim() != dimensions):
+            raise damaged(f"whose {part} is of the wrong type")
+    shape = tuple(parts["shape"].tolist())
+    if len(shape) != 2 or min(shape) < 1 or shape[0] * shape[1] > LARGEST_LAYER:
+        raise damaged(f"of shape {shape}")
+    out, inside = shape
+    size = inside * -(-out // 8)
+    inflater = zlib.decompressobj()
+    try:
+        data = inflater.decompress(parts["bits"].numpy().tobytes(), size)
+    except zlib.error as error:
+        raise damaged(f"that cannot be unpacked ({error})") from error
+    if len(data) != size or not inflater.eof and inflater.decompress(inflater.unconsumed_tail, 1):
+        raise damaged(f"with more or fewer bits than its shape {shape} has")
+    bits = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(inside, -1)
+    kept = parts.get("kept")
+    if kept is not None and not torch.isfinite(kept).all():
+        raise damaged("with numbers that are not finite")
+    try:
+        return Mask(bits, shape, kept)
+    except ErasureError as error:
+        raise damaged("that does not fit together") from error
 
 
 def _text_map(name, tensors, card, keys):

@@ -1,13 +1,14 @@
-"""Gated low-rank changes beside the host's layers: the weights stay as they are.
+"""Gated low-rank changes beside the host's layers, and masks on them: the weights stay as they are.
 
 SPM, Lyu et al. 2024, eq. 9: y = W x + sum_c g_c (v_reg_c^T x) v_sig_c, for all adapters of a layer at once, with
-its own g for every row of the batch.
+its own g for every row of the batch. Masks come last: of W, LoRAs and all gated changes, the marked entries are damped.
 """
 
 import torch
 from torch.nn import functional
 
 from ..errors import ErasureError
+from ..plan import OPEN
 
 
 class Rows:
@@ -66,22 +67,86 @@ class Ready:
         return torch.cat([inner[..., :first], again * gates[..., first:]], dim=-1)
 
 
-class Bypass:
-    """Stands in for a layer's `forward`: the class's own forward (or what another pack put there), then the parts."""
+class Pruning:
+    """The Dampings of a layer as its forward uses them: flat places of the marked weights, on the right device.
 
-    def __init__(self, module, parts, rows, previous=None):
+    read(module, like): (weight, bias) of a linear layer as it multiplies with them, for an input like this.
+    """
+
+    def __init__(self, dampings, read):
+        self.dampings, self.read = dampings, read
+        self.gated = any(d.channel != OPEN for d in dampings)
+        self.device, self.ready = None, None
+
+    def __call__(self, weight, gates=None, active=()):
+        """A damped copy of a weight (out, in); gates: (active channels,) of one row, None where no gate is known."""
+        weight = weight.clone(memory_format=torch.contiguous_format)
+        flat = weight.view(-1)
+        for damping, places, kept in self._places(weight.device):
+            if damping.channel == OPEN:
+                strength = damping.factor
+            elif gates is not None and damping.channel in active:
+                strength = gates[active.index(damping.channel)]
+            else:
+                continue
+            factor = 1.0 - strength * (1.0 if kept is None else 1.0 - kept)
+            flat[places] = (flat[places] * factor).to(weight.dtype)
+        return weight
+
+    def _places(self, device):
+        if self.device != device:
+            self.ready = [
+                (d, d.mask.places().to(device), None if d.mask.kept is None else d.mask.kept.float().to(device))
+                for d in self.dampings
+            ]
+            self.device = device
+        return self.ready
+
+
+class Bypass:
+    """Stands in for a layer's `forward`: the class's own forward (or what another pack put there), then the parts,
+    then the pruning; or the same with the changed weight, where a mask leaves no other way."""
+
+    def __init__(self, module, parts, rows, previous=None, pruning=None):
         self.module, self.parts, self.rows, self.previous = module, parts, rows, previous
+        self.pruning = pruning
 
     def __call__(self, x, *args, **kwargs):
         original = self.previous or type(self.module).forward.__get__(self.module)
+        ready = []
+        if self.rows.gates is not None:
+            found = ((part.factors(self.rows.active, x), part.outputs) for part in self.parts)
+            ready = [(factors, outputs) for factors, outputs in found if factors is not None]
+        if self.pruning is not None and self.previous is None:
+            return self._pruned(x, ready)
         y = original(x, *args, **kwargs)
-        if self.rows.gates is None:
-            return y
-        for part in self.parts:
-            ready = part.factors(self.rows.active, x)
-            if ready is not None:
-                y = self._add(x, y, ready, part.outputs)
+        for factors, outputs in ready:
+            y = self._add(x, y, factors, outputs)
+        if self.pruning is not None:  # what another pack does beside the weight stays
+            y = y - self._pruned(x, ready, removed=True).to(y.dtype)
         return y
+
+    def _pruned(self, x, ready, removed=False):
+        """Output of the pruned layer, or what pruning takes from it, with the gated changes inside the weight."""
+        weight, bias = self.pruning.read(self.module, x)
+        gates, active = self.rows.gates, self.rows.active
+        if removed:
+            bias = None
+        if not ready and (gates is None or not self.pruning.gated):
+            pruned = self.pruning(weight)
+            return functional.linear(x, weight - pruned if removed else pruned, bias)
+        rows = []
+        for row, own in zip(x, _for_rows(gates, x).expand(len(x), -1)):
+            full, shift = weight, bias
+            for factors, _ in ready:
+                down = factors.scaled(factors.down.T, own[factors.channel].to(x.dtype))
+                full = full + (down @ factors.up).T
+                if factors.bias is not None and not removed:
+                    added = own[factors.bias_channel].to(x.dtype) @ factors.bias
+                    shift = added if shift is None else shift + added
+            pruned = self.pruning(full, own, active)
+            rows.append(functional.linear(row, full - pruned if removed else pruned, shift))
+        return torch.stack(rows)
 
     def _add(self, x, y, ready, outputs):
         gates = _for_rows(self.rows.gates, x)

@@ -1,6 +1,8 @@
 """The layers of the host's model and the names that adapters know them by."""
 
 import comfy.lora
+import comfy.ops
+import torch
 
 from ..errors import ErasureError
 from ..sites import site
@@ -58,39 +60,61 @@ def modules(model):
     return {f"diffusion_model.{name}{WEIGHT}": module for name, module in named if hasattr(module, "weight")}
 
 
-def require_fit(model, stack, keys):
-    """Checks the low-rank changes of a stack against a MODEL; returns how many of them the model has no layer for.
+def layer_weight(module, like):
+    """(weight, bias) of a linear layer of the host as it multiplies with them, for an input like this."""
+    cast = getattr(module, "cast_bias_weight", None)  # layers of GGUF loaders bring their own
+    weight, bias = (cast(like) if cast else comfy.ops.cast_bias_weight(module, like))[:2]
+    if hasattr(weight, "dequantize") and type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        weight = weight.dequantize()
+    scale = getattr(module, "scale_weight", None)  # of scaled fp8
+    return weight if scale is None else weight * scale.to(weight), bias
 
-    Raises ErasureError when an adapter has no layer in common with the model or a factor has another shape.
+
+def parameter_count(model):
+    """Number of weights of the denoiser."""
+    return sum(parameter.numel() for parameter in model.model.diffusion_model.parameters())
+
+
+def require_fit(model, stack, keys):
+    """Checks the changes of layers of a stack against a MODEL; returns how many of them the model has no layer for.
+
+    Raises ErasureError when an adapter has no layer in common with the model or a change has another shape.
     """
     layers, missing = modules(model), 0
     for entry in stack.entries:
         adapter = entry.adapter
-        if not adapter.low_rank:
+        if not adapter.sites:
             continue
-        known = [name for name in adapter.low_rank if name in keys]
+        known = [name for name in adapter.sites if name in keys]
         if not known:
             made_for = f" (made for {adapter.card.family})" if adapter.card.family else ""
             raise ErasureError(
-                f"None of the {len(adapter.low_rank)} layers that the adapter {adapter.describe()}{made_for} changes "
-                f"exists in this {family(model)} model (the first is {next(iter(adapter.low_rank))}); "
+                f"None of the {len(adapter.sites)} layers that the adapter {adapter.describe()}{made_for} changes "
+                f"exists in this {family(model)} model (the first is {adapter.sites[0]}); "
                 "use an adapter made for this family."
             )
-        missing += len(adapter.low_rank) - len(known)
+        missing += len(adapter.sites) - len(known)
         for name in known:
             _require_shape(model, adapter, name, keys[name], layers.get(plain_key(keys[name])))
     return missing
 
 
 def _require_shape(model, adapter, name, key, layer):
-    change = adapter.low_rank[name]
-    wanted = _shape(layer, key)
-    found = (len(change.up), *change.down.shape[1:])
-    if wanted is not None and found != wanted and (*found, 1, 1) != wanted:
-        raise ErasureError(
-            f"The adapter {adapter.describe()} changes {name} as a layer of shape {found}, but in this "
-            f"{family(model)} model it has the shape {wanted}; use an adapter made for this family."
-        )
+    wanted, change = _shape(layer, key), adapter.low_rank.get(name)
+    if change is not None and wanted is not None:
+        found = (len(change.up), *change.down.shape[1:])
+        if found != wanted and (*found, 1, 1) != wanted:
+            raise _other_shape(model, adapter, name, found, wanted)
+    mask = adapter.masks.get(name)
+    if mask is not None and (mask.shape != wanted or not isinstance(key, str)):
+        raise _other_shape(model, adapter, name, mask.shape, wanted)
+
+
+def _other_shape(model, adapter, name, found, wanted):
+    return ErasureError(
+        f"The adapter {adapter.describe()} changes {name} as a layer of shape {found}, but in this "
+        f"{family(model)} model it has the shape {wanted}; use an adapter made for this family."
+    )
 
 
 def _shape(layer, key):

@@ -18,8 +18,8 @@ from ..errors import ErasureError
 from ..permeability import OFF, SAME, Concepts, gate_values
 from ..plan import joined, make_plan, wanted_concepts
 from ..stack import ErasureStack
-from .bypass import Bypass, Part, Rows
-from .layers import context_width, layer_keys, modules, plain_key, require_fit
+from .bypass import Bypass, Part, Pruning, Rows
+from .layers import context_width, layer_keys, layer_weight, modules, plain_key, require_fit
 from .prompts import PROMPTS
 from .text import encode
 
@@ -217,7 +217,7 @@ def apply_stack(model, stack, clip=None):
     whole = applied_stack(model) + stack
     has_text = any(entry.adapter.text_map is not None for entry in whole.entries)
     width = context_width(model) if has_text else None
-    has_layers = any(entry.adapter.low_rank for entry in whole.entries)
+    has_layers = any(entry.adapter.sites for entry in whole.entries)
     keys = layer_keys(model) if has_layers else {}
     missing = require_fit(model, stack, keys)
     plan = make_plan(whole, width, concepts_for(whole, clip, before and before.plan.concepts), keys)
@@ -232,7 +232,7 @@ def apply_stack(model, stack, clip=None):
     count = sum(entry.acts for entry in whole.entries)
     log.info("Membrane: %d erasure adapter(s) on %s", count, type(model.model).__name__)
     if missing:
-        total = sum(len(entry.adapter.low_rank) for entry in stack.entries)
+        total = sum(len(entry.adapter.sites) for entry in stack.entries)
         log.warning("Membrane: %d of %d changes belong to layers this model does not have", missing, total)
     return patched
 
@@ -241,16 +241,17 @@ def _put(patched, model, whole, plan):
     base, rows = model.model, Rows()
     conditioning = ErasedConditioning(base, whole, plan, _foreign(model, EXTRA_CONDS, ErasedConditioning))
     patched.add_object_patch(EXTRA_CONDS, conditioning)
-    if not plan.in_steps:
-        return
-    steps = ErasedSteps(base, plan, conditioning, rows, _foreign(model, APPLY_MODEL, ErasedSteps))
-    patched.add_object_patch(APPLY_MODEL, steps)
+    if plan.in_steps:
+        steps = ErasedSteps(base, plan, conditioning, rows, _foreign(model, APPLY_MODEL, ErasedSteps))
+        patched.add_object_patch(APPLY_MODEL, steps)
     layers, parts = modules(model), {}
     for key, layer in plan.layers.items():
         parts.setdefault(plain_key(key), []).append(Part(layer, _outputs(key)))
-    for key, found in parts.items():
+    for key in dict.fromkeys((*parts, *plan.masks)):
         name = key.removesuffix(".weight") + ".forward"
-        patched.add_object_patch(name, Bypass(layers[key], found, rows, _foreign(model, name, Bypass)))
+        pruning = Pruning(plan.masks[key], layer_weight) if key in plan.masks else None
+        bypass = Bypass(layers[key], parts.get(key, ()), rows, _foreign(model, name, Bypass), pruning)
+        patched.add_object_patch(name, bypass)
 
 
 def _outputs(key):

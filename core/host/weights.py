@@ -181,7 +181,7 @@ def apply_to_weights(model, stack):
             'the same for every step and prompt; set apply_to to "text", or the range to 0 and 1, the permeability '
             'to "fixed" and its negative to "same as positive".'
         )
-    keys = layer_keys(model) if any(entry.adapter.low_rank for entry in stack.entries) else {}
+    keys = layer_keys(model) if any(entry.adapter.sites for entry in whole.entries) else {}
     require_fit(model, stack, keys)
     changes = joined(stack, keys)
     patched = without_stack(model)
@@ -193,5 +193,11 @@ def apply_to_weights(model, stack):
             add_joined(patched, _of_the_text(patched, plan.text))
         if plan.pooled is not None:
             add_joined(patched, _of_the_pooled(patched, plan.pooled))
+    masks = [(entry, keys[name], mask) for entry in whole.entries if entry.acts
+             for name, mask in entry.adapter.masks.items() if name in keys]  # fmt: skip
+    for entry, key, mask in masks:  # last, and one after the other, as they multiply
+        weight = effective_weight(patched, key, _key_patches(patched)[key])
+        difference = mask.difference(weight, entry.strength * entry.permeability.factor)
+        patched.add_patches({key: ("diff", (difference,))})
     log.info("Membrane: %d erasure adapter(s) on the weights of %s", len(whole.entries), type(model.model).__name__)
     return patched

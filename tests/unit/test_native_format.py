@@ -87,7 +87,7 @@ def put(key, value):
     ("tensors", "metadata", "message"),
     [
         (None, drop("membrane.format"), "is not a Membrane erasure adapter"),
-        (None, put("membrane.version", "3"), "format version 3, and this pack reads up to 2; update"),
+        (None, put("membrane.version", "4"), "format version 4, and this pack reads up to 3; update"),
         (None, put("membrane.version", "x"), "format version x"),
         (None, put("membrane.version", "\u00b2"), "format version"),
         (None, put("membrane.version", "9" * 5000), "format version 9"),
