@@ -1,7 +1,7 @@
 """Membrane's nodes, one file per subject."""
 
-from . import adapters, demo, erase, preview, stack, train
+from . import adapters, demo, erase, locate, preview, stack, train
 
-_NODES = [*demo.NODES, *erase.NODES, *adapters.NODES, *stack.NODES, *train.NODES, *preview.NODES]
+_NODES = [*demo.NODES, *erase.NODES, *adapters.NODES, *stack.NODES, *train.NODES, *preview.NODES, *locate.NODES]
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: node.TITLE for node in _NODES}

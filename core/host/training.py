@@ -203,6 +203,15 @@ class _Checkpointed:
         return checkpoint(once, x, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def refuse_pooled(model):
+    """Raises ErasureError for a model that HostDenoiser cannot run."""
+    if reads_pooled(model):
+        raise ErasureError(
+            f"The model {type(model.model).__name__} reads pooled text beside the text vectors, which gradients do "
+            "not support yet; use a Stable Diffusion 1 or 2 checkpoint, or a method without gradients."
+        )
+
+
 def trainable_sites(model, groups=()):
     """{site: module} of the linear layers and 1x1 convolutions in the transformers, as SPM adapts them.
 
@@ -210,11 +219,7 @@ def trainable_sites(model, groups=()):
     Raises ErasureError for a model that cannot be trained against.
     """
     context_width(model)
-    if reads_pooled(model):
-        raise ErasureError(
-            f"The model {type(model.model).__name__} reads pooled text beside the text vectors, which training does "
-            "not support yet; train on a Stable Diffusion 1 or 2 checkpoint, or erase in closed form."
-        )
+    refuse_pooled(model)
     found = {}
     for key, module in modules(model).items():
         name = key.removeprefix("diffusion_model.").removesuffix(".weight")

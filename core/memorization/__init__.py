@@ -1,0 +1,1 @@
+"""Memorised pictures: finding them without the training data, and where they are kept."""
