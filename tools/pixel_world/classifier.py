@@ -1,68 +1,21 @@
-"""The independent judge of Pixel World: reads shape, colour, texture and background off a picture.
+"""Trains the independent judge of Pixel World, which reads shape, colour, texture and background off a picture.
 
 Trained on rendered pictures only (day and night palettes, with noise, blur and shifts), never on
 anything the demo model made. "shape" has a ninth answer, "none", for pictures without one.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import world
-from safetensors.torch import load_file, save_file
-from torch.nn import BatchNorm2d, Conv2d, Flatten, Linear, Module, ModuleDict, ReLU, Sequential
+from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[2]
-PATH = ROOT / "assets" / "pixel_world" / "classifier.safetensors"
-ANSWERS = {
-    "shape": (*world.SHAPES, "none"),
-    "colour": tuple(world.COLOURS),
-    "texture": world.TEXTURES,
-    "background": tuple(world.BACKGROUNDS),
-}
-
-
-class Classifier(Module):
-    """(B, 3, 16, 16) in [0, 1] -> {attribute: logits (B, answers)}."""
-
-    def __init__(self):
-        super().__init__()
-
-        def stage(a, b, stride):
-            return [Conv2d(a, b, 3, stride=stride, padding=1, bias=False), BatchNorm2d(b), ReLU()]
-
-        self.body = Sequential(
-            *stage(3, 32, 1),
-            *stage(32, 32, 1),
-            *stage(32, 64, 2),
-            *stage(64, 64, 1),
-            *stage(64, 96, 2),
-            *stage(96, 96, 1),
-            Flatten(),
-            Linear(96 * 16, 192),
-            ReLU(),
-        )
-        self.heads = ModuleDict({a: Linear(192, len(names)) for a, names in ANSWERS.items()})
-
-    def forward(self, x):
-        h = self.body(x * 2 - 1)
-        return {a: head(h) for a, head in self.heads.items()}
-
-
-def load():
-    model = Classifier()
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(str(PATH)).items()})
-    return model.train(False)
-
-
-@torch.no_grad()
-def read(model, pictures):
-    """Pictures (B, 16, 16, 3) in [0, 1] -> {attribute: answers (B,) as indices into ANSWERS}."""
-    x = torch.as_tensor(np.asarray(pictures), dtype=torch.float32).permute(0, 3, 1, 2)
-    parts = [model(chunk) for chunk in x.split(512)]
-    return {a: torch.cat([p[a] for p in parts]).argmax(1).numpy() for a in ANSWERS}
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "core" / "evaluation"))
+from pixel_judge import ANSWERS, PATH, Classifier, load, read  # noqa: E402
 
 
 def shapeless(sprites, rng, palette):

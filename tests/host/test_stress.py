@@ -1,0 +1,75 @@
+"""The stress test on a real host: it brings back what was only hidden, and says so."""
+
+import pytest
+import torch
+from membrane.core.errors import ErasureError
+from membrane.core.host.attack import words_near
+from membrane.core.pixel_world import ASSETS
+
+pytestmark = pytest.mark.skipif(
+    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
+)
+CAPTIONS = "a red {} on snow\na blue {} on coal"
+
+
+@pytest.fixture(scope="module")
+def demo(node):
+    return node("MembraneDemoModel", variant="day")
+
+
+@pytest.fixture(scope="module")
+def attack(node, demo):
+    erased = node(
+        "MembraneErase", model=demo[0], clip=demo[1], concepts="star -> circle", preserve="heart\ncircle",
+        templates="{}\n" + CAPTIONS,
+    )[0]  # fmt: skip
+
+    def run(**inputs):
+        wanted = {
+            "concept": "star", "captions": CAPTIONS, "pictures": 2, "seed": 5, "steps": 8, "cfg": 1.5, "width": 128,
+            "height": 128, "generations": 6, "population": 16, "prompts_tried": 2,
+        }  # fmt: skip
+        return node("MembraneStressTest", original=demo[0], erased=erased, clip=demo[1], **{**wanted, **inputs})
+
+    return run
+
+
+def test_words_near_a_concept(demo):
+    words = words_near(demo[1], "star", 30)
+    assert len(words) == len(set(words)) == 30
+    assert not any("star" in word for word in words)
+
+
+def test_derived_vectors_bring_the_concept_back(attack, node, demo):
+    sheet, report, prompt, strongest = attack(classifier="demo world")
+    lines = report.splitlines()
+    assert lines[0].endswith("recognised in 0 of 2")  # as asked, it is gone
+    assert 'derived vectors, "a red star on snow": recognised in 2 of 2' in report
+    assert len(lines) == 2 + 2 + 2  # two captions, two found prompts
+    counts = [int(line.rsplit("in ", 1)[1].split()[0]) for line in lines[2:]]
+    assert counts == sorted(counts, reverse=True)
+    assert len(prompt.split()) == 4 and "star" not in prompt
+    assert strongest[0][0].shape == (1, 77, 128)
+    assert sheet.dim() == 4 and sheet.shape[1] > 6 * 160
+
+
+def test_without_a_classifier_the_pictures_are_compared(attack):
+    report = attack(attacks="derived vectors")[1]
+    shares = [int(line.rsplit(": ", 1)[1].split("%")[0]) for line in report.splitlines() if "%" in line]
+    assert shares[0] == 0 and shares[1] > 30
+
+
+def test_mistakes(attack):
+    with pytest.raises(ErasureError, match="No concept to look for"):
+        attack(concept=" ")
+    with pytest.raises(ErasureError, match='"star" is not among the class names'):
+        attack(classifier="demo world", class_names="heart\nmoon")
+
+
+def test_strongest_conditioning_is_for_any_sampler(attack, node, demo):
+    strongest = attack(attacks="derived vectors")[3]
+    latent = node("EmptyLatentImage", width=128, height=128, batch_size=1)[0]
+    found = node(
+        "KSampler", model=demo[0], positive=strongest, negative=strongest, latent_image=latent, steps=2, cfg=1.0
+    )[0]["samples"]
+    assert torch.isfinite(found).all()
