@@ -76,6 +76,8 @@ class ErasedConditioning:
         if pooled is not None and plan.pooled is not None and pooled.shape[-1] == plan.pooled.a.shape[0]:
             rows = pooled[:, None]
             kwargs["pooled_output"] = (rows.float() + plan.pooled.delta(rows, gates))[:, 0].to(pooled.dtype)
+        if self.previous is not None:
+            kwargs["membrane_text"] = text  # whose tokens are known, unlike those of the erased text
         out = original(**kwargs)
         if plan.in_steps:
             out[GATES] = comfy.conds.CONDRegular(gates.to(kwargs.get("device", "cpu")))

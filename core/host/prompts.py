@@ -30,21 +30,39 @@ class Prompts:
             return
         for context, chunk in zip(contexts, vectors[0].chunk(len(contexts))):
             key = _key(chunk)
-            self.known[key] = (len(chunk), frozenset(int(t[0]) for t in context if isinstance(t[0], Integral)))
+            ids = [int(t[0]) if isinstance(t[0], Integral) else None for t in context]
+            self.known[key] = (len(chunk), frozenset(i for i in ids if i is not None), _first_end(ids))
             self.known.move_to_end(key)
         while len(self.known) > self.limit:
             self.known.popitem(last=False)
 
     def recall(self, vectors):
         """Distinct token ids of each row of vectors (rows, n T, d); None for a row with a context that is not known."""
-        lengths = {length for length, _ in self.known.values()}
-        return [next((found for length in lengths if (found := self._row(row, length))), None) for row in vectors]
+        found = [self._contexts(row) for row in vectors]
+        return [frozenset().union(*(ids for _, ids, _ in contexts)) if contexts else None for contexts in found]
 
-    def _row(self, row, length):
-        if not len(row) or len(row) % length:
-            return None
-        found = [self.known.get(_key(chunk)) for chunk in row.split(length)]
-        return frozenset().union(*(ids for _, ids in found)) if all(found) else None
+    def ends(self, vectors):
+        """[(length, place of the first end token)] of the contexts of each row of vectors; None as in recall()."""
+        found = [self._contexts(row) for row in vectors]
+        return [[(length, end) for length, _, end in contexts] if contexts else None for contexts in found]
+
+    def _contexts(self, row):
+        """What is known of the contexts that a row (n T, d) is made of, or None."""
+        for length in {known[0] for known in self.known.values()}:
+            if len(row) and len(row) % length == 0:
+                found = [self.known.get(_key(chunk)) for chunk in row.split(length)]
+                if all(found):
+                    return found
+        return None
+
+
+def _first_end(ids):
+    """Place of the first end token of a context: where its last tokens begin to repeat, or before that where a context
+    is filled up with zeros, as Stable Diffusion 2 and the larger encoder of XL do."""
+    place = len(ids) - 1
+    while place > 1 and ids[place - 1] == ids[-1]:
+        place -= 1
+    return place - 1 if ids[-1] == 0 else place
 
 
 def _key(vectors):
