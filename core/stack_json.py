@@ -6,7 +6,7 @@
 """
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from .errors import ErasureError
 from .permeability import Permeability
@@ -15,6 +15,17 @@ from .stack import Entry, ErasureStack
 VERSION = 1
 NUMBERS = ("strength", "start_percent", "end_percent")
 KNOWN = ("adapter", "enabled", *NUMBERS, "permeability")
+
+
+@dataclass(frozen=True)
+class Row(Entry):
+    """An entry that remembers which row of which editor it came from, so that the row can show what it does.
+
+    node: the host's id of the editor; index: of the row, from 0. Neither counts when entries are compared.
+    """
+
+    node: str = field(default="", compare=False)
+    index: int = field(default=0, compare=False)
 
 
 def to_json(stack):
@@ -38,12 +49,13 @@ def names(text):
     return [spec["adapter"] for spec in _entries(text)]
 
 
-def from_json(text, load):
+def from_json(text, load, node=None):
     """The stack of a text; load: adapter name -> ErasureAdapter. Empty text is an empty stack.
 
-    Raises ErasureError for text that is not such a stack, naming the entry and the field.
+    node: id of the editor that holds the text, whose entries are then Rows. Raises ErasureError for text that is not
+    such a stack, naming the entry and the field.
     """
-    return ErasureStack(tuple(_entry(i, spec, load) for i, spec in enumerate(_entries(text), 1)))
+    return ErasureStack(tuple(_entry(i, spec, load, node) for i, spec in enumerate(_entries(text), 1)))
 
 
 def _entries(text):
@@ -73,7 +85,7 @@ def _entries(text):
     return entries
 
 
-def _entry(i, spec, load):
+def _entry(i, spec, load, node):
     where = f"Entry {i} of the stack ({spec['adapter']})"
     enabled = spec.get("enabled", True)
     if not isinstance(enabled, bool):
@@ -90,7 +102,8 @@ def _entry(i, spec, load):
     )
     adapter = load(spec["adapter"])
     try:
-        return Entry(adapter, **numbers, permeability=Permeability(**permeability), enabled=enabled)
+        settings = {**numbers, "permeability": Permeability(**permeability), "enabled": enabled}
+        return Entry(adapter, **settings) if node is None else Row(adapter, **settings, node=node, index=i - 1)
     except ErasureError as error:
         raise ErasureError(f"{where}: {error}") from error
 

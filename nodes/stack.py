@@ -118,14 +118,15 @@ class MembraneStackEditor:
                     {"tooltip": "LoRAs from another pack's stack node, added with their model strength."},
                 ),
             },
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
-    def IS_CHANGED(cls, stack_json, stack=None, lora_stack=None):
+    def IS_CHANGED(cls, stack_json, stack=None, lora_stack=None, unique_id=None):
         return [signature(adapter_path(name)) for name in names(stack_json)]
 
-    def build(self, stack_json, stack=None, lora_stack=None):
-        whole = (stack or ErasureStack()) + from_json(stack_json, load_adapter)
+    def build(self, stack_json, stack=None, lora_stack=None, unique_id=None):
+        whole = (stack or ErasureStack()) + from_json(stack_json, load_adapter, unique_id)
         for row in lora_stack or ():
             whole = whole.with_entry(_lora_entry(row))
         concepts = dict.fromkeys(c for entry in whole.entries if entry.acts for c in entry.adapter.card.concepts)

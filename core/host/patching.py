@@ -20,6 +20,7 @@ from ..plan import joined, make_plan, wanted_concepts
 from ..stack import ErasureStack
 from .bypass import Bypass, Part, Pruning, Rows
 from .layers import context_width, layer_keys, layer_weight, modules, plain_key, require_fit
+from .live import publish
 from .prompts import PROMPTS
 from .text import encode
 
@@ -99,6 +100,7 @@ class ErasedConditioning:
         else:
             run["positive"] = values if run["positive"] is None else _stronger(run["positive"], values)
         run["active"].update(values.ne(0).any(dim=0).nonzero().flatten().tolist())
+        publish(self.stack, concepts, score, prompt_type, run)
         return values
 
     def __deepcopy__(self, memo):

@@ -8,7 +8,7 @@ from membrane.core.adapter import Card, ErasureAdapter, TextMap
 from membrane.core.errors import ErasureError
 from membrane.core.permeability import Permeability
 from membrane.core.stack import Entry, ErasureStack
-from membrane.core.stack_json import from_json, names, to_json
+from membrane.core.stack_json import Row, from_json, names, to_json
 
 
 def adapter(name):
@@ -82,3 +82,15 @@ def test_what_is_no_stack(text, sentence):
 def test_adapters_without_a_file_cannot_be_written():
     with pytest.raises(ErasureError, match="save it with Save Erasure Adapter"):
         to_json(ErasureStack((Entry(adapter("")),)))
+
+
+def test_entries_know_the_row_they_came_from_and_keep_it():
+    text = json.dumps({"membrane_stack": 1, "entries": [{"adapter": name} for name in FILES]})
+    stack = from_json(text, FILES.__getitem__, "7:3")
+    assert [(type(e), e.node, e.index) for e in stack.entries] == [(Row, "7:3", 0), (Row, "7:3", 1)]
+    chained = (ErasureStack((Entry(FILES["star.safetensors"]),)) + stack).with_permeability(Permeability("route"))
+    assert [getattr(e, "index", None) for e in chained.entries] == [None, 0, 1]
+    assert {e.permeability.mode for e in chained.entries} == {"route"}
+    assert json.loads(to_json(stack)) == json.loads(to_json(load(text)))
+    again = from_json(text, FILES.__getitem__, "8")
+    assert again == stack

@@ -1,0 +1,18 @@
+"""The stack editor in a real browser, on a real server: what scenarios.mjs does there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+SCENARIOS = re.findall(r"(?m)^    async (\w+)\(", (Path(__file__).parent / "scenarios.mjs").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.workflow
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenario(outcomes, scenario):
+    found = outcomes.get(scenario) or outcomes.get(None, {"error": "the scenario was not run", "absent": None})
+    if found.get("absent"):
+        pytest.skip(found["absent"])
+    assert not found["error"], found["error"]

@@ -1,0 +1,112 @@
+"""What each row of a stack editor is told, by the words of a prompt and while a model samples."""
+
+import json
+
+import pytest
+import torch
+from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.errors import ErasureError
+from membrane.core.evaluation.row_openings import Words, openings_by_words, row_openings
+from membrane.core.formats import native
+from membrane.core.formats.labels import UNOPENED, label
+from membrane.core.stack import Entry, ErasureStack
+from membrane.core.stack_json import from_json
+
+CONCEPTS = {"star": ("star",), "gogh": ("van gogh",), "both": ("red star", "heart"), "spm": ("moon",), "lora": ()}
+
+
+def card_only(name):
+    return ErasureAdapter(Card("SPM" if name == "spm" else "UCE", CONCEPTS[name]), name=name)
+
+
+def stack(*entries, node="1"):
+    text = json.dumps({"membrane_stack": 1, "entries": list(entries)})
+    return from_json(text, card_only, node)
+
+
+def follows(name, strength=1.0, **settings):
+    return {"adapter": name, "strength": strength, "permeability": {"mode": "facilitated transport", **settings}}
+
+
+def by_words(whole, text):
+    return {o.row.index: pytest.approx(o.value) for o in openings_by_words(whole, text)}
+
+
+def test_words_are_shares_of_the_concepts_words():
+    found = Words(("star", "van gogh", "a red star", "")).match(
+        "Painting of a (STAR:1.2), by Vincent van  Gogh's pupil"
+    )
+    torch.testing.assert_close(found, torch.tensor([[1.0, 1.0, 2 / 3, 0.0]]))
+
+
+def test_the_rule_is_that_of_the_permeability():
+    whole = stack(
+        follows("star", 0.5, factor=3.0),
+        follows("gogh", threshold=0.6),
+        follows("both"),
+        {"adapter": "star", "strength": 0.25},
+        {"adapter": "spm"},
+        {**follows("star"), "enabled": False},
+    )
+    # the best of an adapter's concepts counts; automatic follows the prompt for SPM only; what is off is not listed
+    assert by_words(whole, "a star by van dyck") == {0: 1.5, 1: 0.0, 2: 0.5, 3: 0.25, 4: 0.0}
+    assert by_words(whole, "the moon over a heart") == {0: 0.0, 1: 0.0, 2: 1.0, 3: 0.25, 4: 1.0}
+
+
+def test_route_opens_the_best_only():
+    route = [{"adapter": name, "permeability": {"mode": "route", "top_k": 1}} for name in ("gogh", "star")]
+    assert by_words(stack(*route), "a star, van eyck") == {0: 0.0, 1: 1.0}
+
+
+def test_without_anything_to_follow_no_text_is_needed():
+    assert by_words(stack({"adapter": "lora", "strength": 0.3}), "") == {0: 0.3}
+
+
+def test_chained_editors_keep_their_rows_apart():
+    whole = stack(follows("star"), node="1") + stack(follows("gogh"), follows("star"), node="2:5")
+    whole += ErasureStack((Entry(card_only("star")),))  # of another node: no row of an editor
+    found = [(o.row.node, o.row.index, o.value) for o in openings_by_words(whole, "star")]
+    assert found == [("1", 0, 1.0), ("2:5", 0, 0.0), ("2:5", 1, 1.0)]
+
+
+def test_the_negative_prompt_gets_what_its_rows_say():
+    same, own, off = (follows("star", negative=n) for n in ("same as positive", "own", "off"))
+    whole, names = stack(same, own, off), Words(("star",))
+    positive = row_openings(whole, names, torch.tensor([[0.2], [0.75]]))
+    assert [o.value for o in positive] == [0.75, 0.75, 0.75]
+    negative = row_openings(whole, names, torch.tensor([[0.125]]), positive)
+    assert [o.value for o in negative] == [0.75, 0.125, 0.0]
+    assert [o.value for o in row_openings(whole, names, torch.tensor([[0.125]]), [])] == [0.125, 0.125, 0.0]
+
+
+def test_a_negative_strength_is_an_opening_too():
+    assert by_words(stack(follows("star", -2.0)), "star") == {0: -2.0}
+
+
+# ---------------------------------------------------------------- what a file says without being loaded
+
+
+def test_the_label_of_a_file_is_that_of_the_loaded_adapter(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    card = Card("UCE", ("star",), ("circle",), "SD15", "abc", {}, "CC0")
+    native.save(ErasureAdapter(card, TextMap(torch.ones(4, 1), torch.ones(1, 4), (0,))), path)
+    found = label(path)
+    assert (found.card, found.family, found.licence) == (native.load(path).card, "SD15", "CC0")
+    assert found.size == (tmp_path / "a.safetensors").stat().st_size
+
+
+def test_no_numbers_are_read_for_a_label(tmp_path, monkeypatch):
+    path = str(tmp_path / "a.safetensors")
+    changes = {"down_blocks_0": LowRank(torch.ones(8, 1), torch.ones(1, 8), 1.0)}
+    native.save(ErasureAdapter(Card("SPM", ("star",)), low_rank=changes), path)
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[: len(whole) - 32] + b"\xff" * 32)
+    assert label(path).card.concepts == ("star",)
+
+
+def test_a_label_of_what_is_no_adapter(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"PK\x03\x04 and more")
+    assert label(str(tmp_path / "a.pt")).card == Card(UNOPENED, ())
+    (tmp_path / "b.safetensors").write_bytes(b"no such file")
+    with pytest.raises(ErasureError, match="b.safetensors.*cannot be read"):
+        label(str(tmp_path / "b.safetensors"))

@@ -1,0 +1,69 @@
+"""The routes of the page's elements: what they answer, and what they refuse."""
+
+import json
+import urllib.error
+
+import pytest
+from membrane.core.pixel_world import ASSETS
+
+pytestmark = [
+    pytest.mark.workflow,
+    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
+]
+
+
+@pytest.fixture(scope="module")
+def file(server):
+    """An adapter's name on the server; the file is removed afterwards."""
+    erase = {"concepts": "star -> circle", "replace_with": "", "preserve": "", "method": "UCE", "strength": 1.0}
+    prompt = {
+        "1": {"class_type": "MembraneDemoModel", "inputs": {"variant": "day"}},
+        "2": {"class_type": "MembraneErase", "inputs": {"model": ["1", 0], "clip": ["1", 1], **erase}},
+        "3": {"class_type": "MembraneSaveAdapter", "inputs": {"adapter": ["2", 1], "filename_prefix": "routes/star"}},
+    }
+    name = server.wait(server.queue(prompt))["outputs"]["3"]["text"][0]
+    yield name
+    for folder in (server.host / "models" / "erasure_adapters", *server.work.rglob("erasure_adapters")):
+        (folder / name).unlink(missing_ok=True)
+
+
+def refusal(ask):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        ask()
+    return caught.value.code, json.loads(caught.value.read())["error"]
+
+
+def test_what_a_file_is(server, file):
+    found = server.get(f"/membrane/adapter?name={file}")
+    assert (found["method"], found["concepts"], found["surrogates"]) == ("UCE", ["star"], ["circle"])
+    assert found["size"] > 1000 and {"family", "licence", "name"} <= found.keys()
+
+
+@pytest.mark.parametrize("name", ["../../main.py", "/etc/passwd", "..%5C..%5Cmain.py", "", "no.safetensors"])
+def test_nothing_outside_the_folder_is_named(server, name):
+    code, sentence = refusal(lambda: server.get(f"/membrane/adapter?name={name}"))
+    assert code == 400 and "was not found in" in sentence
+
+
+def test_which_rows_the_words_open(server, file):
+    entry = {"adapter": file, "permeability": {"mode": "facilitated transport"}}
+    text = json.dumps({"membrane_stack": 1, "entries": [entry, {"adapter": file, "strength": 0.5}]})
+    ask = {"stack_json": text, "text": "a star"}
+    rows = server.post("/membrane/openings", ask)["rows"]
+    assert [(r["index"], r["mode"], r["value"]) for r in rows] == [(0, "facilitated transport", 1.0), (1, "fixed", 0.5)]
+    assert server.post("/membrane/openings", {**ask, "text": "a heart"})["rows"][0]["value"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"stack_json": "{", "text": ""}, "not valid JSON"),
+        ({"stack_json": '{"membrane_stack": 1, "entries": [{"adapter": "../x"}]}', "text": ""}, "was not found in"),
+        ({"stack_json": 1, "text": ""}, "holds no text and stack"),
+        ([], "holds no text and stack"),
+        ({"stack_json": "", "text": "x" * (1 << 20)}, "larger than"),
+    ],
+)
+def test_what_is_no_question(server, body, sentence):
+    code, found = refusal(lambda: server.post("/membrane/openings", body))
+    assert code == 400 and sentence in found and "\n" not in found

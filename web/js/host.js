@@ -1,0 +1,117 @@
+// @ts-check
+// Where the pages of ComfyUI of different years differ.
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+
+export { api, app };
+
+const tracker = () => app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
+
+/** Tells the page that the graph has changed, so that it can be undone and counts as unsaved. */
+export function graphChanged() {
+    app.graph?.setDirtyCanvas(true, true);
+    const found = tracker();
+    if (found?.captureCanvasState) found.captureCanvasState();
+    else if (found?.checkState) found.checkState();
+    else window.dispatchEvent(new MouseEvent("mouseup")); // pages of 2024 look for changes then, and only then
+}
+
+/** Ctrl+Z and Ctrl+Y from a control of ours, which the page itself leaves to inputs. True when it was one of them. */
+export function undoRedo(event) {
+    if (!(event.ctrlKey || event.metaKey) || event.altKey) return false;
+    const key = event.key.toLowerCase();
+    if (key !== "z" && key !== "y") return false;
+    const found = tracker();
+    if (found?.undo) {
+        event.preventDefault();
+        event.stopPropagation();
+        if (key === "y" || event.shiftKey) found.redo();
+        else found.undo();
+    } else {
+        document.activeElement?.blur(); // pages of 2024 look in the next frame where the focus is
+    }
+    return true;
+}
+
+/** One change of the graph, however many steps it takes. */
+export function asOneChange(graph, action) {
+    app.canvas.emitBeforeChange?.();
+    graph.beforeChange?.();
+    try {
+        return action();
+    } finally {
+        graph.afterChange?.();
+        app.canvas.emitAfterChange?.();
+        graphChanged();
+    }
+}
+
+/** A JSON answer of the host; raises an Error with its sentence when there is one. */
+export async function ask(route, body) {
+    const options = body && {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify(body),
+    };
+    const answer = await api.fetchApi(route, options);
+    const found = await answer.json().catch(() => ({}));
+    if (!answer.ok) throw new Error(found.error ?? `ComfyUI answered ${answer.status} to ${route}.`);
+    return found;
+}
+
+/** Names of the files that Load Erasure Adapter lists, as the host has them now. */
+export async function adapterNames() {
+    const input = (await ask("/object_info/MembraneLoadAdapter")).MembraneLoadAdapter.input.required.adapter_name;
+    return Array.isArray(input[0]) ? input[0] : (input[1]?.options ?? []);
+}
+
+/** True when nodes are drawn as elements of the page (Nodes 2.0) and not on the canvas. */
+export const drawsNodesAsElements = () => globalThis.LiteGraph?.vueNodesMode === true;
+
+/** Does something now and then as long as a node is in a graph, soon after it got there first. */
+export function whileInGraph(node, action, milliseconds) {
+    const timers = [];
+    const { onAdded, onRemoved } = node;
+    node.onAdded = function (...args) {
+        onAdded?.apply(this, args);
+        timers.push(setInterval(action, milliseconds), setTimeout(action, 0), setTimeout(action, 100));
+    };
+    node.onRemoved = function (...args) {
+        for (const timer of timers.splice(0)) clearInterval(timer); // which ends a timeout as well
+        onRemoved?.apply(this, args);
+    };
+}
+
+/**
+ * Puts an element of ours in the place of that of a node before it: pages that draw nodes as elements keep what a node
+ * of the same number had shown, as after an undo.
+ */
+export function stayMounted(node, element, selector) {
+    if (!drawsNodesAsElements() || element.isConnected || app.canvas.graph !== node.graph) return;
+    document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"] ${selector}`)?.replaceWith(element);
+}
+
+/** The pan and zoom of the canvas go on over an element of ours, except where `scrolls` says that it needs the wheel. */
+export function passCanvasGestures(element, scrolls) {
+    element.addEventListener(
+        "wheel",
+        (event) => {
+            if (drawsNodesAsElements()) return; // its page decides by data-capture-wheel
+            if (!event.ctrlKey && scrolls(event.target)) {
+                event.stopPropagation();
+                return;
+            }
+            event.preventDefault();
+            app.canvas.processMouseWheel(event);
+        },
+        { passive: false },
+    );
+    const middle = { pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
+    for (const [kind, method] of Object.entries(middle)) {
+        element.addEventListener(kind, (event) => {
+            const held = kind === "pointermove" ? event.buttons & 4 : event.button === 1;
+            if (held && !drawsNodesAsElements()) app.canvas[method](event);
+        });
+    }
+}

@@ -1,0 +1,113 @@
+// @ts-check
+// Membrane in the page: the stack editor, what adapters' files say, live permeability, "Erase a concept here".
+
+import { addInfo } from "./adapter_info.js";
+import { canvasItems, nodeItems, addToOldMenus } from "./erase_here.js";
+import { executionIds, promptTexts } from "./graph.js";
+import { adapterNames, api, app, ask, graphChanged, passCanvasGestures, stayMounted, undoRedo, whileInGraph } from "./host.js";
+import { StackEditor } from "./stack_editor.js";
+
+const WIDGET = "MEMBRANE_STACK";
+const editors = new Map(); // of the nodes that are in a graph of the page
+
+/** The widget of the node's text: the editor, whose value is the text. */
+function stackWidget(node, name, spec) {
+    const editor = new StackEditor({
+        changed: (text) => {
+            widget.value = text;
+        },
+        committed: graphChanged,
+        names: adapterNames,
+        undoRedo,
+    });
+    if (spec[1]?.default) editor.value = spec[1].default;
+    const widget = node.addDOMWidget(name, "membrane_stack", editor.root, {
+        hideOnZoom: true,
+        getValue: () => editor.value,
+        setValue: (text) => {
+            editor.value = text;
+        },
+        getMinHeight: () => 280,
+    });
+    passCanvasGestures(editor.root, (target) => {
+        const scrolled = target.closest('[data-capture-wheel="true"]');
+        return scrolled !== null && scrolled.scrollHeight > scrolled.clientHeight;
+    });
+    const { onRemoved } = node;
+    node.onRemoved = function (...args) {
+        editors.delete(node);
+        onRemoved?.apply(this, args);
+    };
+    whileInGraph(
+        node,
+        () => {
+            editors.set(node, editor);
+            stayMounted(node, editor.root, ".membrane-stack");
+        },
+        500,
+    );
+    watchPrompt(node, editor);
+    return { widget, minWidth: 500, minHeight: 380 };
+}
+
+/** Keeps the line below the rows up to date with the prompt that the stack's model will get. */
+function watchPrompt(node, editor) {
+    let asked = null;
+    const look = async () => {
+        if (!node.graph || !editor.root.isConnected) return;
+        const texts = promptTexts(node);
+        const text = texts.length ? texts.join("\n") : null;
+        const now = JSON.stringify([text, editor.value]);
+        if (now === asked || editor.problemText !== null) return;
+        asked = now;
+        const answer = await ask("/membrane/openings", { stack_json: editor.value, text: text ?? "" }).then(
+            ({ rows }) => ({ text, rows }),
+            (error) => ({ text, rows: [], problem: error.message }),
+        );
+        if (asked === now) editor.showPrompt(answer);
+    };
+    whileInGraph(node, look, 700); // no page of any year says when a text changed
+}
+
+app.registerExtension({
+    name: "membrane.editor",
+
+    getCustomWidgets: () => ({
+        [WIDGET]: (node, name, spec) => stackWidget(node, name, spec),
+        // pages of 2024 find a widget by the input's type and name
+        "STRING:stack_json": (node, name, spec, page) =>
+            (node.comfyClass ?? node.constructor.comfyClass) === "MembraneStackEditor"
+                ? stackWidget(node, name, spec)
+                : page.widgets.STRING(node, name, spec, page),
+    }),
+
+    beforeRegisterNodeDef(nodeType, nodeData) {
+        if (nodeData.name === "MembraneStackEditor") {
+            const spec = nodeData.input.required.stack_json;
+            spec[1] = { ...spec[1], widgetType: WIDGET }; // so do newer pages
+        }
+    },
+
+    nodeCreated(node) {
+        if (node.comfyClass === "MembraneLoadAdapter") addInfo(node);
+    },
+
+    refreshComboInNodes() {
+        for (const editor of editors.values()) editor.refreshNames();
+    },
+
+    getCanvasMenuItems: canvasItems,
+    getNodeMenuItems: nodeItems,
+
+    setup() {
+        addToOldMenus();
+        api.addEventListener("membrane.gates", ({ detail }) => {
+            for (const [node, editor] of editors) {
+                if (executionIds(app.rootGraph ?? app.graph, node).includes(detail.node)) editor.showGates(detail);
+            }
+        });
+        api.addEventListener("execution_start", () => {
+            for (const editor of editors.values()) editor.setStale();
+        });
+    },
+});
