@@ -216,9 +216,9 @@ def rece_speedups(size, layers, figures):
     for concepts in (1, 5):
         encoded = encoded_prompts(concepts, 0, size.width)
         task = job("RECE", concepts, 0, epochs=EPOCHS, penalty=PENALTY)
-        stored = sum(gram(w) for w in layers)
+        stored = gram(layers)
         solve(task, encoded, stored)
-        ours = seconds(lambda t=task, e=encoded: solve(t, e, sum(gram(w) for w in layers)), size.repeats)
+        ours = seconds(lambda t=task, e=encoded: solve(t, e, gram(layers)), size.repeats)
         cached = seconds(lambda t=task, e=encoded, s=stored: solve(t, e, s), size.repeats)
         targets = list(encoded.vectors[1:])
         blanks = [encoded.row("")] * concepts

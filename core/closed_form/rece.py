@@ -23,38 +23,60 @@ from .uce import uce_factor, uce_terms
 PENALTIES = ("length", "outputs", "distance", "both", "replacement")  # what the penalty is on, see derivation()
 
 
-def derivation(weight_gram, p, penalty, penalty_on="length"):
-    """(K, L), each (d, d), L may be None: c' = K c + L n makes the edited layers W P answer like the original to c.
+class Derivation:
+    """c' = K c + L n, which makes the edited layers W P answer like the original to c; all float64.
 
     argmin sum_l ||W_l P c' - W_l c||^2 + penalty times one of these (RECE eq. 4; the published code's names), with
-    S = sum_l W_l^T W_l, A = P^T S P, B = P^T S. All float64.
+    S = sum_l W_l^T W_l, A = P^T S P, B = P^T S. K = F^-1 R, and L = penalty F^-1 for "replacement" only.
 
-        length       ||c'||^2 (regzero): K = (penalty I + A)^-1 B
-        distance     ||c' - c||^2 (surrogate, 2nd): K = (penalty I + A)^-1 (B + penalty I)
+        length       ||c'||^2 (regzero): F = penalty I + A, R = B
+        distance     ||c' - c||^2 (surrogate, 2nd): F = penalty I + A, R = B + penalty I
         outputs      sum_l ||W_l P (c' - c)||^2 (surrogate, 1st): K = ((1 + penalty) A)^-1 (B + penalty A)
-        both         the sum of the two before: K = (penalty I + (1 + penalty) A)^-1 (B + penalty (I + A))
-        replacement  ||c' - n||^2 (standard), n the replacement: K = (penalty I + A)^-1 B, L = (...)^-1 penalty I
+        both         the sum of the two before: F = penalty I + (1 + penalty) A, R = B + penalty (I + A)
+        replacement  ||c' - n||^2 (standard), n the replacement: F = penalty I + A, R = B
+
+    dense: K and L are made once, which is cheaper for more rows than d; else F and R are applied to the rows.
     """
-    if penalty_on == "outputs":
-        return _unpenalised_size(p, penalty), None
-    right = p.T @ weight_gram
-    system = right @ p  # symmetric up to rounding; the factorisation reads one triangle
-    if penalty_on == "both":
-        right.add_(system, alpha=penalty)
-        system.mul_(1 + penalty)
-    system.diagonal().add_(penalty)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    del system
-    pivots = factor.diagonal().square()
-    if failed or pivots.min() < 1e-8 * pivots.max():
-        raise ErasureError(
-            f"RECE cannot derive its embeddings with a penalty of {penalty:g}: the edited layers are nearly singular; "
-            "raise the penalty (0.1 for easy concepts, 0.001 for hard ones) or take fewer epochs."
-        )
-    if penalty_on in ("distance", "both"):
-        right.diagonal().add_(penalty)
-    anchored = penalty * torch.cholesky_inverse(factor) if penalty_on == "replacement" else None
-    return torch.cholesky_solve(right, factor, out=right), anchored
+
+    def __init__(self, weight_gram, p, penalty, penalty_on="length", dense=True):
+        self.factor = self.anchored = None
+        if penalty_on == "outputs":
+            self.matrix = _unpenalised_size(p, penalty)
+            return
+        right = p.T @ weight_gram
+        system = right @ p  # symmetric up to rounding; the factorisation reads one triangle
+        if penalty_on == "both":
+            right.add_(system, alpha=penalty)
+            system.mul_(1 + penalty)
+        system.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        del system
+        pivots = factor.diagonal().square()
+        if failed or pivots.min() < 1e-8 * pivots.max():
+            raise ErasureError(
+                f"RECE cannot derive its embeddings with a penalty of {penalty:g}: the edited layers are nearly "
+                "singular; raise the penalty (0.1 for easy concepts, 0.001 for hard ones) or take fewer epochs."
+            )
+        if penalty_on in ("distance", "both"):
+            right.diagonal().add_(penalty)
+        self.penalty = penalty if penalty_on == "replacement" else None
+        if dense:
+            if self.penalty is not None:
+                self.anchored = penalty * torch.cholesky_inverse(factor)
+            self.matrix = torch.cholesky_solve(right, factor, out=right)
+        else:
+            self.matrix, self.factor = right, factor
+
+    def __call__(self, targets, replacements):
+        """c' (E, d) of targets c and replacements n, (E, d)."""
+        derived = targets @ self.matrix.T
+        if self.anchored is not None:
+            return derived.addmm_(replacements, self.anchored.T)
+        if self.factor is None:
+            return derived
+        if self.penalty is not None:
+            derived.add_(replacements, alpha=self.penalty)
+        return solve_rows(self.factor, derived)
 
 
 def _unpenalised_size(p, penalty):
@@ -72,13 +94,50 @@ def _unpenalised_size(p, penalty):
 
 
 def derived_embeddings(concepts, weight_gram, p, penalty, penalty_on="length", replacements=None):
-    """Vectors c' (E, d) of concepts c (E, d); replacements n (E, d) where the penalty is on them; see derivation()."""
-    return _derived(concepts, replacements, *derivation(weight_gram, p, penalty, penalty_on))
+    """Vectors c' (E, d) of concepts c (E, d); replacements n (E, d) where the penalty is on them; see Derivation."""
+    return Derivation(weight_gram, p, penalty, penalty_on, len(concepts) > len(p))(concepts, replacements)
 
 
-def _derived(targets, replacements, k, anchored):
-    derived = targets @ k.T
-    return derived if anchored is None else derived.addmm_(replacements, anchored.T)
+class Epoch:
+    """One round of RECE on the map P: the derived embeddings and the edit of P that takes them to the replacements.
+
+    Of more rows than d only d x d matrices are kept, and the rows are made anew for a few concepts at a time.
+    """
+
+    def __init__(self, groups, preserve_gram, weight_gram, p, preserve_scale, anchor, penalty, penalty_on):
+        self.groups, self.p = groups, p
+        many = sum(group_sizes(groups)) > len(p)
+        self.derive, self.kept = Derivation(weight_gram, p, penalty, penalty_on, many), None
+        parts = [self._rows(slice(None))] if not many else None
+        derived_gram = gram_of((row[0] for row in parts or map(self._rows, runs(groups))), len(p))
+        self.factor = ridge_factor(derived_gram, preserve_gram, 1.0, preserve_scale, anchor)
+        if not many:
+            self.kept = self._terms(*parts[0])
+            self.derive = None
+
+    def _rows(self, run):
+        """(derived embeddings, what is missing to the replacements, rows of each concept) of some concepts."""
+        targets, replacements, sizes = stacked(self.groups[run])
+        derived = self.derive(targets, replacements)
+        return derived, replacements.sub_(derived), sizes
+
+    def _terms(self, derived, missing, sizes):
+        return self.p @ missing.T, solve_rows(self.factor, derived), sizes
+
+    def edited(self):
+        """P + sum over the rows of P (n - c')^T c' G^-1, (d, d)."""
+        if self.kept:
+            return torch.addmm(self.p, *self.kept[:2])
+        total = torch.zeros_like(self.p)
+        for derived, missing, _ in map(self._rows, runs(self.groups)):
+            total.addmm_(missing.T, derived)
+        return torch.addmm(self.p, self.p, solve_rows(self.factor, total))
+
+    def terms(self, run):
+        """[(A (d, n), B (n, d))] of some concepts."""
+        changes, rows, sizes = self.kept or self._terms(*self._rows(run))
+        found = list(zip(changes.split(sizes, 1), rows.split(sizes)))
+        return found[run] if self.kept else found
 
 
 def rece_terms(
@@ -96,52 +155,31 @@ def rece_terms(
     erase_scale=1.0,
     **uce_scales,
 ):
-    """For each concept factors A (d, n), B (n, d), float64, of UCE followed by RECE; see rece_of().
-
-    Only d x d matrices are kept over the epochs: the map P, the derivation and the Cholesky factor of each.
-    The rows are made anew for a few concepts at a time.
-    """
+    """For each concept factors A (d, n), B (n, d), float64, of UCE followed by RECE; see rece_of()."""
     start = uce_factor(groups, preserve_gram, erase_scale=erase_scale, **uce_scales)
-    p, steps = solve_rows(start, change_product(groups).mul_(erase_scale)), []
+    p, done = solve_rows(start, change_product(groups).mul_(erase_scale)), []
     p.diagonal().add_(1.0)
-    for epoch in range(epochs):
-        maps = derivation(weight_gram, p, penalty, penalty_on)
-        derived_gram = gram_of(derived_rows(full_groups, maps), len(p))
-        factor = ridge_factor(derived_gram, preserve_gram, 1.0, edit_preserve_scale, edit_anchor)
-        steps.append((p, maps, factor))
-        if epoch + 1 < epochs:
-            p = p + p @ solve_rows(factor, change_product(full_groups, maps))
+    for number in range(1, epochs + 1):
+        epoch = Epoch(full_groups, preserve_gram, weight_gram, p, edit_preserve_scale, edit_anchor, penalty, penalty_on)
+        done.append(epoch)
+        if number < epochs:
+            p = epoch.edited()
         if on_epoch:
-            on_epoch(epoch + 1)
-    del preserve_gram, derived_gram
+            on_epoch(number)
+    del preserve_gram, epoch, p
     for run in runs(full_groups):
-        targets, replacements, sizes = stacked(full_groups[run])
-        parts = []
-        for p, maps, factor in steps:
-            derived = _derived(targets, replacements, *maps)
-            rows = solve_rows(factor, derived)
-            changes = p @ torch.sub(replacements, derived, out=derived).T
-            parts.append(zip(changes.split(sizes, 1), rows.split(sizes)))
-        del targets, replacements, derived  # not needed while the terms are used up
+        parts = [epoch.terms(run) for epoch in done]
         for mine in zip(uce_terms(groups[run], start, erase_scale), *parts):
             yield torch.cat([a for a, _ in mine], 1), torch.cat([b for _, b in mine])
 
 
-def derived_rows(groups, maps):
-    """The derived embeddings c' = K c + L n of all target rows, a few concepts at a time."""
-    for run in runs(groups):
-        targets, replacements, _ = stacked(groups[run])
-        yield _derived(targets, replacements, *maps)
-
-
-def change_product(groups, maps=None):
-    """sum over the rows of (n - c')^T c', (d, d), with c' = K c + L n, or c itself without maps."""
+def change_product(groups):
+    """sum over the rows of (n - c)^T c, (d, d)."""
     width = groups[0][0][0].shape[1]
     total = torch.zeros(width, width, dtype=torch.float64)
     for run in runs(groups):
         targets, replacements, _ = stacked(groups[run])
-        derived = targets if maps is None else _derived(targets, replacements, *maps)
-        total.addmm_((replacements - derived).T, derived)
+        total.addmm_(replacements.sub_(targets).T, targets)
     return total
 
 

@@ -15,7 +15,7 @@ SPAN_TOLERANCE = 1e-4  # part of a vector that must lie outside a space to count
 
 def batch_size(width):
     """Rows to work on at a time: few next to a (width, width) matrix, enough for the full speed of products."""
-    return max(64, width // 10)
+    return max(256, width // 4)
 
 
 def batches(rows):

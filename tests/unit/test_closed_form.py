@@ -118,7 +118,7 @@ def test_rece_says_when_the_edit_has_no_inverse():
     flat = torch.eye(D, dtype=torch.float64)
     flat[0, 0] = 0.0
     with pytest.raises(ErasureError, match='put the penalty on "length"'):
-        rece_module.derivation(torch.eye(D, dtype=torch.float64), flat, 0.1, "outputs")
+        rece_module.Derivation(torch.eye(D, dtype=torch.float64), flat, 0.1, "outputs")
 
 
 @pytest.mark.parametrize("concepts", [1, 3])
