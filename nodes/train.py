@@ -14,7 +14,7 @@ from ..core.host.folders import new_adapter_path
 from ..core.host.layers import family
 from ..core.host.progress import Progress
 from ..core.host.text import encode_for, fingerprint
-from ..core.host.training import HostDenoiser, trainable_sites
+from ..core.host.training import HostDenoiser, resumed, trainable_sites
 from ..core.training.latent_anchoring import NOISE, TEXTS, Settings, Texts, preview, train
 
 log = logging.getLogger("membrane")
@@ -154,6 +154,7 @@ class MembraneTrain:
         names, surrogates = zip(*((c.text, c.surrogate) for c in wanted))
         card = Card("SPM", names, surrogates, family(model), fingerprint(clip), {**asdict(settings), **said})
         run = Run(card, settings, adapter, new_adapter_path(filename_prefix), save_every, preview_every, unique_id)
+        factors = resumed(model, adapter, sites) if adapter else {}
         with torch.inference_mode(False), torch.enable_grad():
 
             def row(prompt):
@@ -161,7 +162,7 @@ class MembraneTrain:
 
             anchors = torch.stack([row(p) for p in kept]) if kept else None
             texts = [Texts(row(text), row(other), row(""), anchors) for text, other in pairs]
-            with HostDenoiser(model, sites, rank, 1.0, seed, run.factors) as denoiser:
+            with HostDenoiser(model, sites, rank, 1.0, seed, factors) as denoiser:
                 return run(denoiser, texts, model)
 
 
@@ -172,10 +173,10 @@ class Run:
         self.card, self.settings = card, settings
         self.path, self.name = place
         self.save_every, self.preview_every, self.node = save_every, preview_every, node
-        self.start, self.factors = 0, {}
+        self.start = 0
         if adapter is not None:
-            self.factors, self.start = adapter.low_rank, int(adapter.card.settings.get("trained_steps", 0))
-            if not self.factors:
+            self.start = int(adapter.card.settings.get("trained_steps", 0))
+            if not adapter.low_rank:
                 raise ErasureError(
                     f"The adapter {adapter.describe()} has no trained layers to go on from; leave it out."
                 )

@@ -13,7 +13,7 @@ from ..errors import ErasureError
 from ..sites import group, site
 from ..training.latent_anchoring import alphas_cumprod
 from .bypass import Bypass, Ready, Rows
-from .layers import context_width, modules, reads_pooled
+from .layers import context_width, layer_keys, modules, plain_key, reads_pooled
 
 CHECKPOINTED = ("BasicTransformerBlock", "ResBlock")
 
@@ -210,6 +210,22 @@ def refuse_pooled(model):
             f"The model {type(model.model).__name__} reads pooled text beside the text vectors, which gradients do "
             "not support yet; use a Stable Diffusion 1 or 2 checkpoint, or a method without gradients."
         )
+
+
+def resumed(model, adapter, sites):
+    """{site of ours: LowRank} of an adapter to go on from, whatever program's names it has for the layers of a MODEL.
+
+    Raises ErasureError for layers that are not among the sites to train.
+    """
+    keys = layer_keys(model)
+    own = {name: site(plain_key(keys[name])) if name in keys else name for name in adapter.low_rank}
+    strange = [name for name, ours in own.items() if ours not in sites]
+    if strange:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} has {len(strange)} layers such as {strange[0]}, which are not trained "
+            'here; set layers to "all" or as it was trained, and connect the model that it belongs to.'
+        )
+    return {own[name]: change for name, change in adapter.low_rank.items()}
 
 
 def trainable_sites(model, groups=()):
