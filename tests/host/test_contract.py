@@ -21,8 +21,8 @@ def describe_input(name, entry, optional):
     return {
         "name": name,
         "optional": optional,
-        # the files of a folder differ from machine to machine
-        "type": "FILES" if name.endswith(("_name", "_file")) else kind,
+        # files, samplers and schedulers differ from machine to machine and from host to host
+        "type": "FILES" if name.endswith(("_name", "_file")) or name == "scheduler" else kind,
         **{k: options[k] for k in ("default", "min", "max", "step", "multiline") if k in options},
     }
 
