@@ -91,7 +91,7 @@ class MembraneLocateMemorization:
                 "scheduler": (list(SCHEDULERS), {"default": "normal", "tooltip": "The noise schedule."}),
                 "seed": (
                     "INT",
-                    {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": False,
+                    {"default": 0, "min": 0, "max": 2**64 - 1,
                      "tooltip": "Seed of the noise, the same for all prompts. The same seed gives the same mask."},
                 ),
                 "width": ("INT", {"default": 512, "min": 64, "max": 4096, "step": 8, "tooltip": "Width in pixels."}),

@@ -53,6 +53,12 @@ export async function ready(page) {
     // newer pages put the last workflow, or a first one, into the graph a little later
     await page.waitForTimeout(1200);
     await page.keyboard.press("Escape");
+    // or greet with a dialog, which a person would close
+    const dialog = page.locator('[role="dialog"]:visible');
+    for (let tries = 0; tries < 5 && (await dialog.count()); tries++) {
+        await page.keyboard.press("Escape");
+        await page.waitForTimeout(300);
+    }
 }
 
 export const api = (page, action, argument) => page.evaluate(action, argument);

@@ -322,6 +322,7 @@ export const SCENARIOS = {
         const text = await stackText(page);
         try {
             await setting(page, "Comfy.VueNodes.Enabled", true);
+            await drawsElementsOfExtensions(page);
             const inNode = page.locator("[data-node-id] .membrane-stack");
             await inNode.waitFor({ state: "visible", timeout: 10000 });
             same(await stackText(page), text, "text after the change of the drawing");
@@ -356,6 +357,20 @@ export const SCENARIOS = {
 /** Leaves a scenario out where the page lacks what it is about. */
 async function needs(page, action, what) {
     if (!(await api(page, action))) throw new Absent(`this ComfyUI's page has no ${what}`);
+}
+
+/** Leaves a scenario out where Nodes 2.0, as in its first versions, leave out what any extension draws. */
+async function drawsElementsOfExtensions(page) {
+    await api(page, () => {
+        const node = LiteGraph.createNode("EmptyLatentImage"), probe = document.createElement("div");
+        probe.className = "membrane-probe";
+        node.addDOMWidget("probe", "probe", probe, {});
+        node.pos = [20, 700];
+        app.graph.add(node);
+    });
+    const found = await page.locator("[data-node-id] .membrane-probe").waitFor({ state: "attached", timeout: 5000 }).then(() => true, () => false);
+    await api(page, () => app.graph.remove(app.graph._nodes.find((node) => node.widgets?.some((widget) => widget.name === "probe"))));
+    if (!found) throw new Absent("this ComfyUI's Nodes 2.0 draw no elements of extensions");
 }
 
 /** Queues the workflow as a person would, by the page's button where there is one of a known name. */

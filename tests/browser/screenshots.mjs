@@ -20,10 +20,10 @@ try {
             const sizes = { MembraneStackEditor: [520, 430], SaveImage: [300, 290], KSampler: [300, 262], MembraneApply: [260, 102] };
             let texts = 0;
             for (const node of app.graph._nodes) {
-                const place = at[node.type] ?? (node.type === "CLIPTextEncode" ? [570, 150 + 170 * texts++] : null);
-                node.pos = place ?? [570, node.type === "VAEDecode" ? 640 : 490];
+                const place = at[node.type] ?? (node.type === "CLIPTextEncode" ? [570, 190 + 160 * texts++] : null);
+                node.pos = place ?? [570, node.type === "VAEDecode" ? 660 : 510];
                 if (sizes[node.type]) node.setSize(sizes[node.type]);
-                if (node.type === "CLIPTextEncode") node.setSize([260, 130]);
+                if (node.type === "CLIPTextEncode") node.setSize([260, 110]);
                 if (node.type === "VAEDecode" || node.type === "EmptyLatentImage") node.setSize([260, node.type === "VAEDecode" ? 46 : 100]);
             }
             app.canvas.deselectAll?.();

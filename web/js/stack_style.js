@@ -10,7 +10,7 @@ export const STYLE = `
     --membrane-line: var(--border-color, #4e4e4e);
     --membrane-accent: #3f8cff;
     --membrane-negative: #d9772b;
-    --membrane-wrong: var(--error-text, #ff4444);
+    --membrane-wrong: color-mix(in srgb, var(--error-text, #ff4444) 45%, var(--membrane-ink)); /* readable on light and dark */
     box-sizing: border-box; width: 100%; height: 100%; overflow: hidden;
     display: flex; flex-direction: column; gap: 4px;
     color: var(--membrane-ink); background: var(--membrane-panel);
