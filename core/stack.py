@@ -6,12 +6,14 @@ from .adapter import ErasureAdapter
 from .errors import ErasureError
 from .permeability import FIXED, Permeability
 
+STRONGEST = 1000  # times an erasure as published; beyond it half precision overflows
+
 
 @dataclass(frozen=True)
 class Entry:
     """One adapter of a stack.
 
-    strength: factor of its deltas, any finite number; start_percent, end_percent: the part of the
+    strength: factor of its deltas, at most STRONGEST; start_percent, end_percent: the part of the
     sampling it acts in, as the host's conditioning time ranges (0 is the first step, 1 the last);
     permeability: how far it opens for a text; enabled: False keeps the entry without its effect.
     """
@@ -34,9 +36,10 @@ class Entry:
                 f"The adapter {self.adapter.describe()} does not say which concepts it erases, so its permeability "
                 f'cannot follow the text; set the permeability to "{FIXED}".'
             )
-        if self.strength != self.strength or abs(self.strength) == float("inf"):
+        if not abs(self.strength) * max(1.0, abs(self.permeability.factor)) <= STRONGEST:
             raise ErasureError(
-                f"The adapter {self.adapter.describe()} has the strength {self.strength}; expected a finite number."
+                f"The adapter {self.adapter.describe()} has the strength {self.strength} and the factor "
+                f"{self.permeability.factor}; expected their product, a finite number, to be at most {STRONGEST}."
             )
 
     @property

@@ -14,6 +14,7 @@ from .stack import Entry, ErasureStack
 
 VERSION = 1
 NUMBERS = ("strength", "start_percent", "end_percent")
+DIGITS = 15
 KNOWN = ("adapter", "enabled", *NUMBERS, "permeability")
 
 
@@ -62,7 +63,7 @@ def _entries(text):
     if not text.strip():
         return []
     try:
-        stack = json.loads(text)
+        stack = json.loads(text, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise ErasureError(
             f"The stack is not valid JSON ({error}); correct it there or undo the last change."
@@ -83,6 +84,13 @@ def _entries(text):
             raise ErasureError(f'Entry {i} of the stack names no adapter; expected {{"adapter": "name", ...}}.')
         _require_known(f"Entry {i} of the stack", spec, KNOWN)
     return entries
+
+
+def _whole(digits):
+    """A whole number that numbers of other types can hold too."""
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 def _entry(i, spec, load, node):

@@ -6,7 +6,7 @@ from ..core.closed_form.concepts import parse_lines
 from ..core.errors import ErasureError
 from ..core.extract import extract
 from ..core.formats import kohya, native, registry
-from ..core.host.folders import adapter_names, adapter_path, load_adapter, new_adapter_path, signature, stamp
+from ..core.host.folders import adapter_names, adapter_path, load_adapter, new_adapter_path, not_saved, signature, stamp
 from ..core.host.layers import context_width, family
 from ..core.host.patching import applied
 from ..core.host.progress import Progress
@@ -95,11 +95,14 @@ class MembraneSaveAdapter:
         }
 
     def save(self, adapter, filename_prefix, format=NATIVE, model=None):
-        if format == LORA:
-            path, name = self._save_lora(adapter, filename_prefix, model)
-        else:
-            path, name = new_adapter_path(filename_prefix)
-            native.save(adapter, path)
+        try:
+            if format == LORA:
+                path, name = self._save_lora(adapter, filename_prefix, model)
+            else:
+                path, name = new_adapter_path(filename_prefix)
+                native.save(adapter, path)
+        except OSError as error:
+            raise not_saved(filename_prefix, error) from error
         log.info("Membrane: saved %s", path)
         return {"ui": {"text": [name]}}
 

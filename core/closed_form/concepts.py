@@ -18,9 +18,7 @@ class Concept:
 def parse_concepts(text, surrogate=""):
     """Concepts from lines ``concept`` or ``concept -> replacement``; `surrogate` fills in where a line has none."""
     concepts = []
-    for line in text.splitlines():
-        if not line.strip():
-            continue
+    for line in _lines(text):
         word, arrow, other = (part.strip() for part in line.partition(ARROW))
         concept = Concept(word, other if arrow else surrogate.strip())
         if not word:
@@ -42,7 +40,18 @@ def parse_concepts(text, surrogate=""):
 
 def parse_lines(text):
     """The non-empty lines, stripped, without repeats."""
-    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    return list(dict.fromkeys(line.strip() for line in _lines(text)))
+
+
+def _lines(text):
+    """The non-empty lines; raises ErasureError for half characters, which no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ErasureError(
+            f"The text has a half of a character at place {error.start + 1}; write it again or delete that character."
+        ) from error
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def parse_templates(text):

@@ -20,6 +20,7 @@ from .scores import Prompt, scores
 FORMAT, VERSION = "membrane.evaluation", 1
 ERASE, NEIGHBOUR, UNRELATED, EMPTY = STRATA = ("erase", "neighbour", "unrelated", "empty")
 ORDER = ("LPIPS", "DreamSim", "CLIP vision", "pixel", "latent")  # the first one there is the headline
+ROW = ("stratum", "index", "prompt", "label", "synonym", "distance", "ceiling", "drift")
 TILE = 160  # pixels of a kept picture at most
 
 
@@ -55,8 +56,13 @@ class Record:
             data = json.loads(text)
             if data["format"] != FORMAT or data["version"] != VERSION:
                 return None
-            return cls(*(data[name] for name in ("configuration", "probe", "rows", "pictures", "finished")))
-        except (ValueError, KeyError, TypeError):
+            found = cls(*(data[name] for name in ("configuration", "probe", "rows", "pictures", "finished")))
+            np.array(found.probe, np.float64)
+            parts = ((row, ROW) for row in found.rows), ((picture, ("stratum", "prompt")) for picture in found.pictures)
+            whole = all(name in part for some in parts for part, names in some for name in names)
+            kinds = (found.configuration, dict), (found.rows, list), (found.pictures, list)
+            return found if whole and all(isinstance(*kind) for kind in kinds) else None
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

@@ -1,7 +1,6 @@
 """What a file holds, whoever wrote it: tensors by name and a map of strings. Nothing in a file is ever run."""
 
 import os
-import re
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -9,11 +8,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ErasureError
+from .instructions import Foreign, require_weights
 
 SAFETENSORS, TORCH = "safetensors", "PyTorch"
 ZIP, LFS_POINTER = b"PK\x03\x04", b"version https://git-lfs"
 OUTER = ("state_dict", "model")  # outer keys that are no part of a tensor's name
 DEPTH = 4  # of nested dictionaries; published files have two
+PACKED = getattr(torch, "float4_e2m1fn_x2", object())
+LONGEST = 1000  # characters of a tensor's name
+SHARED = 8  # times a PyTorch file's size that its tensors may have together, as they may share their numbers
 
 # Mapped files only, which excludes the layouts before PyTorch 1.6: releases up to 2.5 ran code in those in spite of
 # weights_only (CVE-2025-32434).
@@ -33,6 +36,20 @@ class Contents:
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     outer: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        longest = max(self.tensors, key=len, default="")
+        if len(longest) > LONGEST:
+            raise ErasureError(
+                f'"{self.name}" names a tensor with {len(longest)} characters ({longest[:40]}...); expected at most '
+                f"{LONGEST}, the file is damaged or no adapter."
+            )
+        packed = next((key for key, tensor in self.tensors.items() if tensor.dtype == PACKED), None)
+        if packed:
+            raise ErasureError(
+                f'"{self.name}" holds {packed} as {str(PACKED).removeprefix("torch.")}, two numbers in a byte, which '
+                "nothing can be computed with; get a file that is not quantised."
+            )
 
     def some(self):
         """A few of the names, for messages."""
@@ -65,7 +82,7 @@ def _read_safetensors(path, name):
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             return Contents(name, SAFETENSORS, tensors, file.metadata() or {})
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, TypeError, OverflowError) as error:
         raise ErasureError(
             f'"{name}" cannot be read as a safetensors file, nor is it a PyTorch file of version 1.6 or later '
             f"({_first_line(error)}); download or save it again."
@@ -74,14 +91,11 @@ def _read_safetensors(path, name):
 
 def _read_torch(path, name):
     try:
+        require_weights(path, name)
         found = load_weights_only(path)
+    except Foreign:
+        raise
     except Exception as error:  # a damaged or hostile file may raise anything
-        foreign = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
-        if foreign:
-            raise ErasureError(
-                f'"{name}" holds more than weights (it asks for the Python object {foreign[1]}), and Membrane never '
-                "runs what a file brings along; get it as safetensors, or convert it in a place you trust."
-            ) from error
         raise ErasureError(
             f'"{name}" cannot be read as a PyTorch file ({_first_line(error)}); download it again, best as safetensors.'
         ) from error
@@ -91,11 +105,13 @@ def _read_torch(path, name):
         raise ErasureError(
             f'"{name}" holds one {type(found).__name__}; expected a dictionary of weights, choose another file.'
         )
-    tensors = dict(_flat(found, set()))
+    tensors, size, total = dict(_flat(found, set())), os.path.getsize(path), 0
     for key, tensor in tensors.items():
         # a view may claim any size, and every check of its numbers would then fill the memory
-        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        stored = plain and tensor.nbytes <= tensor.untyped_storage().nbytes() <= size
+        total += tensor.nbytes if stored else 0
+        if not stored or total > SHARED * size:
             raise ErasureError(
                 f'"{name}" holds {key} without a stored number for each of its elements; expected plain tensors, get '
                 "it as safetensors."

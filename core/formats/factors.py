@@ -78,6 +78,12 @@ def low_rank(file, layer, parts):
     alpha = _alpha(file, layer, parts.get("alpha"), up.shape[1])
     if "mid" in parts:
         down = _with_core(file, layer, down, parts["mid"])
+    # the product of the scale and a factor is what acts, in float32
+    if not (torch.isfinite(up.float() * (alpha / up.shape[1])).all() and torch.isfinite(down.float()).all()):
+        raise ErasureError(
+            f'"{file}" holds factors of {layer} that are too large with the alpha {alpha:g}; the file is damaged or '
+            "its training failed, get another one."
+        )
     bias = parts.get("bias")
     if bias is not None and bias.shape != up.shape[:1]:
         raise ErasureError(
@@ -111,7 +117,7 @@ def _numbers(file, layer, part, tensor):
         )
     if tensor.is_floating_point() and tensor.element_size() == 1:
         tensor = tensor.half()
-    if not torch.isfinite(tensor).all():
+    if not torch.isfinite(tensor.float() if tensor.dtype == torch.float64 and part != "alpha" else tensor).all():
         raise ErasureError(
             f'"{file}" holds numbers that are not finite in {part} of {layer}; the file is damaged or its training '
             "failed, get another one."

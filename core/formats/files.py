@@ -5,10 +5,13 @@ import os
 import uuid
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..adapter import Card
 from ..errors import ErasureError
+
+LONGEST_CONCEPT, MOST_CONCEPTS = 2000, 10_000  # characters, concepts
 
 
 def card_metadata(card):
@@ -38,10 +41,12 @@ def read_card(name, metadata):
         concepts = json.loads(metadata["membrane.concepts"])
         surrogates = json.loads(metadata.get("membrane.surrogates", "[]"))
         settings = json.loads(metadata.get("membrane.settings", "{}"))
+        json.dumps([concepts, surrogates], ensure_ascii=False).encode()  # half characters cannot be shown or encoded
     except (KeyError, ValueError, RecursionError) as error:
         raise ErasureError(f'"{name}" has a damaged description ({error}); save the adapter again.') from error
     if not all(isinstance(x, list) and all(isinstance(s, str) for s in x) for x in (concepts, surrogates)):
         raise ErasureError(f'"{name}" names no concepts; it is damaged, save the adapter again.')
+    require_bounded(name, concepts)
     return Card(
         metadata.get("membrane.method", ""),
         tuple(concepts),
@@ -53,18 +58,34 @@ def read_card(name, metadata):
     )
 
 
+def require_bounded(name, concepts):
+    """Raises ErasureError for concepts that a text encoder would not come to the end of."""
+    longest = max(map(len, concepts), default=0)
+    if longest > LONGEST_CONCEPT or len(concepts) > MOST_CONCEPTS:
+        raise ErasureError(
+            f'"{name}" names {len(concepts)} concepts of up to {longest} characters; expected at most {MOST_CONCEPTS} '
+            f"of {LONGEST_CONCEPT}, the file is damaged, get it again."
+        )
+
+
 def own(tensor):
     """A contiguous copy on the CPU; safetensors writes no two tensors that share memory."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def save_whole(tensors, path, metadata):
-    """Writes a safetensors file beside its place and renames it; a failure leaves what was there before."""
+    """Writes a safetensors file beside its place and renames it; a failure leaves what was there before.
+
+    Raises OSError where there is no room or no permission.
+    """
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb"):
             mode = os.stat(temporary).st_mode  # what new files get here; safetensors makes them private
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
         os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:

@@ -13,7 +13,7 @@ from ..adapter import Card, ErasureAdapter
 from ..errors import ErasureError
 from ..low_rank import compact, layer_factors
 from .factors import balanced, gather, low_rank
-from .files import card_metadata, own, read_card, save_whole, title
+from .files import card_metadata, own, read_card, require_bounded, save_whole, title
 
 log = logging.getLogger("membrane")
 
@@ -139,9 +139,12 @@ def _card(contents):
                 f'"{contents.name}" is an SPM file that names no concept (its "prompts" are '
                 f'"{metadata["prompts"]}"), so its permeability cannot be computed; save it again with its concepts.'
             )
+        require_bounded(contents.name, concepts)
         return Card("SPM", concepts)
     if "ss_leco_prompt_count" in metadata:
-        return Card("LECO", *_leco_prompts(metadata))
+        concepts, surrogates = _leco_prompts(metadata)
+        require_bounded(contents.name, concepts)
+        return Card("LECO", concepts, surrogates)
     return Card("LoRA", ())
 
 
@@ -150,9 +153,10 @@ def _leco_prompts(metadata):
     try:
         prompts = json.loads(metadata["ss_leco_preview"])
         pairs = {p["target"] or p["positive"]: p["neutral"] for p in prompts if p["action"] == "erase"}
+        pairs = {str(target): str(neutral) for target, neutral in pairs.items() if target}
+        "".join((*pairs, *pairs.values())).encode()  # half characters cannot be shown or encoded
     except (KeyError, TypeError, ValueError, RecursionError):
         return (), ()
-    pairs = {str(target): str(neutral) for target, neutral in pairs.items() if target}
     return tuple(pairs), tuple(pairs.values())
 
 

@@ -26,8 +26,7 @@ class Label:
 
 def label(path):
     """Label of an adapter's file; raises ErasureError for a file that Load Erasure Adapter would refuse."""
-    size = os.path.getsize(path)
-    contents = header(path)
+    contents, size = header(path), os.path.getsize(path)
     if contents is None:
         return Label(Card(UNOPENED, ()), size, "", "")
     reader = registry._reader(contents)
@@ -47,12 +46,12 @@ def label(path):
 def header(path):
     """Contents of a safetensors file with tensors that have shapes but no numbers; None for a PyTorch file."""
     name = os.path.basename(path)
-    with open(path, "rb") as file:
-        if file.read(4) == containers.ZIP:
-            return None
     try:
+        with open(path, "rb") as file:
+            if file.read(4) == containers.ZIP:
+                return None
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
             return containers.Contents(name, containers.SAFETENSORS, tensors, file.metadata() or {})
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, TypeError, OverflowError) as error:
         raise ErasureError(f'"{name}" cannot be read as a safetensors file; download or save it again.') from error

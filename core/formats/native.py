@@ -23,7 +23,8 @@ TEXT_MAP, POOLED_MAP = (
 )
 LOW_RANK, MASK = "low_rank.", "mask."
 MASK_PARTS = {"bits": (torch.uint8, 1), "shape": (torch.int64, 1), "kept": (torch.float16, 1)}  # type, dimensions
-LARGEST_LAYER = 2**30  # weights; bounds what a few deflated bytes may grow to
+LARGEST_LAYER, LARGEST_MODEL = 2**28, 2**33  # weights; bound what a few deflated bytes may grow to
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def save(adapter, path):
@@ -32,7 +33,7 @@ def save(adapter, path):
     for keys, found in ((TEXT_MAP, adapter.text_map), (POOLED_MAP, adapter.pooled_map)):
         if found is not None:
             owners = torch.tensor(found.concept, dtype=torch.int32)
-            tensors |= dict(zip(keys, (found.a.float().contiguous(), found.b.float().contiguous(), owners)))
+            tensors |= dict(zip(keys, (own(found.a.float()), own(found.b.float()), owners)))
     for layer, change in adapter.low_rank.items():
         name = LOW_RANK + layer
         tensors[f"{name}.up"], tensors[f"{name}.down"] = own(change.up), own(change.down)
@@ -83,7 +84,7 @@ def parse(contents):
         for keys in (TEXT_MAP, POOLED_MAP)
     )
     changes = {layer: low_rank(name, layer, parts) for layer, parts in _by_layer(tensors, LOW_RANK).items()}
-    masks = {layer: _mask(name, layer, parts) for layer, parts in _by_layer(tensors, MASK).items()}
+    masks = _masks(name, _by_layer(tensors, MASK))
     if text_map is None and not changes and not masks:
         raise ErasureError(f'"{name}" lacks {", ".join(TEXT_MAP)}; it is damaged, save the adapter again.')
     return ErasureAdapter(card, text_map, name, changes, pooled_map, masks)
@@ -99,37 +100,53 @@ def _by_layer(tensors, prefix):
     return layers
 
 
-def _mask(name, layer, parts):
-    """Mask of a layer; never inflates more than its shape says."""
+def _masks(name, layers):
+    """{layer: Mask}; all shapes are looked at before anything is inflated."""
+    shapes = {layer: _mask_shape(name, layer, parts) for layer, parts in layers.items()}
+    if sum(out * inside for out, inside in shapes.values()) > LARGEST_MODEL:
+        raise ErasureError(
+            f'"{name}" holds masks of more than {LARGEST_MODEL} weights; it is damaged, save the adapter again.'
+        )
+    return {layer: _mask(name, layer, shapes[layer], parts) for layer, parts in layers.items()}
 
-    def damaged(what):
-        return ErasureError(f'"{name}" holds a mask of {layer} {what}; it is damaged, save the adapter again.')
 
+def _damaged_mask(name, layer, what):
+    return ErasureError(f'"{name}" holds a mask of {layer} {what}; it is damaged, save the adapter again.')
+
+
+def _mask_shape(name, layer, parts):
+    """(out, in) of a mask whose parts are of the right kinds."""
     for part, (kind, dimensions) in MASK_PARTS.items():
         if part not in parts and part != "kept":
-            raise damaged(f"without its {part}")
+            raise _damaged_mask(name, layer, f"without its {part}")
         if part in parts and (parts[part].dtype != kind or parts[part].dim() != dimensions):
-            raise damaged(f"whose {part} is of the wrong type")
-    shape = tuple(parts["shape"].tolist())
+            raise _damaged_mask(name, layer, f"whose {part} is of the wrong type")
+    shape = tuple(parts["shape"][:3].tolist())
     if len(shape) != 2 or min(shape) < 1 or shape[0] * shape[1] > LARGEST_LAYER:
-        raise damaged(f"of shape {shape}")
+        raise _damaged_mask(name, layer, f"of shape {shape}")
+    return shape
+
+
+def _mask(name, layer, shape, parts):
+    """Mask of a layer; never inflates more than its shape says."""
     out, inside = shape
     size = inside * -(-out // 8)
     inflater = zlib.decompressobj()
     try:
         data = inflater.decompress(parts["bits"].numpy().tobytes(), size)
+        more = not inflater.eof and inflater.decompress(inflater.unconsumed_tail, 1)
     except zlib.error as error:
-        raise damaged(f"that cannot be unpacked ({error})") from error
-    if len(data) != size or not inflater.eof and inflater.decompress(inflater.unconsumed_tail, 1):
-        raise damaged(f"with more or fewer bits than its shape {shape} has")
+        raise _damaged_mask(name, layer, f"that cannot be unpacked ({error})") from error
+    if len(data) != size or more:
+        raise _damaged_mask(name, layer, f"with more or fewer bits than its shape {shape} has")
     bits = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(inside, -1)
     kept = parts.get("kept")
     if kept is not None and not torch.isfinite(kept).all():
-        raise damaged("with numbers that are not finite")
+        raise _damaged_mask(name, layer, "with numbers that are not finite")
     try:
         return Mask(bits, shape, kept)
     except ErasureError as error:
-        raise damaged("that does not fit together") from error
+        raise _damaged_mask(name, layer, "that does not fit together") from error
 
 
 def _text_map(name, tensors, card, keys):
@@ -139,19 +156,22 @@ def _text_map(name, tensors, card, keys):
     if not card.concepts:
         raise ErasureError(f'"{name}" names no concepts; it is damaged, save the adapter again.')
     a, b, concept = (tensors[key] for key in keys)
-    if not (a.is_floating_point() and b.is_floating_point()) or concept.is_floating_point() or concept.dim() != 1:
+    if not (a.is_floating_point() and b.is_floating_point()) or concept.dtype not in INTEGERS or concept.dim() != 1:
         raise ErasureError(
             f'"{name}" holds a text map of the wrong number types; it is damaged, save the adapter again.'
         )
+    a, b = a.float(), b.float()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ErasureError(f'"{name}" holds numbers that are not finite; it is damaged, save the adapter again.')
     owners = tuple(concept.tolist())
+    if not owners:
+        raise ErasureError(f'"{name}" holds a text map without terms; it is damaged, save the adapter again.')
     if any(not 0 <= i < len(card.concepts) for i in owners):
         raise ErasureError(
             f'"{name}" has terms for concept number {max(owners)} but names {len(card.concepts)} concepts; '
             "it is damaged, save the adapter again."
         )
-    return TextMap(a.float(), b.float(), owners)
+    return TextMap(a, b, owners)
 
 
 def _check_header(contents):

@@ -38,7 +38,8 @@ def parse(contents):
     changes = {}
     for layer, parts in layers.items():
         if "alpha" not in parts and "down" in parts and settings:
-            parts["alpha"] = torch.tensor(_alpha(contents.name, settings, layer, len(parts["down"])))
+            rank = next(iter(parts["down"].shape), 1)
+            parts["alpha"] = torch.tensor(_alpha(contents.name, settings, layer, rank))
         changes[layer] = low_rank(contents.name, layer, parts)
     return ErasureAdapter(Card("LoRA", ()), None, contents.name, changes)
 

@@ -38,15 +38,30 @@ class Part:
         if layer is None:
             return None
         to = {"device": device, "dtype": dtype}
+        up, down = _balanced(layer)
         return Ready(
-            layer.down.to(**to),
-            layer.up.T.contiguous().to(**to),
+            down.to(**to),
+            up.T.contiguous().to(**to),
             torch.tensor(layer.channel, device=device),
             layer.paired,
             layer.rank,
             None if layer.bias is None else layer.bias.T.contiguous().to(**to),
             torch.tensor(layer.bias_channel, device=device),
         )
+
+
+def _balanced(layer):
+    """The factors of a GatedLayer, each column's two of about the same size, so that half precision holds both.
+
+    Powers of two change no digits. Paired columns are multiplied with each other's, so they share one.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    sizes = [x.abs().amax(dim=tuple(range(1, x.dim()))).double().clamp_min(tiny) for x in (layer.up.T, layer.down)]
+    first = len(layer.channel) - layer.paired
+    if layer.paired:
+        sizes = [torch.cat([size[:first], size[first:].max().expand(layer.paired)]) for size in sizes]
+    scale = (sizes[1] / sizes[0]).sqrt().log2().round().clamp(-120, 120).exp2().float()
+    return layer.up * scale, layer.down / scale.view(-1, *[1] * (layer.down.dim() - 1))
 
 
 class Ready:
@@ -121,7 +136,7 @@ class Bypass:
             return self._pruned(x, ready)
         y = original(x, *args, **kwargs)
         for factors, outputs in ready:
-            y = self._add(x, y, factors, outputs)
+            y = self._added(x, y, factors, outputs)
         if self.pruning is not None:  # what another pack does beside the weight stays
             y = y - self._pruned(x, ready, removed=True).to(y.dtype)
         return y
@@ -148,8 +163,25 @@ class Bypass:
             rows.append(functional.linear(row, full - pruned if removed else pruned, shift))
         return torch.stack(rows)
 
-    def _add(self, x, y, ready, outputs):
+    def _added(self, x, y, ready, outputs):
+        """y with a part's changes; row by row where the memory is too small for all rows at once."""
         gates = _for_rows(self.rows.gates, x)
+        try:
+            return self._add(x, y, ready, outputs, gates)
+        except torch.cuda.OutOfMemoryError:  # nothing was written yet
+            rows = gates.expand(len(x), -1).split(1)
+        try:
+            found = [self._add(*row, ready, outputs, own) for *row, own in zip(x.split(1), y.split(1), rows)]
+        except torch.cuda.OutOfMemoryError as error:
+            # the host knows this kind of error and makes room
+            raise torch.cuda.OutOfMemoryError(
+                f"There is not enough memory for the {len(ready.channel)} columns of adapters beside a layer, even one "
+                'picture at a time; make smaller pictures, stack fewer adapters, or set their permeability to "fixed".'
+            ) from error
+        in_place = found[0].data_ptr() == y.data_ptr()
+        return y if in_place else torch.cat(found)
+
+    def _add(self, x, y, ready, outputs, gates):
         convolution = hasattr(self.module, "kernel_size")
         if convolution:
             delta = self._convolved(x, ready, gates)

@@ -10,12 +10,13 @@ import torch
 from ..errors import ErasureError
 from ..evaluation.record import write_whole
 from ..memorization.detect import Calibration
-from .folders import CATEGORY
+from .folders import CATEGORY, not_saved
 from .layers import family
 from .sampling import conditioning, denoised, seeded_noise
 
 PROBED = ("", "a photo of a dog", "an oil painting of a city at night")
 NUMBERS = 256  # of each answer
+LARGEST = 1 << 24  # bytes of a calibration
 
 
 def probe(model, clip, settings):
@@ -47,7 +48,13 @@ def _files(model, settings):
 
 
 def _read(name):
-    with open(os.path.join(_folder(), name), encoding="utf-8", errors="replace") as file:
+    path = os.path.join(_folder(), name)
+    if os.path.getsize(path) > LARGEST:
+        raise ErasureError(
+            f'The calibration file "{name}" is damaged ({os.path.getsize(path)} bytes); delete it and calibrate again '
+            "with benign prompts."
+        )
+    with open(path, encoding="utf-8", errors="replace") as file:
         return Calibration.from_json(file.read(), name)
 
 
@@ -73,10 +80,13 @@ def find(model, settings, numbers):
 
 def store(model, calibration):
     """Writes a calibration and returns the file's name; an earlier one of the same model and settings makes way."""
-    os.makedirs(_folder(), exist_ok=True)
     _, earlier = _earlier(model, calibration)
     name = earlier or f"{_stem(model, calibration.settings)}{_short(calibration.probe)}.json"
-    write_whole(os.path.join(_folder(), name), calibration.to_json().encode("utf-8"))
+    try:
+        os.makedirs(_folder(), exist_ok=True)
+        write_whole(os.path.join(_folder(), name), calibration.to_json().encode("utf-8"))
+    except OSError as error:
+        raise not_saved(name, error) from error
     return name
 
 

@@ -11,6 +11,9 @@ from ..formats import registry
 
 CATEGORY = "erasure_adapters"
 EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
+DEEPEST = 20  # folders in each other
+LONGEST = 200  # bytes of one part of a file's path; file systems take 255
+LARGEST_TEXT = 1 << 24  # bytes of a text file
 
 
 def register():
@@ -46,7 +49,52 @@ def _named(what, name, category, known):
     if path is None:
         folders = ", ".join(folder_paths.get_folder_paths(category))
         raise ErasureError(f'The {what} "{name}" was not found in {folders}; put the file there or choose another one.')
+    known = (folder for folders, _ in folder_paths.folder_names_and_paths.values() for folder in folders)
+    if not any(_is_inside(path, folder) for folder in (folder_paths.models_dir, *known)):
+        raise ErasureError(
+            f'The {what} "{name}" is a link that leads outside the model folders; put the file itself there, or name '
+            "its folder in extra_model_paths.yaml."
+        )
     return path
+
+
+def _is_inside(path, folder):
+    """Whether a path lies in a folder, links of both followed."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    try:
+        return os.path.commonpath((path, folder)) == folder
+    except ValueError:  # another drive
+        return False
+
+
+def clean_prefix(prefix, default, root, where):
+    """A user's prefix of a file name as a path below a folder, with forward slashes; raises ErasureError otherwise.
+
+    default: instead of an empty one; where: what the folder is called in the message.
+    """
+    clean = os.path.normpath((prefix.strip() or default).replace("\\", "/")).replace("\\", "/")
+    parts = clean.split("/")
+    if os.path.isabs(clean) or ".." in parts or ":" in clean or parts[-1] in ("", "."):
+        raise ErasureError(
+            f'The file name "{prefix}" points outside {where} or names no file; '
+            'give a name or a subfolder and a name, such as "objects/star".'
+        )
+    if not clean.isprintable() or len(parts) > DEEPEST or any(len(part.encode()) > LONGEST for part in parts):
+        raise ErasureError(
+            f'The file name "{prefix}" has more than {DEEPEST} parts, more than {LONGEST} bytes in one, or characters '
+            "that cannot be shown; give a shorter or simpler one."
+        )
+    if not _is_inside(os.path.join(root, os.path.dirname(clean)), root):
+        raise ErasureError(f'The file name "{prefix}" leads outside {where} through a link; choose another subfolder.')
+    return clean
+
+
+def not_saved(name, error):
+    """The ErasureError for a file that could not be written."""
+    return ErasureError(
+        f'The file "{name}" could not be saved ({error.strerror or error}), and what was there before is unchanged; '
+        "make room or choose a folder that can be written to."
+    )
 
 
 def signature(path):
@@ -72,19 +120,12 @@ def load_adapter(name):
 def new_adapter_path(prefix, category=CATEGORY):
     """Path and name of a file that does not exist yet: <category's first folder>/<prefix>_00001_.safetensors."""
     root = folder_paths.get_folder_paths(category)[0]
-    os.makedirs(root, exist_ok=True)
-    clean = os.path.normpath(prefix.strip() or "erasure").replace("\\", "/")
-    if os.path.isabs(clean) or clean.split("/")[0] == ".." or ":" in clean or "\0" in clean:
-        raise ErasureError(
-            f'The file name "{prefix}" points outside models/{category}; '
-            'give a name or a subfolder and a name, such as "objects/star".'
-        )
+    clean = clean_prefix(prefix, "erasure", root, f"models/{category}")
     folder, stem = os.path.split(os.path.join(root, clean))
-    if os.path.commonpath((os.path.realpath(folder), os.path.realpath(root))) != os.path.realpath(root):
-        raise ErasureError(
-            f'The file name "{prefix}" leads outside models/{category} through a link; choose another subfolder.'
-        )
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise not_saved(clean, error) from error
     number = 1
     while os.path.exists(path := os.path.join(folder, f"{stem}_{number:05}_.safetensors")):
         number += 1
@@ -107,8 +148,17 @@ def input_text_file(name):
             f'The text file "{name}" was not found in {folder_paths.get_input_directory()}; '
             "put it there or choose another one."
         )
+    path = os.path.join(folder_paths.get_input_directory(), name)
+    if not _is_inside(path, folder_paths.get_input_directory()):
+        raise ErasureError(
+            f'The text file "{name}" is a link that leads outside the input folder; put the file itself there.'
+        )
+    if os.path.getsize(path) > LARGEST_TEXT:
+        raise ErasureError(
+            f'The text file "{name}" has {os.path.getsize(path)} bytes; expected at most {LARGEST_TEXT}, shorten it.'
+        )
     try:
-        with open(os.path.join(folder_paths.get_input_directory(), name), encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except UnicodeDecodeError as error:
         raise ErasureError(f'The text file "{name}" is not UTF-8 text; save it again as UTF-8.') from error

@@ -4,8 +4,8 @@ import os
 
 import folder_paths
 
-from ..errors import ErasureError
 from ..evaluation.record import Record, write_whole
+from .folders import clean_prefix, not_saved
 
 
 class Place:
@@ -13,14 +13,12 @@ class Place:
 
     def __init__(self, prefix):
         root = folder_paths.get_output_directory()
-        clean = os.path.normpath(prefix.strip() or "evaluation").replace("\\", "/")
-        if os.path.isabs(clean) or clean.split("/")[0] == ".." or ":" in clean or "\0" in clean:
-            raise ErasureError(
-                f'The file name "{prefix}" points outside the output folder; '
-                'give a name or a subfolder and a name, such as "evaluation/star".'
-            )
+        clean = clean_prefix(prefix, "evaluation", root, "the output folder")
+        try:
+            os.makedirs(os.path.join(root, os.path.dirname(clean)), exist_ok=True)
+        except OSError as error:
+            raise not_saved(clean, error) from error
         self.folder, self.stem, number, self.subfolder, _ = folder_paths.get_save_image_path(clean, root)
-        os.makedirs(self.folder, exist_ok=True)
         self.name = f"{self.stem}_{number:05}_"
 
     def earlier(self, fits):
@@ -38,5 +36,8 @@ class Place:
 
     def write(self, ending, text):
         """Writes <name>.<ending> and returns how the host names it."""
-        write_whole(os.path.join(self.folder, f"{self.name}.{ending}"), text.encode("utf-8"))
+        try:
+            write_whole(os.path.join(self.folder, f"{self.name}.{ending}"), text.encode("utf-8", "replace"))
+        except OSError as error:
+            raise not_saved(f"{self.name}.{ending}", error) from error
         return {"filename": f"{self.name}.{ending}", "subfolder": self.subfolder, "type": "output"}

@@ -5,6 +5,7 @@ GET /membrane/adapter?name=... says what an adapter's file is; POST /membrane/op
 """
 
 import asyncio
+import functools
 import json
 
 from server import PromptServer, web
@@ -13,7 +14,7 @@ from ..adapter import ErasureAdapter
 from ..errors import ErasureError
 from ..evaluation.row_openings import openings_by_words
 from ..formats.labels import label
-from ..stack_json import from_json
+from ..stack_json import from_json, names
 from .folders import adapter_path
 
 LARGEST = 1 << 20  # bytes of a request
@@ -80,12 +81,14 @@ def _information(name):
 
 
 def _openings(stack_json, text):
+    @functools.cache
     def card_only(name):
         return ErasureAdapter(label(adapter_path(name)).card, name=name)
 
+    rows = len(names(stack_json))  # before any file is opened
+    if rows > MOST:
+        raise ErasureError(f"The stack has {rows} rows; expected at most {MOST}, take some out.")
     stack = from_json(stack_json, card_only, "")
-    if len(stack.entries) > MOST:
-        raise ErasureError(f"The stack has {len(stack.entries)} rows; expected at most {MOST}, take some out.")
     return {
         "rows": [
             {

@@ -134,7 +134,7 @@ class Calibration:
             numbers = [tuple(float(v) for v in found[key]) for key in ("probe", "scores")]
             if not numbers[0] or len(numbers[1]) < FEWEST or not np.isfinite(sum(numbers, ())).all():
                 raise ValueError("numbers are missing")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ErasureError(
                 f'The calibration file "{name}" is damaged ({error}); delete it and calibrate again with benign '
                 "prompts."

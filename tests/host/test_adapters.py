@@ -565,7 +565,7 @@ def test_text_maps_and_layers_in_one_file(node, demo, layers, sample, base):
     expected = sample(apply(node, demo, apart))
     for mode in (FIXED, TRANSPORT):
         close(sample(apply(node, demo, entry(node, again, mode=mode))), expected, base)
-    with pytest.raises(ErasureError, match="changes both the text and layers"):
+    with pytest.raises(ErasureError, match="changes the text, layers or single weights"):
         save(node, both, "both", demo[0])
 
 
