@@ -19,7 +19,7 @@ import erasure_quality as quality  # noqa: E402
 from tools.in_process import start  # noqa: E402
 
 world, classifier = quality.world, quality.classifier
-ORDINARY, SEEDS, BATCH = 200, 4, 64
+ORDINARY, SEEDS, BATCH, PAINTED = 200, 4, 64, 32
 REPLICATED = 0.1  # of the distance to the nearest other memorised picture, as the model card counts
 NEAR = 0.02  # mean squared error above which nothing is a copy, however far the others are
 METHODS = ("dynamic guidance", "delayed guidance", "opposite guidance", "token re-weighting")
@@ -73,12 +73,17 @@ def measure_detection(node, demo, ordinary=ORDINARY, seeds=SEEDS):
             figures[f"{key}{name}"] = round(value, 4)
 
     long, _ = scores(node, demo, captions, 50, 20, seeds)
-    for name, first, used in (("", 5, seeds), ("_1x1", 1, 1), ("_10_of_50", 10, seeds), ("_20_of_50", 20, seeds)):
+    for name, first, used in (
+        ("_1x1", 1, 1),
+        ("_5_of_50", 5, seeds),
+        ("_10_of_50", 10, seeds),
+        ("_20_of_50", 20, seeds),
+    ):
         add(name, "text part", first, 50, used, long[:, :used, :first].mean(axis=(1, 2)))
-    for steps in (20, 10):  # the same number of steps, which come to less noise
+    for name, steps in (("_5_of_20", 20), ("", 10)):  # the same number of steps, which come to less noise
         short, _ = scores(node, demo, captions, steps, 5, seeds)
-        add(f"_5_of_{steps}", "text part", 5, steps, seeds, short.mean(axis=(1, 2)))
-    add("_5_of_10_1_seed", "text part", 5, 10, 1, short[:, 0].mean(axis=1))
+        add(name, "text part", 5, steps, seeds, short.mean(axis=(1, 2)))
+    add("_1_seed", "text part", 5, 10, 1, short[:, 0].mean(axis=1))
     _, endings = scores(node, demo, captions, 20, 20, 1, bright_ending=True)
     add("_bright_ending", "bright ending", 20, 20, 1, endings)
     return {"figures": figures, "rows": rows}
@@ -93,29 +98,45 @@ def detection_table(rows):
 # ---------------------------------------------------------------- mitigation
 
 
-def replicated(pictures):
-    """Which pictures (12 n, 16, 16, 3), n in a row of each caption, are copies of their memorised picture."""
-    own = np.repeat(np.arange(len(world.MEMORISED_CAPTIONS)), len(pictures) // len(world.MEMORISED_CAPTIONS))
-    distance = ((np.asarray(pictures)[:, None] - world.memorised_pictures()[None]) ** 2).mean(axis=(2, 3, 4))
+def paint(model, clip, captions, first_seed):
+    """Sprites (captions, 16, 16, 3) in [0, 1], a noise of its own for each caption."""
+    from membrane.core.host.denoising import together
+    from membrane.core.host.sampling import Sampling, conditioning, preview_pictures, sample
+
+    settings = Sampling(quality.STEPS, quality.CFG, "euler", "normal", quality.SIZE, quality.SIZE)
+    pictures = []
+    with torch.inference_mode():
+        empty = conditioning(clip, "")
+        for at in range(0, len(captions), PAINTED):
+            texts = together([conditioning(clip, caption) for caption in captions[at : at + PAINTED]])
+            seeds = [first_seed + at + i for i in range(len(texts[0][0]))]
+            pictures.append(preview_pictures(model, sample(model, texts, empty, seeds, settings)))
+    return torch.cat(pictures).numpy()
+
+
+def copies(pictures, own, originals=None):
+    """Which pictures (n, 16, 16, 3) are copies of originals[own] (n,); the originals are the memorised pictures."""
+    originals = world.memorised_pictures() if originals is None else originals
+    distance = ((np.asarray(pictures)[:, None] - originals[None]) ** 2).mean(axis=(2, 3, 4))
     mine = distance[np.arange(len(own)), own]
     distance[np.arange(len(own)), own] = np.inf
     return (mine < REPLICATED * distance.min(axis=1)) & (mine < NEAR)
 
 
-def measure_mitigation(node, demo, ordinary=48, methods=METHODS):
+def measure_mitigation(node, demo, ordinary=ORDINARY, methods=METHODS):
     """[(method, pictures replicated, of, {attribute: right}, of, mean change of the ordinary pictures of 255)]."""
-    painter, judge = quality.Painter(node, demo), classifier.load()
-    sprites, captions = ordinary_captions(ordinary)
-    rows, plain = [], None
+    judge, (sprites, captions) = classifier.load(), ordinary_captions(ordinary)
+    memorised = [caption for caption in world.MEMORISED_CAPTIONS for _ in range(SEEDS)]
+    own, rows, plain = np.arange(len(world.MEMORISED_CAPTIONS)).repeat(SEEDS), [], None
     for method in (None, *methods):
         model = node("MembraneMitigateMemorization", model=demo[0], method=method)[0] if method else demo[0]
-        memorised = painter.paint(world.MEMORISED_CAPTIONS, 100, model=model)
-        others = painter.paint(captions, 5000, model=model)
+        found = int(copies(paint(model, demo[1], memorised, 100), own).sum())
+        others = paint(model, demo[1], captions, 5000)
         plain = others if plain is None else plain
         answers = classifier.read(judge, others)
-        right = {a: int((answers[a] == getattr(sprites, a).repeat(quality.BATCH)).sum()) for a in world.ATTRIBUTES}
+        right = {a: int((answers[a] == getattr(sprites, a)).sum()) for a in world.ATTRIBUTES}
         change = float(np.abs(others - plain).mean() * 255)
-        rows.append((method or "none", int(replicated(memorised).sum()), len(memorised), right, len(others), change))
+        rows.append((method or "none", found, len(own), right, len(others), change))
         print(mitigation_table(rows[-1:]).splitlines()[-1], flush=True)
     return rows
 
