@@ -30,7 +30,7 @@ from membrane.core.closed_form.concepts import Concept  # noqa: E402
 from membrane.core.closed_form.job import METHODS, Encoded, Job, solve  # noqa: E402
 from membrane.core.closed_form.rece import rece_terms  # noqa: E402
 from membrane.core.closed_form.text_map import gram, text_map  # noqa: E402
-from membrane.core.closed_form.uce import uce_factor, uce_terms  # noqa: E402
+from membrane.core.closed_form.uce import uce_solver, uce_terms  # noqa: E402
 
 LINUX = sys.platform == "linux"
 if LINUX:
@@ -308,7 +308,7 @@ def exactness(size, layers, figures):
                 current = naive_edit(current, derived, blank.repeat(concepts, 1), base, 0.1, 0.1)
                 terms = rece_terms(groups, full, base, weight_gram, epochs=epoch, penalty=PENALTY)
             else:
-                terms = uce_terms(groups, uce_factor(groups, base))
+                terms = uce_terms(groups, uce_solver(groups, base))
             terms = list(terms)
             found = text_map(terms, [len(b) for _, b in terms], size.width)
             errors = []
@@ -342,7 +342,7 @@ def wide_exactness(size, figures):
         weight_gram.addmm_(w.T, w)
     derived = (torch.linalg.inv(a) @ mixed @ target.T).T
     groups, full = [[(target[1:], blank[:-1])]], [[(target, blank)]]
-    uce = sum(a @ b for a, b in uce_terms(groups, uce_factor(groups, base)))
+    uce = sum(a @ b for a, b in uce_terms(groups, uce_solver(groups, base)))
     rece = sum(a @ b for a, b in rece_terms(groups, full, base, weight_gram, penalty=PENALTY))
     errors = {"UCE": 0.0, "RECE, 1 epoch(s)": 0.0}
     for w in start():

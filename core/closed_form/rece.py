@@ -12,15 +12,15 @@ from .text_map import (
     gram,
     gram_of,
     group_sizes,
-    ridge_factor,
+    ridge,
     runs,
     solve_rows,
     stacked,
     text_map,
 )
-from .uce import uce_factor, uce_terms
+from .uce import uce_solver, uce_terms
 
-PENALTIES = ("length", "outputs", "distance", "both", "replacement")  # what the penalty is on, see derivation()
+PENALTIES = ("length", "outputs", "distance", "both", "replacement")  # what the penalty is on, see Derivation
 
 
 class Derivation:
@@ -106,11 +106,12 @@ class Epoch:
 
     def __init__(self, groups, preserve_gram, weight_gram, p, preserve_scale, anchor, penalty, penalty_on):
         self.groups, self.p = groups, p
-        many = sum(group_sizes(groups)) > len(p)
+        count = sum(group_sizes(groups))
+        many = count > len(p)
         self.derive, self.kept = Derivation(weight_gram, p, penalty, penalty_on, many), None
         parts = [self._rows(slice(None))] if not many else None
         derived_gram = gram_of((row[0] for row in parts or map(self._rows, runs(groups))), len(p))
-        self.factor = ridge_factor(derived_gram, preserve_gram, 1.0, preserve_scale, anchor)
+        self.solve = ridge(derived_gram, preserve_gram, 1.0, preserve_scale, anchor, count)
         if not many:
             self.kept = self._terms(*parts[0])
             self.derive = None
@@ -122,7 +123,7 @@ class Epoch:
         return derived, replacements.sub_(derived), sizes
 
     def _terms(self, derived, missing, sizes):
-        return self.p @ missing.T, solve_rows(self.factor, derived), sizes
+        return self.p @ missing.T, self.solve(derived), sizes
 
     def edited(self):
         """P + sum over the rows of P (n - c')^T c' G^-1, (d, d)."""
@@ -131,7 +132,7 @@ class Epoch:
         total = torch.zeros_like(self.p)
         for derived, missing, _ in map(self._rows, runs(self.groups)):
             total.addmm_(missing.T, derived)
-        return torch.addmm(self.p, self.p, solve_rows(self.factor, total))
+        return torch.addmm(self.p, self.p, self.solve(total))
 
     def terms(self, run):
         """[(A (d, n), B (n, d))] of some concepts."""
@@ -156,8 +157,8 @@ def rece_terms(
     **uce_scales,
 ):
     """For each concept factors A (d, n), B (n, d), float64, of UCE followed by RECE; see rece_of()."""
-    start = uce_factor(groups, preserve_gram, erase_scale=erase_scale, **uce_scales)
-    p, done = solve_rows(start, change_product(groups).mul_(erase_scale)), []
+    start = uce_solver(groups, preserve_gram, erase_scale=erase_scale, **uce_scales)
+    p, done = start(change_product(groups).mul_(erase_scale)), []
     p.diagonal().add_(1.0)
     for number in range(1, epochs + 1):
         epoch = Epoch(full_groups, preserve_gram, weight_gram, p, edit_preserve_scale, edit_anchor, penalty, penalty_on)

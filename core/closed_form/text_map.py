@@ -50,8 +50,22 @@ def gram_of(parts, width, scale=1.0):
     return total
 
 
-def ridge_factor(target_gram, preserve_gram, erase_scale, preserve_scale, anchor):
-    """Cholesky factor of G = anchor I + erase_scale C^T C + preserve_scale R^T R, (d, d); uses target_gram up.
+class Ridge:
+    """R -> R G^-1 for rows R (E, d) and a symmetric positive definite G, given by its Cholesky factor.
+
+    count: how many rows will come. For many more than d an inverse, made once, takes half the work of solving.
+    """
+
+    def __init__(self, factor, count):
+        self.factor = None if count > 2 * len(factor) else factor
+        self.inverse = torch.cholesky_inverse(factor) if self.factor is None else None
+
+    def __call__(self, rows):
+        return solve_rows(self.factor, rows) if self.inverse is None else rows @ self.inverse
+
+
+def ridge(target_gram, preserve_gram, erase_scale, preserve_scale, anchor, count):
+    """Ridge of G = anchor I + erase_scale C^T C + preserve_scale R^T R, (d, d), for `count` rows; uses target_gram up.
 
     The matrix that UCE inverts (Gandikota et al. 2024, eq. 7), the same for every layer. Raises when it is
     numerically singular.
@@ -64,7 +78,7 @@ def ridge_factor(target_gram, preserve_gram, erase_scale, preserve_scale, anchor
             f"The closed-form system has no stable solution with an anchor weight of {anchor:g}; "
             "raise the anchor weight (0.1 to 0.5 is usual) or the preserve scale."
         )
-    return factor
+    return Ridge(factor, count)
 
 
 def solve_rows(factor, rows):

@@ -1,6 +1,6 @@
 """Unified Concept Editing (Gandikota et al., WACV 2024) in its weight-free form."""
 
-from .text_map import by_concept, gram, group_sizes, ridge_factor, runs, solve_rows, stacked, text_map
+from .text_map import by_concept, gram, group_sizes, ridge, runs, stacked, text_map
 
 
 def target_rows(groups):
@@ -8,12 +8,13 @@ def target_rows(groups):
     return [targets for pairs in groups for targets, _ in pairs]
 
 
-def uce_factor(groups, preserve_gram, *, erase_scale=1.0, preserve_scale=1.0, anchor=0.5):
-    """Cholesky factor of UCE's matrix for groups of rows; preserve_gram: R^T R of the preserved rows."""
-    return ridge_factor(gram(target_rows(groups)), preserve_gram, erase_scale, preserve_scale, anchor)
+def uce_solver(groups, preserve_gram, *, erase_scale=1.0, preserve_scale=1.0, anchor=0.5):
+    """Ridge of UCE's matrix for groups of rows; preserve_gram: R^T R of the preserved rows."""
+    count = sum(group_sizes(groups))
+    return ridge(gram(target_rows(groups)), preserve_gram, erase_scale, preserve_scale, anchor, count)
 
 
-def uce_terms(groups, factor, erase_scale=1.0):
+def uce_terms(groups, solve, erase_scale=1.0):
     """For each concept factors U (d, E), V (E, d), float64, with W_new = W (I + sum U V) for every edited matrix.
 
     groups: rows by concept, row i of the targets C is sent to row i of the replacements N. Minimises
@@ -22,15 +23,15 @@ def uce_terms(groups, factor, erase_scale=1.0):
     """
     for run in runs(groups):
         targets, replacements, sizes = stacked(groups[run])
-        rows = solve_rows(factor, targets)
+        rows = solve(targets)
         yield from zip((erase_scale * (replacements - targets).T).split(sizes, 1), rows.split(sizes))
 
 
 def uce_of(groups, preserve, *, erase_scale=1.0, **scales):
     """TextMap of UCE. groups: rows by concept (see by_concept()); preserve: (F, d) or a sequence of such."""
     base = gram(preserve)
-    factor = uce_factor(groups, base, erase_scale=erase_scale, **scales)
-    return text_map(uce_terms(groups, factor, erase_scale), group_sizes(groups), len(factor))
+    solve = uce_solver(groups, base, erase_scale=erase_scale, **scales)
+    return text_map(uce_terms(groups, solve, erase_scale), group_sizes(groups), len(base))
 
 
 def uce(targets, replacements, preserve, concept, count, **scales):

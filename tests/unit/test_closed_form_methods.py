@@ -10,7 +10,7 @@ from membrane.core.closed_form.job import METHODS, Encoded, Job, erase, solve, s
 from membrane.core.closed_form.rece import PENALTIES, rece_terms
 from membrane.core.closed_form.speed import centroids, influential, invariants, speed
 from membrane.core.closed_form.text_map import by_concept, gram, minimal_terms, protected_basis, text_map
-from membrane.core.closed_form.uce import uce_factor, uce_terms
+from membrane.core.closed_form.uce import uce_solver, uce_terms
 from membrane.core.errors import ErasureError
 
 D = 24
@@ -409,7 +409,7 @@ def test_real_shapes_equal_the_naive_edit_of_every_layer(concepts):
         return sum(a @ b for a, b in terms), dense(stored)
 
     current = edited(start, cut_c, cut_n, r, 0.5, 1.0)
-    exact, stored = both(uce_terms(groups, uce_factor(groups, base)))
+    exact, stored = both(uce_terms(groups, uce_solver(groups, base)))
     figures = {"UCE": (worst(exact, current), worst(stored, current))}
     for epoch in (1, 2, 3):
         a = 0.1 * torch.eye(768, dtype=torch.float64) + sum(w.T @ w for w in current)

@@ -8,7 +8,7 @@ from membrane.core.closed_form.concepts import Concept
 from membrane.core.closed_form.job import Encoded, Job, aligned_groups, solve, whole_groups
 from membrane.core.closed_form.rece import PENALTIES, derived_embeddings, rece_terms
 from membrane.core.closed_form.text_map import gram
-from membrane.core.closed_form.uce import uce_factor, uce_of, uce_terms
+from membrane.core.closed_form.uce import uce_of, uce_solver, uce_terms
 from safetensors.torch import load_file
 
 FIGURES = load_file(str(Path(__file__).parent.parent / "data" / "uce_rece_published.safetensors"))
@@ -37,7 +37,7 @@ def worst(change, prefix):
 
 def uce_change():
     groups = aligned_groups(JOB, ENCODED)
-    return map_of(uce_terms(groups, uce_factor(groups, PRESERVE_GRAM)))
+    return map_of(uce_terms(groups, uce_solver(groups, PRESERVE_GRAM)))
 
 
 def test_uce():
@@ -51,7 +51,7 @@ def test_the_newer_uce_script_on_its_rows():
     """It edits and preserves the last token of each prompt only, the start token of an empty one."""
     last = {p: ENCODED.row(p)[ENCODED.subject(p, p)][None] for p in PROMPTS}
     groups = [[(last[c.text], last[c.surrogate])] for c in JOB.concepts]
-    terms = uce_terms(groups, uce_factor(groups, gram([last[""], last["small moon"]])))
+    terms = uce_terms(groups, uce_solver(groups, gram([last[""], last["small moon"]])))
     assert worst(map_of(terms), "last_token") < 1e-10
     stored = uce_of(groups, [last[""], last["small moon"]])
     assert worst(stored.a.double() @ stored.b.double(), "last_token") < 1e-6
