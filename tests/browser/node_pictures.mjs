@@ -8,22 +8,27 @@ const browser = await launch();
 try {
     const page = await openPage(browser, url);
     const types = await api(page, () => Object.keys(LiteGraph.registered_node_types).filter((type) => type.startsWith("Membrane")));
+    await page.setViewportSize({ width: 1500, height: 1500 });
     for (const type of types) {
-        const box = await api(page, ([type, title, margin]) => {
+        await api(page, ([type, top]) => {
             app.graph.clear();
-            const node = LiteGraph.createNode(type), canvas = app.canvas.canvas.getBoundingClientRect();
+            const node = LiteGraph.createNode(type);
             app.graph.add(node);
-            node.pos = [margin, title + margin];
-            const [width, height] = node.computeSize();
-            node.setSize([Math.max(width, 340), Math.max(height, node.size[1])]);
+            node.pos = [0, top];
             app.canvas.ds.scale = 1;
             app.canvas.ds.offset = [80, 120];
             app.canvas.setDirty(true, true);
-            return { x: canvas.left + 80, y: canvas.top + 120, width: node.size[0] + 2 * margin, height: node.size[1] + title + 2 * margin };
-        }, [type, TITLE, MARGIN]);
-        await page.waitForTimeout(900);
-        const view = page.viewportSize();
-        const clip = { ...box, height: Math.min(box.height, view.height - box.y) };
+        }, [type, TITLE]);
+        await page.waitForTimeout(700);
+        // boxes of text are as tall as they want to be only after they were drawn
+        const clip = await api(page, ([title, margin]) => {
+            const node = app.graph._nodes[0], box = app.canvas.canvas.getBoundingClientRect(), [width, height] = node.computeSize();
+            const boxes = (node.widgets ?? []).filter((w) => w.inputEl ?? w.element).length;
+            node.setSize([Math.max(width, 340), Math.max(height, node.size[1]) + 40 * boxes]);
+            app.canvas.setDirty(true, true);
+            return { x: box.left + 80 - margin, y: box.top + 120 - margin, width: node.size[0] + 2 * margin, height: node.size[1] + title + 2 * margin };
+        }, [TITLE, MARGIN]);
+        await page.waitForTimeout(700);
         await page.screenshot({ path: `${folder}/${type}.jpg`, type: "jpeg", quality: 80, clip });
     }
 } finally {

@@ -68,6 +68,7 @@ def test_every_node_explains_itself(pack):
                 # the page of March 2024 takes {} in such a box for a choice and removes what follows //
                 assert not entry[1].get("multiline") or entry[1]["dynamicPrompts"] is False, f"{name}.{key}"
         assert (ROOT / "web" / "docs" / f"{name}.md").exists(), f"{name} has no help page"
+        assert (ROOT / "web" / "docs" / "img" / f"{name}.jpg").exists(), f"{name} has no picture, see node_pictures.mjs"
         assert pack.NODE_DISPLAY_NAME_MAPPINGS[name] == cls.TITLE
 
 
