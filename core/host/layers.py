@@ -1,6 +1,7 @@
 """The layers of the host's model and the names that adapters know them by."""
 
 import comfy.lora
+import comfy.model_management
 import comfy.ops
 import torch
 
@@ -8,6 +9,17 @@ from ..errors import ErasureError
 from ..sites import site
 
 WEIGHT = ".weight"
+
+
+def denoiser(model):
+    """The network of a MODEL as its layers are named.
+
+    Hosts of 2024 put a torch.compile wrapper in its place for as long as the compiled MODEL is loaded; every name
+    below it is another one then, also for the host's own LoRA loader. Unloading puts the network back.
+    """
+    if hasattr(model.model.diffusion_model, "_orig_mod"):
+        comfy.model_management.unload_all_models()
+    return model.model.diffusion_model
 
 
 def family(model):
@@ -32,7 +44,7 @@ def context_width(model):
 
 def cross_attention_layers(model):
     """(key of the weight, module) of the key and value layers that read the text, in the U-Net's order."""
-    for name, module in model.model.diffusion_model.named_modules():
+    for name, module in denoiser(model).named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")):
             yield f"diffusion_model.{name}.weight", module
 
@@ -45,6 +57,7 @@ def reads_pooled(model):
 def layer_keys(model):
     """{site: key} for every spelling the host's own LoRA loader knows; a key is that of a weight, or the host's
     tuple of it and the part of it that the name stands for, where the host fuses layers."""
+    denoiser(model)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     return {site(name): key for name, key in names.items() if plain_key(key).endswith(WEIGHT)}
 
@@ -56,7 +69,7 @@ def plain_key(key):
 
 def modules(model):
     """{key of the weight: module} of the denoiser's layers."""
-    named = model.model.diffusion_model.named_modules()
+    named = denoiser(model).named_modules()
     return {f"diffusion_model.{name}{WEIGHT}": module for name, module in named if hasattr(module, "weight")}
 
 
@@ -72,7 +85,7 @@ def layer_weight(module, like):
 
 def parameter_count(model):
     """Number of weights of the denoiser."""
-    return sum(parameter.numel() for parameter in model.model.diffusion_model.parameters())
+    return sum(parameter.numel() for parameter in denoiser(model).parameters())
 
 
 def require_fit(model, stack, keys):

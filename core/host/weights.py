@@ -16,7 +16,7 @@ from ..formats.weights import EditedWeights
 from ..low_rank import compact, layer_factors
 from ..plan import Joined, first_gated, joined, make_plan
 from ..sites import site
-from .layers import context_width, cross_attention_layers, layer_keys, modules, require_fit
+from .layers import context_width, cross_attention_layers, denoiser, layer_keys, modules, require_fit
 from .patching import add_joined, applied_stack, without_stack
 
 try:  # a function of its own since August 2024, a method of the patcher before
@@ -44,11 +44,12 @@ def effective_weight(model, key, patches):
 
 def _key_patches(model):
     """{key: stored weight and its patches} of the denoiser's weights and biases, as get_key_patches() means it."""
+    network = denoiser(model)
     if hasattr(comfy.model_patcher, "get_key_weight"):
         return model.get_key_patches("diffusion_model.")
     # get_key_patches of older hosts breaks a model whose own patches are in place: it takes the patched
     # weights for plain ones and leaves them behind, so that the next load patches them once more
-    stored = {f"diffusion_model.{name}": p for name, p in model.model.diffusion_model.named_parameters()}
+    stored = {f"diffusion_model.{name}": p for name, p in network.named_parameters()}
     backups = {key: model.backup.get(key, parameter) for key, parameter in stored.items()}
     return {key: [getattr(backup, "weight", backup), *model.patches.get(key, ())] for key, backup in backups.items()}
 

@@ -191,9 +191,16 @@ def test_cancel(node, demo, sample, monkeypatch, note, stage):
     count = checks[0]
     assert count >= 2
     for place in sorted({1, (count + 1) // 2, count}):
-        checks[0], at[0] = 0, place
-        with pytest.raises(CANCELLED):
-            run(node, demo)
+        stopped = False
+        while not stopped:  # a later run may look less often: some hosts' progress bars go by the clock
+            checks[0], at[0] = 0, place
+            try:
+                run(node, demo)
+            except CANCELLED:
+                stopped = True
+            else:
+                assert checks[0] < place, f"Cancel at check {place} of {checks[0]} did not stop it"
+                place = checks[0]
         assert same(before, traces(demo[0]))
         at[0] = None
         assert torch.equal(sample(demo[0]), original)

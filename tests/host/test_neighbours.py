@@ -189,6 +189,10 @@ def test_before_and_after_torch_compile(demo, layers, node, sample, monkeypatch)
     base, expected = sample(demo[0], steps=1), sample(put(demo[0], 1.0), steps=1)
     close(sample(put(compiled(demo[0]), 0.95), steps=1), expected, base)
     close(sample(compiled(put(demo[0], 0.95)), steps=1), expected, base)
+    # hosts of 2024 have the wrapper in the place of the network as long as the compiled MODEL is loaded
+    assert torch.equal(sample(put(demo[0], 1.0), steps=1), expected)
+    sample(compiled(demo[0]), steps=1)
+    close(sample(put(demo[0], 0.95), steps=1), expected, base)
 
 
 def test_two_loras_around_an_erasure(form, demo, node, sample):
