@@ -246,50 +246,92 @@ def check_host_early(comfyui):
 
 
 def split_test_args(args):
-    """(arguments of the run without a host or None, arguments of each host run or None).
+    """Arguments of the run without a host, of each host's run in the page and of each host's own run, or None each.
 
     Paths among the arguments choose what runs; without any, everything does.
     """
-    general, host, options = [], [], []
+    folders = [ROOT.resolve() / "tests" / name for name in ("browser", "host")]
+    chosen, options = ([], [], []), []
     for arg in args:
         file = (Path.cwd() / arg.split("::")[0]).resolve()
         if arg.startswith("-") or not file.exists():
             options.append(arg)
         elif file == ROOT.resolve() / "tests":
             return split_test_args([other for other in args if other != arg])
-        elif (ROOT / "tests" / "host").resolve() in (file, *file.parents):
-            host.append(str(file) + arg[len(arg.split("::")[0]) :])
         else:
-            general.append(str(file) + arg[len(arg.split("::")[0]) :])
-    if not general and not host:
-        general = ["tests", "--ignore", os.path.join("tests", "host")]
-        host = [os.path.join("tests", "host")]
-    return (general + options if general else None), (host + options if host else None)
+            kind = next((i for i, folder in enumerate(folders, 1) if folder in (file, *file.parents)), 0)
+            chosen[kind].append(str(file) + arg[len(arg.split("::")[0]) :])
+    if not any(chosen):
+        names = [os.path.join("tests", folder.name) for folder in folders]
+        chosen = (["tests", *(f"--ignore={name}" for name in names)], *([name] for name in names))
+    return tuple(paths + options if paths else None for paths in chosen)
 
 
 def test(args):
-    """Run the tests: once without a host, then once on every ComfyUI known here."""
+    """Run the tests: once without a host, then on every ComfyUI known here, in its page and in its process."""
     check_host_early(None)
     python = ensure_environment()
-    general, per_host = split_test_args(args)
+    general, *of_hosts = split_test_args(args)
     env = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
-    plan = []
+    jobs = []
     if general is not None:
-        plan.append(("tests without a host, and of the server", general, {}))
-    if per_host is not None and (ROOT / "tests" / "host").is_dir():
+        jobs.append(("tests without a host, and of the server", [python, "-m", "pytest", *general], env))
+    if any(of_hosts):
         wanted = os.environ.get("MEMBRANE_HOST")
         for host in [hosts.named(wanted)] if wanted else hosts.known_hosts():
-            plan.append((f"host {host.label}", per_host, {"MEMBRANE_HOST": str(host.path)}))
-    results = []
-    for title, arguments, extra in plan:
-        say(f"\n===== {title} =====")
-        start = time.monotonic()
-        code = run_openly([python, "-m", "pytest", *arguments], **env, **extra)
-        results.append((title, code, time.monotonic() - start))
+            for title, arguments in zip((f"the page of {host.label}", f"host {host.label}"), of_hosts):
+                if arguments is not None:
+                    jobs.append((title, [python, "-m", "pytest", *arguments], {**env, "MEMBRANE_HOST": str(host.path)}))
+    interactive = {"-s", "--capture=no", "--pdb", "--trace"} & set(args)
+    results = run_jobs(jobs, 1 if interactive else min(os.cpu_count() or 1, 4))
     say("\n===== summary =====")
     for title, code, seconds in results:
         say(f"{outcome(code):20} {seconds:5.0f} s  {title}")
     return overall_code([code for _, code, _ in results])
+
+
+def run_jobs(jobs, workers):
+    """[(title, exit code, seconds)] of [(title, command, environment variables)], at most workers at a time.
+
+    A job that runs alone shows its output at once, others in one piece when they end.
+    """
+    results, waiting, running = {}, list(enumerate(jobs)), []
+    if min(workers, len(jobs)) <= 1:
+        for number, (title, command, env) in waiting:
+            say(f"\n===== {title} =====")
+            start = time.monotonic()
+            results[number] = (title, run_openly(command, **env), time.monotonic() - start)
+        return list(results.values())
+    say(f"{len(jobs)} runs, {workers} at a time; each shows its output when it ends.")
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                number, (title, command, env) = waiting.pop(0)
+                log = tempfile.TemporaryFile()
+                child = subprocess.Popen(
+                    [str(part) for part in command], cwd=ROOT, env={**os.environ, **env}, stdin=subprocess.DEVNULL,
+                    stdout=log, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                running.append((number, title, time.monotonic(), child, log))
+            for job in [job for job in running if job[3].poll() is not None]:
+                running.remove(job)
+                number, title, start, child, log = job
+                results[number] = (title, child.returncode, time.monotonic() - start)
+                say(f"\n===== {title} =====")
+                with log:
+                    log.seek(0)
+                    say(log.read().decode("utf-8", "replace"))
+            if running:
+                time.sleep(0.2)
+    except BaseException as error:
+        for *_, child, _log in running:
+            if isinstance(error, Terminated):
+                child.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+        for *_, child, log in running:
+            end_child(child)
+            log.close()
+        raise
+    return [results[number] for number in sorted(results)]
 
 
 def outcome(code):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from membrane.tools import comfy_server, hosts
 
 HERE = Path(__file__).absolute().parent
@@ -53,9 +54,19 @@ def program(*names, packages):
     return found
 
 
+def installing():
+    """Held while something is installed: 'run.py test' starts the pages of several hosts at a time."""
+    return FileLock(hosts.environment() / "browser.lock")
+
+
 @pytest.fixture(scope="session")
 def browser():
     """(node, environment variables) to run a script of this folder with."""
+    with installing():
+        return prepared_browser()
+
+
+def prepared_browser():
     chromium = program("chromium", "chromium-browser", "google-chrome", packages=("chromium",))
     node, npm = program("node", packages=("nodejs", "npm")), program("npm", packages=("npm",))
     folder = hosts.environment() / "browser"
@@ -80,7 +91,8 @@ def page_server(request, browser, tmp_path_factory):
 
     host = request.param
     try:
-        front_end = front_end_for(host, sys.executable)
+        with installing():
+            front_end = front_end_for(host, sys.executable)
     except Failure as error:
         pytest.skip(str(error))
     work = tmp_path_factory.mktemp("browser")

@@ -44,7 +44,7 @@ def evaluate(node, demo):
     def run(model, **inputs):
         wanted = {
             "erase_prompts": ERASE, "neighbour_prompts": NEIGHBOUR, "unrelated_prompts": UNRELATED, "steps": 4,
-            "cfg": 1.5, "width": 128, "height": 128, "seed": 3, "filename_prefix": "evaluation/test",
+            "cfg": 1.5, "width": 64, "height": 64, "seed": 3, "filename_prefix": "evaluation/test",
         }  # fmt: skip
         found = node(
             "MembraneEvaluate", original=demo[0], erased=model, clip=demo[1], **{"vae": demo[2], **wanted, **inputs}
@@ -105,7 +105,7 @@ def test_identical_models_other_seeds_and_strength(node, demo, evaluate):
 
 
 def test_scores_by_the_demo_worlds_classifier(node, demo, evaluate):
-    found = evaluate(erased(node, demo, 1.0), steps=12, classifier="demo world")
+    found = evaluate(erased(node, demo, 1.0), steps=12, width=128, height=128, classifier="demo world")
     scores = found.data["summary"]["scores"]
     assert scores["erased_classes"] == ["star"]
     assert (scores["erased"]["of"], scores["synonym"]["of"], scores["kept"]["of"]) == (2, 2, 4)
@@ -155,7 +155,7 @@ def test_without_a_vae_the_preview_colours_are_used(node, demo, evaluate):
     assert set(found.data["summary"]["strata"]["erase"]) == {"latent", "drift"}
     assert found.data["pictures"]
     picture = records.decoded_picture(found.data["pictures"][0]["original"])
-    assert picture.shape == (16, 16, 3)
+    assert picture.shape == (8, 8, 3)
 
 
 class Vision:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -308,16 +309,23 @@ def test_requirements_are_pinned():
 
 
 def test_all_tests_without_paths():
-    general, host = run.split_test_args(["-x", "-k", "some thing"])
-    assert general == ["tests", "--ignore", os.path.join("tests", "host"), "-x", "-k", "some thing"]
+    general, page, host = run.split_test_args(["-x", "-k", "some thing"])
+    ignored = [f"--ignore={os.path.join('tests', name)}" for name in ("browser", "host")]
+    assert general == ["tests", *ignored, "-x", "-k", "some thing"]
+    assert page == [os.path.join("tests", "browser"), "-x", "-k", "some thing"]
     assert host == [os.path.join("tests", "host"), "-x", "-k", "some thing"]
 
 
 def test_paths_choose_the_runs():
-    unit, host = str(run.ROOT / "tests" / "unit"), str(run.ROOT / "tests" / "host")
-    assert run.split_test_args([unit + "::test_x", "-q"]) == ([unit + "::test_x", "-q"], None)
-    assert run.split_test_args([host]) == (None, [host])
-    assert run.split_test_args([unit, host]) == ([unit], [host])
+    unit, page, host = (str(run.ROOT / "tests" / name) for name in ("unit", "browser", "host"))
+    assert run.split_test_args([unit + "::test_x", "-q"]) == ([unit + "::test_x", "-q"], None, None)
+    assert run.split_test_args([host]) == (None, None, [host])
+    assert run.split_test_args([page + "/test_stack_editor.py", "-q"]) == (
+        None,
+        [page + "/test_stack_editor.py", "-q"],
+        None,
+    )
+    assert run.split_test_args([unit, host]) == ([unit], None, [host])
     assert run.split_test_args([str(run.ROOT / "tests"), "-q"]) == run.split_test_args(["-q"])
 
 
@@ -329,23 +337,59 @@ def test_overall_code():
     assert run.overall_code([]) == 5
 
 
-def test_every_host_runs_after_a_failure(monkeypatch, capsys):
+@pytest.fixture
+def two_hosts(monkeypatch):
+    known = [hosts.Host("one", Path("first"), "1"), hosts.Host("two", Path("second"), "2")]
+    for name in ("COMFYUI_PATH", "MEMBRANE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(run, "ensure_environment", lambda: Path("python"))
+    monkeypatch.setattr(run.hosts, "known_hosts", lambda: known)
+
+
+def test_every_host_runs_after_a_failure(two_hosts, monkeypatch, capsys):
     seen = []
 
     def pytest_run(command, **env):
         seen.append(env.get("MEMBRANE_HOST"))
         return 1 if len(seen) == 2 else 0
 
-    known = [hosts.Host("one", Path("first"), "1"), hosts.Host("two", Path("second"), "2")]
-    for name in ("COMFYUI_PATH", "MEMBRANE_HOST"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(run, "ensure_environment", lambda: Path("python"))
-    monkeypatch.setattr(run.hosts, "known_hosts", lambda: known)
     monkeypatch.setattr(run, "run_openly", pytest_run)
-    assert run.main(["test", "-q"]) == 1
-    assert seen == [None, "first", "second"]
+    assert run.main(["test", "-q", "--pdb"]) == 1
+    assert seen == [None, "first", "first", "second", "second"]
     summary = capsys.readouterr().out.split("===== summary =====")[1]
-    assert [line.split()[0] for line in summary.strip().splitlines()] == ["passed", "FAILED", "passed"]
+    assert [line.split()[0] for line in summary.strip().splitlines()] == ["passed", "FAILED", *["passed"] * 3]
+
+
+def test_side_by_side_each_output_stays_whole(capfd):
+    """As many at a time as there are workers; every run is told of once, in one piece, whatever the others print."""
+    script = "import sys, time; [(print(sys.argv[1], i, flush=True), time.sleep(0.05)) for i in range(4)]; sys.exit({})"
+    jobs = [(f"job {i}", [sys.executable, "-c", script.format(i == 1), str(i)], {}) for i in range(3)]
+    results = run.run_jobs(jobs, workers=2)
+    assert [(title, code) for title, code, _ in results] == [("job 0", 0), ("job 1", 1), ("job 2", 0)]
+    printed = capfd.readouterr().out
+    for i in range(3):
+        assert printed.count(f"===== job {i} =====") == 1
+        assert "".join(f"{i} {k}\n" for k in range(4)) in printed.replace("\r\n", "\n")
+
+
+def test_stopped_while_side_by_side_leaves_no_process(monkeypatch):
+    started = []
+    popen, sleep = subprocess.Popen, time.sleep
+
+    def recorded(*args, **options):
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    def stop(_seconds):
+        monkeypatch.setattr(run.time, "sleep", sleep)
+        raise run.Terminated
+
+    monkeypatch.setattr(run.subprocess, "Popen", recorded)
+    monkeypatch.setattr(run.time, "sleep", stop)
+    jobs = [(str(i), [sys.executable, "-c", "import time; time.sleep(60)"], {}) for i in range(3)]
+    with pytest.raises(run.Terminated):
+        run.run_jobs(jobs, workers=2)
+    assert len(started) == 2 and all(child.poll() is not None for child in started)
 
 
 # ---------------------------------------------------------------- gui
