@@ -7,7 +7,15 @@ from ..core.adapter import Card, ErasureAdapter
 from ..core.closed_form.concepts import parse_lines
 from ..core.errors import ErasureError
 from ..core.host.layers import family, parameter_count
-from ..core.host.locating import FEED_FORWARD, TEXT, Watcher, importances, layer_weights, linear_layers
+from ..core.host.locating import (
+    FEED_FORWARD,
+    TEXT,
+    Watcher,
+    importances,
+    layer_weights,
+    linear_layers,
+    weight_sample,
+)
 from ..core.host.progress import Progress
 from ..core.host.sampling import SAMPLERS, SCHEDULERS, Sampling
 from ..core.host.text import fingerprint
@@ -146,6 +154,7 @@ class MembraneLocateMemorization:
             "prompts": lines, "base_prompts": base, "sparsity": sparsity, "first_steps": first_steps, "select": select,
             "steps": steps, "cfg": cfg, "sampler": sampler_name, "scheduler": scheduler, "seed": seed,
             "size": [width, height], "rows": rows,
+            "weight_sample": {name: weight_sample(model, name) for name in list(masks)[:1]},
         }  # fmt: skip
         names = tuple(parse_lines(concepts) or dict.fromkeys(lines))
         adapter = ErasureAdapter(Card(method, names, (), family(model), fingerprint(clip), said), masks=masks)

@@ -5,6 +5,7 @@ import logging
 from ..core.errors import ErasureError
 from ..core.formats import registry
 from ..core.host.folders import adapter_path, load_adapter, lora_path, signature
+from ..core.host.locating import OTHER, distance_of_weights
 from ..core.host.patching import apply_stack
 from ..core.host.text import fingerprint
 from ..core.host.weights import apply_to_weights
@@ -250,6 +251,13 @@ class MembraneApply:
                     "Membrane: the adapter %s was made with another text encoder (%s, this one is %s); "
                     "it still applies, but may erase less or damage more",
                     entry.adapter.describe(), made_with, encoder,
+                )  # fmt: skip
+            layer, distance = distance_of_weights(model, entry.adapter)
+            if distance > OTHER:
+                log.warning(
+                    "Membrane: the adapter %s was located on another checkpoint (the weights of %s differ by %.0f %%); "
+                    "it prunes the same places here, which may hold something else; locate it on this one",
+                    entry.adapter.describe(), layer, 100 * distance,
                 )  # fmt: skip
         if apply_to == "weights":
             return (apply_to_weights(model, stack),)

@@ -33,6 +33,13 @@ class Part:
             self.wanted, self.ready = wanted, self._prepare(*wanted)
         return self.ready
 
+    def prepare(self, active, device, dtype):
+        """Makes the factors before the network is called: torch.compile would take the making into its graph, and
+        compile it again without. A type that a layer turned out to work in stays."""
+        if self.wanted is None or self.wanted[0] != active:
+            wanted = (active, *(self.wanted[1:] if self.wanted else (device, dtype)))
+            self.wanted, self.ready = wanted, self._prepare(*wanted)
+
     def _prepare(self, active, device, dtype):
         layer = self.layer.columns(active)
         if layer is None:

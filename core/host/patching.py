@@ -132,8 +132,9 @@ class ErasedSteps:
     """Stands in for the base model's `apply_model`: takes the gates of the rows in the batch off the call, closes
     those out of their time range, and lends them to the gated layers until the call is over."""
 
-    def __init__(self, base, plan, conditioning, rows, previous):
-        self.base, self.plan, self.conditioning, self.rows, self.previous = base, plan, conditioning, rows, previous
+    def __init__(self, base, plan, conditioning, rows, parts, previous):
+        self.base, self.plan, self.conditioning, self.previous = base, plan, conditioning, previous
+        self.rows, self.parts = rows, parts
         self.text = plan.text if plan.timed_text else None
         self.timed = {}
         for k, channel in enumerate(plan.channels):
@@ -154,6 +155,9 @@ class ErasedSteps:
             c_crossattn = (c_crossattn.float() + delta).to(c_crossattn.dtype)
         before = self.rows.gates, self.rows.active
         active = self.conditioning.runs.active(len(self.plan.channels))
+        dtype = getattr(self.base, "manual_cast_dtype", None) or self.base.get_dtype()
+        for part in self.parts:
+            part.prepare(active, x.device, dtype)
         try:
             self.rows.active, self.rows.gates = active, gates[:, list(active)]
             return original(x, t, c_concat, c_crossattn, *args, **kwargs)
@@ -245,12 +249,13 @@ def _put(patched, model, whole, plan):
     base, rows = model.model, Rows()
     conditioning = ErasedConditioning(base, whole, plan, _foreign(model, EXTRA_CONDS, ErasedConditioning))
     patched.add_object_patch(EXTRA_CONDS, conditioning)
-    if plan.in_steps:
-        steps = ErasedSteps(base, plan, conditioning, rows, _foreign(model, APPLY_MODEL, ErasedSteps))
-        patched.add_object_patch(APPLY_MODEL, steps)
     layers, parts = modules(model), {}
     for key, layer in plan.layers.items():
         parts.setdefault(plain_key(key), []).append(Part(layer, _outputs(key)))
+    if plan.in_steps:
+        every = [part for of_layer in parts.values() for part in of_layer]
+        steps = ErasedSteps(base, plan, conditioning, rows, every, _foreign(model, APPLY_MODEL, ErasedSteps))
+        patched.add_object_patch(APPLY_MODEL, steps)
     for key in dict.fromkeys((*parts, *plan.masks)):
         name = key.removesuffix(".weight") + ".forward"
         pruning = Pruning(plan.masks[key], layer_weight) if key in plan.masks else None

@@ -1,5 +1,6 @@
 """Locating in the host: the published recipe done naively on the same network, and what must not change the mask."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -210,3 +211,28 @@ def test_saved_and_loaded_again_it_is_the_same(node, plain):
     saved = node("MembraneSaveAdapter", adapter=plain[0], filename_prefix="located")
     loaded = node("MembraneLoadAdapter", adapter_name=saved.ui["text"][0])[0]
     assert same(loaded, plain[0]) and loaded.card == plain[0].card
+
+
+@pytest.mark.parametrize("apply_to", ["text", "weights"])
+def test_another_checkpoint_gets_a_warning(node, demo, plain, caplog, apply_to):
+    """Not a relative of the one it was located on: night is day trained on, its weights are 5 % away."""
+    ((name, values),) = plain[0].card.settings["weight_sample"].items()
+    weight = linear_layers(demo[0])[name].weight.detach().float().flatten()
+    assert values == pytest.approx(weight[:: len(weight) // len(values)][: len(values)].tolist(), rel=1e-4)
+    settings = {**plain[0].card.settings, "weight_sample": {name: values[::-1]}}
+    foreign = replace(plain[0], card=replace(plain[0].card, settings=settings))
+    for adapter, variant, expected in ((plain[0], "day", False), (plain[0], "night", False), (foreign, "day", True)):
+        model, stack = node("MembraneDemoModel", variant=variant)[0], node("MembraneStack", adapter=adapter)[0]
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="membrane"):
+            node("MembraneApply", model=model, clip=demo[1], stack=stack, apply_to=apply_to)
+        assert ("located on another checkpoint" in caplog.text) == expected
+
+
+@pytest.mark.parametrize("sample", [None, 3, {}, {"nothing": [1.0]}, {"": []}, {"x": ["y"]}])
+def test_a_sample_that_says_nothing_is_no_mistake(node, demo, plain, caplog, sample):
+    settings = {**plain[0].card.settings, "weight_sample": sample}
+    adapter = replace(plain[0], card=replace(plain[0].card, settings=settings))
+    with caplog.at_level("WARNING", logger="membrane"):
+        node("MembraneApply", model=demo[0], clip=demo[1], stack=node("MembraneStack", adapter=adapter)[0])
+    assert not caplog.text

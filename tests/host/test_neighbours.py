@@ -195,6 +195,38 @@ def test_before_and_after_torch_compile(demo, layers, node, sample, monkeypatch)
     close(sample(put(demo[0], 0.95), steps=1), expected, base)
 
 
+def test_torch_compile_makes_one_graph(demo, layers, node, sample, monkeypatch):
+    """As without adapters: their factors are ready before the network is called, so nothing is compiled again."""
+    attention = comfy.ldm.modules.attention
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(attention, name, attention.attention_pytorch)
+    some = {name: change for name, change in layers.low_rank.items() if "middle_block" in name or "mid_block" in name}
+    stack = node("MembraneStack", adapter=replace(layers, low_rank=some), end_percent=0.95)[0]
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    try:
+        counted = {}
+        for name, model in (
+            ("bare", demo[0]),
+            ("erased", node("MembraneApply", model=demo[0], clip=demo[1], stack=stack)[0]),
+        ):
+            torch._dynamo.reset()
+            graphs.clear()
+            try:
+                sample(node("TorchCompileModel", model=model, backend=backend)[0], steps=2)
+            except LookupError as error:  # not in hosts of its year
+                pytest.skip(str(error))
+            counted[name] = len(graphs)
+        assert counted["bare"] and counted["erased"] == counted["bare"]
+    finally:
+        torch._dynamo.reset()
+        comfy.model_management.unload_all_models()
+
+
 def test_two_loras_around_an_erasure(form, demo, node, sample):
     put, reference = form
 
