@@ -268,7 +268,10 @@ def split_test_args(args):
 
 
 def test(args):
-    """Run the tests: once without a host, then on every ComfyUI known here, in its page and in its process."""
+    """Run the tests: once without a host, then on every ComfyUI known here, in its page and in its process.
+
+    Those marked slow run on the oldest and the newest of them, unless -m or MEMBRANE_HOST says otherwise.
+    """
     check_host_early(None)
     python = ensure_environment()
     general, *of_hosts = split_test_args(args)
@@ -278,10 +281,13 @@ def test(args):
         jobs.append(("tests without a host, and of the server", [python, "-m", "pytest", *general], env))
     if any(of_hosts):
         wanted = os.environ.get("MEMBRANE_HOST")
-        for host in [hosts.named(wanted)] if wanted else hosts.known_hosts():
+        known = [hosts.named(wanted)] if wanted else hosts.known_hosts()
+        for host in known:
+            brief = host not in (known[0], known[-1]) and not any(arg.startswith("-m") for arg in args)
             for title, arguments in zip((f"the page of {host.label}", f"host {host.label}"), of_hosts):
                 if arguments is not None:
-                    jobs.append((title, [python, "-m", "pytest", *arguments], {**env, "MEMBRANE_HOST": str(host.path)}))
+                    command = [python, "-m", "pytest", *arguments, *(["-m", "not slow"] if brief else [])]
+                    jobs.append((title, command, {**env, "MEMBRANE_HOST": str(host.path)}))
     interactive = {"-s", "--capture=no", "--pdb", "--trace"} & set(args)
     results = run_jobs(jobs, 1 if interactive else min(os.cpu_count() or 1, 4))
     say("\n===== summary =====")

@@ -13,7 +13,7 @@ WORKFLOWS = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in
 TYPES = {name: {node["type"] for node in workflow["nodes"]} for name, workflow in WORKFLOWS.items()}
 RUNNING = [name for name, types in TYPES.items() if "CheckpointLoaderSimple" not in types]  # others need a download
 
-pytestmark = [pytest.mark.slow, pytest.mark.workflow]
+pytestmark = pytest.mark.workflow
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,7 @@ def test_it_opens_whole(opened, name):
         assert node["inputs"].items() <= found["prompt"][key]["inputs"].items()  # newer pages know more inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNNING)
 def test_it_runs(page_server, opened, name):
     entry = page_server.wait(page_server.queue(opened[name]["prompt"]), timeout=300)

@@ -8,7 +8,6 @@ import pytest
 SCENARIOS = re.findall(r"(?m)^    async (\w+)\(", (Path(__file__).parent / "scenarios.mjs").read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
 @pytest.mark.workflow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenario(outcomes, scenario):

@@ -80,6 +80,7 @@ def test_the_hosts_own_sampler_gives_the_same_latents(node, demo):
         assert torch.allclose(guided, found, atol=1e-4)  # the last step goes to what the network takes for clean
 
 
+@pytest.mark.slow
 def test_identical_models_other_seeds_and_strength(node, demo, evaluate):
     same = evaluate(demo[0], seed=100)
     for stratum in ("erase", "neighbour", "unrelated", "empty"):
@@ -104,6 +105,7 @@ def test_identical_models_other_seeds_and_strength(node, demo, evaluate):
     assert weaker[-1].grid.shape[0] == 1 and weaker[-1].grid.shape[3] == 3
 
 
+@pytest.mark.slow
 def test_scores_by_the_demo_worlds_classifier(node, demo, evaluate):
     found = evaluate(erased(node, demo, 1.0), steps=12, width=128, height=128, classifier="demo world")
     scores = found.data["summary"]["scores"]
@@ -118,6 +120,7 @@ def test_scores_by_the_demo_worlds_classifier(node, demo, evaluate):
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.slow
 def test_it_stops_and_goes_on(node, demo, evaluate, monkeypatch):
     model = erased(node, demo, 1.0)
     whole = evaluate(model, filename_prefix="evaluation/whole")
@@ -177,6 +180,7 @@ class Words:
         return None, torch.rand(1, 12, generator=g)
 
 
+@pytest.mark.slow
 def test_clip_vision(node, demo, evaluate):
     found = evaluate(
         erased(node, demo, 1.0), clip_vision=Vision(), class_clip=Words(), classifier="CLIP vision",

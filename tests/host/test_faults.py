@@ -484,6 +484,7 @@ def living():
     return count
 
 
+@pytest.mark.slow
 def test_thirty_runs(node, demo, sample, note):
     """What `run.py bench reliability` does 500 times: nothing is more after 30 runs than after 10."""
     seen = {}

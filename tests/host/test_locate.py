@@ -94,6 +94,7 @@ def prompt_row(node, demo):
     POSITIVE[0] = found[0].index(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["prompt and empty prompt", "prompt only"])
 def test_masks_are_those_of_the_published_recipe(node, demo, located, rows):
     adapter, _ = located(rows=rows)

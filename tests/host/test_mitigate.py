@@ -84,6 +84,7 @@ def naive(demo, texts, chosen, sampler, scale, until):
     return torch.cat(pictures), opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, sampler, scale, until, inputs",
     [

@@ -195,6 +195,7 @@ def test_before_and_after_torch_compile(demo, layers, node, sample, monkeypatch)
     close(sample(put(demo[0], 0.95), steps=1), expected, base)
 
 
+@pytest.mark.slow
 def test_torch_compile_makes_one_graph(demo, layers, node, sample, monkeypatch):
     """As without adapters: their factors are ready before the network is called, so nothing is compiled again."""
     attention = comfy.ldm.modules.attention
@@ -346,6 +347,7 @@ JUDGED = {"LoraLoaderModelOnly": {"lora_name": LORA, "strength_model": 0.2}, "Fr
           "RescaleCFG": {"multiplier": 0.7}}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_star_stays_away_and_the_heart_stays(demo, words, node, text, sample):
     """As the judge of the demo world sees it, beside several neighbours at once and in either order."""
     stack, judge = node("MembraneStack", adapter=words)[0], demo_judge(SHAPES)

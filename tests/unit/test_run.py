@@ -360,6 +360,24 @@ def test_every_host_runs_after_a_failure(two_hosts, monkeypatch, capsys):
     assert [line.split()[0] for line in summary.strip().splitlines()] == ["passed", "FAILED", *["passed"] * 3]
 
 
+def test_slow_tests_run_on_the_oldest_and_the_newest_host(two_hosts, monkeypatch):
+    seen = []
+    known = [hosts.Host(name, Path(name), "1") for name in ("old", "middle", "new")]
+    monkeypatch.setattr(run.hosts, "known_hosts", lambda: known)
+    monkeypatch.setattr(run, "run_openly", lambda command, **env: seen.append((env.get("MEMBRANE_HOST"), command)) or 0)
+    assert run.main(["test", "--pdb"]) == 0
+    assert {host for host, command in seen if command[-2:] == ["-m", "not slow"]} == {"middle"}
+    for chosen in (["-m", "slow"], ["-mslow"]):
+        seen.clear()
+        assert run.main(["test", "--pdb", *chosen]) == 0
+        assert len(seen) == 7 and all(command[-len(chosen) :] == chosen for _, command in seen)
+    monkeypatch.setenv("MEMBRANE_HOST", "one")
+    monkeypatch.setattr(run.hosts, "named", lambda value: known[1])
+    seen.clear()
+    assert run.main(["test", "--pdb"]) == 0
+    assert len(seen) == 3 and all("not slow" not in command for _, command in seen)
+
+
 def test_side_by_side_each_output_stays_whole(capfd):
     """As many at a time as there are workers; every run is told of once, in one piece, whatever the others print."""
     script = "import sys, time; [(print(sys.argv[1], i, flush=True), time.sleep(0.05)) for i in range(4)]; sys.exit({})"
