@@ -9,16 +9,17 @@ import torch
 from ..errors import ErasureError
 from .text_map import (
     by_concept,
+    cross_gram,
     gram,
-    gram_of,
     group_sizes,
     ridge,
     runs,
+    shared,
     solve_rows,
     stacked,
     text_map,
 )
-from .uce import uce_solver, uce_terms
+from .uce import target_rows, uce_solver, uce_terms
 
 PENALTIES = ("length", "outputs", "distance", "both", "replacement")  # what the penalty is on, see Derivation
 
@@ -98,47 +99,76 @@ def derived_embeddings(concepts, weight_gram, p, penalty, penalty_on="length", r
     return Derivation(weight_gram, p, penalty, penalty_on, len(concepts) > len(p))(concepts, replacements)
 
 
-class Epoch:
-    """One round of RECE on the map P: the derived embeddings and the edit of P that takes them to the replacements.
+class Moments:
+    """What a linear map of all rows needs to know of them: C^T C, N^T C and N^T N, each (d, d) float64.
 
-    Of more rows than d only d x d matrices are kept, and the rows are made anew for a few concepts at a time.
+    targets C and replacements N of groups; with_replacements: whether N^T N is wanted.
     """
 
-    def __init__(self, groups, preserve_gram, weight_gram, p, preserve_scale, anchor, penalty, penalty_on):
-        self.groups, self.p = groups, p
-        count = sum(group_sizes(groups))
-        many = count > len(p)
-        self.derive, self.kept = Derivation(weight_gram, p, penalty, penalty_on, many), None
-        parts = [self._rows(slice(None))] if not many else None
-        derived_gram = gram_of((row[0] for row in parts or map(self._rows, runs(groups))), len(p))
-        self.solve = ridge(derived_gram, preserve_gram, 1.0, preserve_scale, anchor, count)
-        if not many:
-            self.kept = self._terms(*parts[0])
-            self.derive = None
+    def __init__(self, groups, with_replacements):
+        self.cc, self.nc = gram(target_rows(groups)), cross_gram(groups)
+        self.nn = gram([n for pairs in groups for _, n in pairs]) if with_replacements else None
 
-    def _rows(self, run):
-        """(derived embeddings, what is missing to the replacements, rows of each concept) of some concepts."""
-        targets, replacements, sizes = stacked(self.groups[run])
-        derived = self.derive(targets, replacements)
-        return derived, replacements.sub_(derived), sizes
+    def derived(self, derive):
+        """C'^T C' of the derived embeddings c' = K c + L n."""
+        k, l_ = derive.matrix, derive.anchored
+        found = k @ self.cc @ k.T
+        if l_ is not None:
+            mixed = l_ @ self.nc @ k.T
+            found += mixed + mixed.T + l_ @ self.nn @ l_.T
+        return found
 
-    def _terms(self, derived, missing, sizes):
-        return self.p @ missing.T, self.solve(derived), sizes
+    def missing(self, derive, derived):
+        """(N - C')^T C', given C'^T C'."""
+        found = self.nc @ derive.matrix.T
+        if derive.anchored is not None:
+            found.addmm_(self.nn, derive.anchored.T)
+        return found.sub_(derived)
 
-    def edited(self):
-        """P + sum over the rows of P (n - c')^T c' G^-1, (d, d)."""
-        if self.kept:
-            return torch.addmm(self.p, *self.kept[:2])
-        total = torch.zeros_like(self.p)
-        for derived, missing, _ in map(self._rows, runs(self.groups)):
-            total.addmm_(missing.T, derived)
-        return torch.addmm(self.p, self.p, self.solve(total))
+
+class Epoch:
+    """One round of RECE on the map P: the edit that takes the derived embeddings c' to the replacements n.
+
+    Of every row it adds the term (P (n - c')) (c'^T G^-1). moments: those of the groups where there are more rows than
+    d: the terms are linear in c and n, so only d x d matrices are kept, and the terms are made for a few concepts at a
+    time, when they are asked for. edited: P + the terms, or None for the last epoch.
+    """
+
+    def __init__(self, groups, moments, preserve_gram, weight_gram, p, last, preserve_scale, anchor, penalty, on):
+        self.groups, self.kept, self.edited = groups, None, None
+        scales = 1.0, preserve_scale, anchor, sum(group_sizes(groups))
+        derive = Derivation(weight_gram, p, penalty, on, moments is not None)
+        if moments is None:
+            targets, replacements, sizes = stacked(groups)
+            derived = derive(targets, replacements)
+            solve = ridge(gram(derived), preserve_gram, *scales)
+            self.kept = p @ replacements.sub_(derived).T, solve(derived), sizes
+            if not last:
+                self.edited = torch.addmm(p, *self.kept[:2])
+            return
+        derived_gram = moments.derived(derive)
+        change = None if last else moments.missing(derive, derived_gram)
+        solve = ridge(derived_gram, preserve_gram, *scales)
+        if not last:
+            self.edited = torch.addmm(p, p, solve(change))
+        # A = of_replacements[0] n - of_targets[0] c, B = c of_targets[1] + n of_replacements[1]
+        self.of_targets = p @ derive.matrix, solve(derive.matrix.T)
+        self.of_replacements = p, None
+        if derive.anchored is not None:
+            self.of_replacements = p - p @ derive.anchored, solve(derive.anchored.T)
 
     def terms(self, run):
         """[(A (d, n), B (n, d))] of some concepts."""
-        changes, rows, sizes = self.kept or self._terms(*self._rows(run))
-        found = list(zip(changes.split(sizes, 1), rows.split(sizes)))
-        return found[run] if self.kept else found
+        if self.kept:
+            changes, rows, sizes = self.kept
+            return list(zip(changes.split(sizes, 1), rows.split(sizes)))[run]
+        targets, replacements, index, sizes = shared(self.groups[run])
+        changes = (replacements @ self.of_replacements[0].T)[index].T
+        changes.addmm_(self.of_targets[0], targets.T, alpha=-1.0)
+        rows = targets @ self.of_targets[1]
+        if self.of_replacements[1] is not None:
+            rows += (replacements @ self.of_replacements[1])[index]
+        return list(zip(changes.split(sizes, 1), rows.split(sizes)))
 
 
 def rece_terms(
@@ -157,31 +187,25 @@ def rece_terms(
     **uce_scales,
 ):
     """For each concept factors A (d, n), B (n, d), float64, of UCE followed by RECE; see rece_of()."""
-    start = uce_solver(groups, preserve_gram, erase_scale=erase_scale, **uce_scales)
-    p, done = start(change_product(groups).mul_(erase_scale)), []
+    target_gram = gram(target_rows(groups))
+    change = cross_gram(groups).sub_(target_gram).mul_(erase_scale)
+    start = uce_solver(groups, preserve_gram, target_gram=target_gram, erase_scale=erase_scale, **uce_scales)
+    p, done = start(change), []
+    del change, target_gram
     p.diagonal().add_(1.0)
+    many = sum(group_sizes(full_groups)) > len(p)
+    moments = Moments(full_groups, penalty_on == "replacement") if many else None
     for number in range(1, epochs + 1):
-        epoch = Epoch(full_groups, preserve_gram, weight_gram, p, edit_preserve_scale, edit_anchor, penalty, penalty_on)
-        done.append(epoch)
-        if number < epochs:
-            p = epoch.edited()
+        settings = edit_preserve_scale, edit_anchor, penalty, penalty_on
+        done.append(Epoch(full_groups, moments, preserve_gram, weight_gram, p, number == epochs, *settings))
+        p = done[-1].edited
         if on_epoch:
             on_epoch(number)
-    del preserve_gram, epoch, p
+    del preserve_gram, p, moments
     for run in runs(full_groups):
         parts = [epoch.terms(run) for epoch in done]
         for mine in zip(uce_terms(groups[run], start, erase_scale), *parts):
             yield torch.cat([a for a, _ in mine], 1), torch.cat([b for _, b in mine])
-
-
-def change_product(groups):
-    """sum over the rows of (n - c)^T c, (d, d)."""
-    width = groups[0][0][0].shape[1]
-    total = torch.zeros(width, width, dtype=torch.float64)
-    for run in runs(groups):
-        targets, replacements, _ = stacked(groups[run])
-        total.addmm_(replacements.sub_(targets).T, targets)
-    return total
 
 
 def rece_of(groups, full_groups, preserve, weight_gram, *, epochs=1, **settings):

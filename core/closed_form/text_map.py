@@ -4,6 +4,7 @@ Everything is float64. Rows that come in may be float32 and are widened a batch 
 needed does not grow with the number of preserved prompts.
 """
 
+import numpy as np
 import torch
 
 from ..adapter import TextMap
@@ -19,16 +20,17 @@ def batch_size(width):
 
 
 def batches(rows):
-    """Float64 copies of the rows, a batch at a time. rows: (F, d), or a sequence of (F_i, d)."""
+    """Float64 copies of float32 or float64 rows, a batch at a time. rows: (F, d), or a sequence of (F_i, d)."""
     waiting, count = [], 0
-    for block in rows.split(batch_size(rows.shape[1])) if isinstance(rows, torch.Tensor) else rows:
-        waiting.append(block)
+    for block in rows.split(max(256, rows.shape[1])) if isinstance(rows, torch.Tensor) else rows:
+        waiting.append(block.numpy())
         count += len(block)
-        if count >= batch_size(block.shape[1]):
-            yield torch.cat(waiting).to(torch.float64)
+        if count >= max(256, block.shape[1]):
+            # by NumPy too: torch's threads would still spin when NumPy's begin to multiply
+            yield torch.from_numpy(np.concatenate(waiting, dtype=np.float64))
             waiting, count = [], 0
     if count:
-        yield torch.cat(waiting).to(torch.float64)
+        yield torch.from_numpy(np.concatenate(waiting, dtype=np.float64))
 
 
 def gram(rows, scale=1.0):
@@ -37,17 +39,17 @@ def gram(rows, scale=1.0):
 
 
 def gram_of(parts, width, scale=1.0):
-    """scale * sum_i R_i^T R_i, (width, width), over an iterable of float64 rows R_i (F_i, width)."""
-    total = torch.zeros(width, width, dtype=torch.float64)
-    strip = max(256, width // 4)
+    """scale * sum_i R_i^T R_i, (width, width), over an iterable of float64 rows R_i (F_i, width).
+
+    By NumPy, whose product of a matrix with its own transpose is computed half, which torch's is not.
+    """
+    total, product = np.zeros((width, width)), np.empty((width, width))
     for rows in parts:
-        for i in range(0, width, strip):
-            total[i:, i : i + strip].addmm_(rows[:, i:].T, rows[:, i : i + strip], alpha=scale)
-    for i in range(0, width, strip):  # the upper triangle is the lower one, a strip at a time
-        block, end = total[i : i + strip, i : i + strip], i + strip
-        block.tril_().add_(block.tril(-1).T)
-        total[i:end, end:] = total[end:, i:end].T
-    return total
+        rows = rows.numpy()
+        total += np.matmul(rows.T, rows, out=product)
+    if scale != 1.0:
+        total *= scale
+    return torch.from_numpy(total)
 
 
 class Ridge:
@@ -114,6 +116,32 @@ def stacked(groups):
     targets = torch.cat([t for pairs in groups for t, _ in pairs]).to(torch.float64)
     replacements = torch.cat([r for pairs in groups for _, r in pairs]).to(torch.float64)
     return targets, replacements, group_sizes(groups)
+
+
+def shared(groups):
+    """(targets (E, d), replacements (u, d), index (E,), rows of each concept) of groups; float64.
+
+    The replacement of target i is row index[i]: those of one surrogate, say, are there once.
+    """
+    known, found, index = {}, [], []
+    for _, rows in (pair for pairs in groups for pair in pairs):
+        key = rows.data_ptr(), rows.shape, rows.stride()
+        if key not in known:
+            known[key] = sum(map(len, found))
+            found.append(rows)
+        index.append(torch.arange(len(rows)) + known[key])
+    targets = torch.cat([t for pairs in groups for t, _ in pairs]).to(torch.float64)
+    return targets, torch.cat(found).to(torch.float64), torch.cat(index), group_sizes(groups)
+
+
+def cross_gram(groups):
+    """sum over the rows of n^T c, (d, d) float64, of targets c and replacements n."""
+    width = groups[0][0][0].shape[1]
+    total = torch.zeros(width, width, dtype=torch.float64)
+    for run in runs(groups):
+        targets, replacements, index, _ = shared(groups[run])
+        total.addmm_(replacements.T, torch.zeros_like(replacements).index_add_(0, index, targets))
+    return total
 
 
 def group_sizes(groups):

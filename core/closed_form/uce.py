@@ -8,10 +8,13 @@ def target_rows(groups):
     return [targets for pairs in groups for targets, _ in pairs]
 
 
-def uce_solver(groups, preserve_gram, *, erase_scale=1.0, preserve_scale=1.0, anchor=0.5):
-    """Ridge of UCE's matrix for groups of rows; preserve_gram: R^T R of the preserved rows."""
-    count = sum(group_sizes(groups))
-    return ridge(gram(target_rows(groups)), preserve_gram, erase_scale, preserve_scale, anchor, count)
+def uce_solver(groups, preserve_gram, *, target_gram=None, erase_scale=1.0, preserve_scale=1.0, anchor=0.5):
+    """Ridge of UCE's matrix for groups of rows; preserve_gram: R^T R of the preserved rows.
+
+    target_gram: that of the target rows, where it is known; it is used up.
+    """
+    target_gram = gram(target_rows(groups)) if target_gram is None else target_gram
+    return ridge(target_gram, preserve_gram, erase_scale, preserve_scale, anchor, sum(group_sizes(groups)))
 
 
 def uce_terms(groups, solve, erase_scale=1.0):
