@@ -98,16 +98,23 @@ def naive_rece(start, c_full, n_full, c, n, r, epochs, penalty, lam, p, penalty_
 
 @pytest.mark.parametrize("penalty_on", PENALTIES)
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_rece_with_every_penalty(penalty_on, epochs):
-    full_c, full_n = embeddings(2, 1), embeddings(2, 2)
+@pytest.mark.parametrize("concepts, surrogates", [(1, 1), (2, 2), (4, 4), (4, 1), (4, 2)])
+def test_rece_with_every_penalty(penalty_on, epochs, concepts, surrogates):
+    """Fewer and more rows than the width, with replacements of their own and shared ones."""
+    full_c, own_n = embeddings(concepts, 1), embeddings(surrogates, 2)
+    full_n = [own_n[k % surrogates] for k in range(concepts)]
     r = embeddings(2, 3).flatten(0, 1)
     groups = [[(c[3:], n[3:])] for c, n in zip(full_c, full_n)]
     whole = [[(c, n)] for c, n in zip(full_c, full_n)]
     start = weights()
     base, weight_gram = r.T @ r, sum(w.T @ w for w in start)
     settings = {"epochs": epochs, "penalty": 0.3, "penalty_on": penalty_on}
-    terms = list(rece_module.rece_terms(groups, whole, base, weight_gram, **settings))
-    found = sum(a @ b for a, b in terms)
+    if penalty_on == "outputs" and epochs == 2 and surrogates < concepts:  # nothing keeps the second round's size
+        with pytest.raises(ErasureError, match="has no stable solution"):
+            list(rece_module.rece_terms(groups, whole, base, weight_gram, **settings))
+        return
+    found = sum(a @ b for a, b in rece_module.rece_terms(groups, whole, base, weight_gram, **settings))
+    full_n = torch.stack(full_n)
     rows = [t.flatten(0, 1) for t in (full_c, full_n, full_c[:, 3:], full_n[:, 3:])]
     expected = naive_rece(start, *rows, r, epochs, 0.3, 0.1, 0.1, penalty_on)
     for w, want in zip(start, expected):
