@@ -32,7 +32,7 @@ class _LatentFormat(comfy.latent_formats.SD15):
         self.taesd_decoder_name = None  # an installed TAESD would preview it as noise
 
 
-class _ModelConfig(comfy.supported_models.SD15):
+class PixelWorld(comfy.supported_models.SD15):
     unet_config = {}
     latent_format = _LatentFormat
 
@@ -134,7 +134,7 @@ def _model(variant, disable_dynamic):
     weights = _read(variant, "unet")
     management = comfy.model_management
     sizes = load_config()["unet"]
-    config = _ModelConfig(dict(sizes))
+    config = PixelWorld(dict(sizes))
     device, kinds = management.get_torch_device(), config.supported_inference_dtypes
     parameters = sum(w.numel() for w in weights.values())
     dtype = management.unet_dtype(device=device, model_params=parameters, supported_dtypes=kinds)
