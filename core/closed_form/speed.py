@@ -12,7 +12,7 @@ from ..errors import ErasureError
 from .text_map import (
     batches,
     by_concept,
-    gram_of,
+    gram,
     group_sizes,
     outside,
     protected_basis,
@@ -31,7 +31,7 @@ def prior_scores(retained, targets, changes):
     targets C1, changes C* - C1: (N, d). T = C1^T C1 / N and A - T = (C* - C1)^T C1 / N, the means over concepts.
     """
     count = len(targets)
-    inner = gram_of([targets], targets.shape[1], 1 / count)
+    inner = gram(targets, 1 / count)
     inner.diagonal().add_(1.0)
     rows = torch.cholesky_solve(targets.T, torch.linalg.cholesky(inner)) @ changes / count  # D^T
     return torch.cat([(batch @ rows).norm(dim=1) for batch in batches(retained)])
@@ -81,7 +81,7 @@ def constrained_rows(editable, held, rho, lam):
     editable: P C1 (N, d); held: P C2 (m, d) or a basis of it. With M = (T P + rho I)^-1 the matrix
     Z = P M = (P T P + rho I)^-1 P is symmetric, and P Q M = Z - Z C2 (C2^T Z C2 + lam I)^-1 C2^T Z.
     """
-    system = gram_of([editable], editable.shape[1], 1 / len(editable))
+    system = gram(editable, 1 / len(editable))
     system.diagonal().add_(rho)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed or rho <= 0:
