@@ -65,8 +65,9 @@ def test_rece(penalty_on, epoch):
             epochs=epoch, penalty=0.1, penalty_on=penalty_on,
         )
     )  # fmt: skip
-    # "1st" inverts the edited layers' Gram matrix without a ridge, which costs the published code its last digits
-    limit = 1e-6 if penalty_on == "outputs" else 1e-8
+    # "1st" inverts the edited layers' Gram matrix without a ridge, which costs float64 its last digits: with 60 digits
+    # the result is 6.2e-7 away from the published code's and 5.7e-7 from ours
+    limit = 2e-6 if penalty_on == "outputs" else 1e-8
     assert worst(change, f"rece.{PUBLISHED[penalty_on]}.{epoch}") < limit
 
 
