@@ -4,12 +4,14 @@ Everything is float64. Rows that come in may be float32 and are widened a batch 
 needed does not grow with the number of preserved prompts.
 """
 
+import numpy as np
 import torch
 
 from ..adapter import TextMap
 from ..errors import ErasureError
 
 RANK_TOLERANCE = 1e-7  # of the largest singular value; float32 storage cannot hold less
+WIDE = 1024  # columns
 SPAN_TOLERANCE = 1e-4  # part of a vector that must lie outside a space to count as outside; encoders repeat to 1e-6
 
 
@@ -18,33 +20,54 @@ def batch_size(width):
     return max(256, width // 4)
 
 
-def batches(rows):
-    """Float64 copies of the rows, a batch at a time. rows: (F, d), or a sequence of (F_i, d)."""
+def blocks_of(rows, size):
+    """The rows, (F, d) or a sequence of (F_i, d), in lists of blocks of about `size` rows together."""
     waiting, count = [], 0
-    for block in rows.split(batch_size(rows.shape[1])) if isinstance(rows, torch.Tensor) else rows:
+    for block in rows.split(size) if isinstance(rows, torch.Tensor) else rows:
         waiting.append(block)
         count += len(block)
-        if count >= batch_size(block.shape[1]):
-            yield torch.cat(waiting).to(torch.float64)
+        if count >= size:
+            yield waiting
             waiting, count = [], 0
     if count:
-        yield torch.cat(waiting).to(torch.float64)
+        yield waiting
+
+
+def batches(rows):
+    """Float64 copies of the rows (F, d), a batch at a time."""
+    for blocks in blocks_of(rows, batch_size(rows.shape[1])):
+        yield torch.cat(blocks).to(torch.float64)
 
 
 def gram(rows, scale=1.0):
-    """scale * R^T R, (d, d) float64, of rows R (F, d) or a sequence of such; both triangles from one."""
+    """scale * R^T R, (d, d) float64, of rows R (F, d) or a sequence of such, float32 or float64."""
     width = rows.shape[1] if isinstance(rows, torch.Tensor) else rows[0].shape[1]
+    return (_wide_gram if width >= WIDE else _gram)(rows, width).mul_(scale)
+
+
+def _gram(rows, width):
     total = torch.zeros(width, width, dtype=torch.float64)
     # a quarter: 5/8 of the products instead of all, and strips still wide enough for the full speed of products
     strip = max(128, width // 4)
-    for part in batches(rows):
+    for blocks in blocks_of(rows, batch_size(width)):
+        part = torch.cat(blocks).to(torch.float64)
         for i in range(0, width, strip):
-            total[i:, i : i + strip].addmm_(part[:, i:].T, part[:, i : i + strip], alpha=scale)
+            total[i:, i : i + strip].addmm_(part[:, i:].T, part[:, i : i + strip])
     for i in range(0, width, strip):  # the upper triangle is the lower one, a strip at a time
         block, end = total[i : i + strip, i : i + strip], i + strip
         block.tril_().add_(block.tril(-1).T)
         total[i:end, end:] = total[end:, i:end].T
     return total
+
+
+def _wide_gram(rows, width):
+    """By NumPy, which computes a matrix times its own transpose by half; torch has no such product. The threads of the
+    two get in each other's way for a moment, so that it pays for wide rows only, and nothing here is left to torch."""
+    total, product = np.zeros((width, width)), np.empty((width, width))
+    for blocks in blocks_of(rows, width):
+        part = np.concatenate([block.numpy() for block in blocks], dtype=np.float64)
+        total += np.matmul(part.T, part, out=product)
+    return torch.from_numpy(total)
 
 
 class Ridge:
