@@ -218,8 +218,8 @@ def rece_speedups(size, layers, figures):
         task = job("RECE", concepts, 0, epochs=EPOCHS, penalty=PENALTY)
         stored = gram(layers)
         solve(task, encoded, stored)
-        ours = seconds(lambda t=task, e=encoded: solve(t, e, gram(layers)), size.repeats)
-        cached = seconds(lambda t=task, e=encoded, s=stored: solve(t, e, s), size.repeats)
+        ours = seconds(lambda t=task, e=encoded: solve(t, e, gram(layers)), 3 * size.repeats)
+        cached = seconds(lambda t=task, e=encoded, s=stored: solve(t, e, s), 3 * size.repeats)
         targets = list(encoded.vectors[1:])
         blanks = [encoded.row("")] * concepts
         epoch = seconds(lambda t=targets, b=blanks: published_rece_epoch(layers, layers, t, b, b))
