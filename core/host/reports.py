@@ -7,6 +7,8 @@ import folder_paths
 from ..evaluation.record import Record, write_whole
 from .folders import clean_prefix, not_saved
 
+LARGEST = 1 << 28  # bytes of a record that is read to go on from
+
 
 class Place:
     """A pair of files <prefix>_00001_.json and .html that does not exist yet."""
@@ -26,8 +28,10 @@ class Place:
         names = sorted(os.listdir(self.folder), reverse=True)
         for name in names:
             middle = name.removeprefix(f"{self.stem}_").removesuffix("_.json")
-            if name == f"{self.stem}_{middle}_.json" and middle.isdigit():
-                with open(os.path.join(self.folder, name), encoding="utf-8", errors="replace") as file:
+            path = os.path.join(self.folder, name)
+            ours = name == f"{self.stem}_{middle}_.json" and middle.isdigit()
+            if ours and os.path.isfile(path) and os.path.getsize(path) <= LARGEST:
+                with open(path, encoding="utf-8", errors="replace") as file:
                     record = Record.from_json(file.read())
                 if record is not None and fits(record):
                     self.name = name.removesuffix(".json")

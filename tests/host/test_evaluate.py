@@ -10,6 +10,7 @@ import pytest
 import torch
 from membrane.core.errors import ErasureError
 from membrane.core.evaluation import record as records
+from membrane.core.host import reports
 from membrane.core.host.attack import attack_grams
 from membrane.core.host.progress import Progress
 from membrane.core.host.sampling import Sampling, conditioning, denoised, sample
@@ -191,6 +192,17 @@ def test_clip_vision(node, demo, evaluate):
     assert {a for row in found.data["rows"] for a in row["answer"]} <= {"star", "heart"}
     with pytest.raises(ErasureError, match="at least two class names"):
         evaluate(demo[0], classifier="CLIP vision", clip_vision=Vision())
+
+
+def test_what_is_no_record_is_not_gone_on_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    whole = records.Record({"seed": 1})
+    assert reports.Place("report").earlier(lambda found: True) is None
+    reports.Place("report").write("json", whole.to_json())
+    assert reports.Place("report").earlier(lambda found: True) == whole
+    (tmp_path / "report_00007_.json").mkdir()
+    monkeypatch.setattr(reports, "LARGEST", 10)
+    assert reports.Place("report").earlier(lambda found: True) is None
 
 
 def test_mistakes(node, demo, evaluate):
