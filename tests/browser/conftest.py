@@ -56,6 +56,7 @@ def program(*names, packages):
 
 def installing():
     """Held while something is installed: 'run.py test' starts the pages of several hosts at a time."""
+    hosts.environment().mkdir(parents=True, exist_ok=True)
     return FileLock(hosts.environment() / "browser.lock")
 
 
