@@ -289,7 +289,8 @@ def test(args):
                     command = [python, "-m", "pytest", *arguments, *(["-m", "not slow"] if brief else [])]
                     jobs.append((title, command, {**env, "MEMBRANE_HOST": str(host.path)}))
     interactive = {"-s", "--capture=no", "--pdb", "--trace"} & set(args)
-    results = run_jobs(jobs, 1 if interactive else min(os.cpu_count() or 1, 4))
+    # one more than there are cores: the runs in the page wait most of the time
+    results = run_jobs(jobs, 1 if interactive else min((os.cpu_count() or 1) + 1, 4))
     say("\n===== summary =====")
     for title, code, seconds in results:
         say(f"{outcome(code):20} {seconds:5.0f} s  {title}")

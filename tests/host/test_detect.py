@@ -14,9 +14,10 @@ from membrane.core.host.layers import modules
 from membrane.core.host.sampling import Sampling, conditioning, denoised, seeded_noise
 from membrane.core.pixel_world import ASSETS
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
+]
 MEMORISED, PLAIN = "portrait of captain bolt", "a red star on snow"
 BENIGN = "\n".join(f"a {c} {s} on sand" for c in ("red", "blue", "green", "pink") for s in (
     "circle", "square", "heart", "moon", "ring"))  # fmt: skip
@@ -96,7 +97,6 @@ def test_the_first_step_does_not_depend_on_the_guidance_and_the_empty_prompt_sco
     assert found.traces[0].score < 1e-4 < found.traces[1].score
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde"])
 def test_a_score_depends_on_nothing_else_in_the_batch(detect, sampler):
     prompts = [MEMORISED, PLAIN, "a red star on snow, " * 20]
@@ -120,7 +120,6 @@ def test_the_model_stays_as_it_is(demo, detect):
     assert not any(m._forward_hooks for m in demo[0].model.diffusion_model.modules())
 
 
-@pytest.mark.slow
 def test_calibration_is_kept_and_found_again(node, demo, detect, folder):
     without = detect()
     assert "No verdict, only a ranking" in without[0] and without[3] == ""
@@ -208,7 +207,6 @@ def test_bright_ending_is_the_attention_to_the_first_end_token(demo, detect):
         assert torch.allclose(maps[row].double(), (means[row] + means[2 + row]) / 2, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("erasure", ["none", "text", "gated layers"])
 def test_influence_of_words_is_the_gradient(node, demo, erasure):
     """Against finite differences along random directions of single tokens, through the host's own path."""

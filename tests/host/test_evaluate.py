@@ -17,9 +17,10 @@ from membrane.core.host.sampling import Sampling, conditioning, denoised, sample
 from membrane.core.host.weights import cross_attention_gram
 from membrane.core.pixel_world import ASSETS
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
+]
 ERASE = "a red star on snow\na red pentagram on snow = star"
 NEIGHBOUR = "a plain pink heart on coal"
 UNRELATED = "a dotted yellow moon on stone"
@@ -44,7 +45,7 @@ def evaluate(node, demo):
 
     def run(model, **inputs):
         wanted = {
-            "erase_prompts": ERASE, "neighbour_prompts": NEIGHBOUR, "unrelated_prompts": UNRELATED, "steps": 4,
+            "erase_prompts": ERASE, "neighbour_prompts": NEIGHBOUR, "unrelated_prompts": UNRELATED, "steps": 3,
             "cfg": 1.5, "width": 64, "height": 64, "seed": 3, "filename_prefix": "evaluation/test",
         }  # fmt: skip
         found = node(
@@ -81,7 +82,6 @@ def test_the_hosts_own_sampler_gives_the_same_latents(node, demo):
         assert torch.allclose(guided, found, atol=1e-4)  # the last step goes to what the network takes for clean
 
 
-@pytest.mark.slow
 def test_identical_models_other_seeds_and_strength(node, demo, evaluate):
     same = evaluate(demo[0], seed=100)
     for stratum in ("erase", "neighbour", "unrelated", "empty"):
@@ -106,7 +106,6 @@ def test_identical_models_other_seeds_and_strength(node, demo, evaluate):
     assert weaker[-1].grid.shape[0] == 1 and weaker[-1].grid.shape[3] == 3
 
 
-@pytest.mark.slow
 def test_scores_by_the_demo_worlds_classifier(node, demo, evaluate):
     found = evaluate(erased(node, demo, 1.0), steps=12, width=128, height=128, classifier="demo world")
     scores = found.data["summary"]["scores"]
@@ -121,7 +120,6 @@ def test_scores_by_the_demo_worlds_classifier(node, demo, evaluate):
     assert "http" not in page.replace("http-equiv", "")
 
 
-@pytest.mark.slow
 def test_it_stops_and_goes_on(node, demo, evaluate, monkeypatch):
     model = erased(node, demo, 1.0)
     whole = evaluate(model, filename_prefix="evaluation/whole")
@@ -181,7 +179,6 @@ class Words:
         return None, torch.rand(1, 12, generator=g)
 
 
-@pytest.mark.slow
 def test_clip_vision(node, demo, evaluate):
     found = evaluate(
         erased(node, demo, 1.0), clip_vision=Vision(), class_clip=Words(), classifier="CLIP vision",

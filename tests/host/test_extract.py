@@ -13,9 +13,10 @@ from membrane.core.host.layers import layer_keys, modules
 from membrane.core.pixel_world import ASSETS
 from safetensors.torch import save_file
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
+]
 STAR, HEART = "a red star on snow", "a blue heart on sand"
 UNET = "diffusion_model."
 FLOAT16 = 5e-3  # of an edit's effect: factors may be stored in float16, which costs 1e-3 of each layer's product

@@ -38,9 +38,10 @@ from membrane.core.pixel_world import ASSETS
 from membrane.tools import comfy_server
 from PIL import Image
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
+]
 management = comfy.model_management
 STAR, HEART = "a red star on snow", "a blue heart on sand"
 SMALL = {"width": 64, "height": 64}
@@ -484,7 +485,6 @@ def living():
     return count
 
 
-@pytest.mark.slow
 def test_thirty_runs(node, demo, sample, note):
     """What `run.py bench reliability` does 500 times: nothing is more after 30 runs than after 10."""
     seen = {}

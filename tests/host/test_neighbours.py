@@ -167,6 +167,7 @@ def test_before_and_after_a_node_of_the_host(form, neighbour, demo, sample):
     assert distance(base, alone) > SEEN, "the neighbour does nothing here"
 
 
+@pytest.mark.slow
 def test_before_and_after_torch_compile(demo, layers, node, sample, monkeypatch):
     """Changes beside the layers of one block, with the attention that the host takes on a graphics card."""
     attention = comfy.ldm.modules.attention

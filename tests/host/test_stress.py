@@ -6,9 +6,10 @@ from membrane.core.errors import ErasureError
 from membrane.core.host.attack import words_near
 from membrane.core.pixel_world import ASSETS
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
+]
 CAPTIONS = "a red {} on snow\na blue {} on coal"
 
 
