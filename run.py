@@ -282,8 +282,9 @@ def test(args):
     if any(of_hosts):
         wanted = os.environ.get("MEMBRANE_HOST")
         known = [hosts.named(wanted)] if wanted else hosts.known_hosts()
-        for host in known:
-            brief = host not in (known[0], known[-1]) and not any(arg.startswith("-m") for arg in args)
+        between = known[1:-1]
+        for host in sorted(known, key=lambda host: host in between):  # the long runs first
+            brief = host in between and not any(arg.startswith("-m") for arg in args)
             for title, arguments in zip((f"the page of {host.label}", f"host {host.label}"), of_hosts):
                 if arguments is not None:
                     command = [python, "-m", "pytest", *arguments, *(["-m", "not slow"] if brief else [])]
