@@ -194,14 +194,21 @@ def end_child(child):
             continue
 
 
+def end_children(children, error):
+    """End child processes because of what stopped this program, all at the same time."""
+    if isinstance(error, Terminated):
+        for child in children:
+            child.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+    for child in children:
+        end_child(child)
+
+
 def supervise(child):
     """Exit code of a child; when this program is stopped, the child is stopped first."""
     try:
         return child.wait()
     except BaseException as error:
-        if isinstance(error, Terminated):
-            child.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
-        end_child(child)
+        end_children([child], error)
         raise
 
 
@@ -332,11 +339,8 @@ def run_jobs(jobs, workers):
             if running:
                 time.sleep(0.2)
     except BaseException as error:
-        for *_, child, _log in running:
-            if isinstance(error, Terminated):
-                child.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
-        for *_, child, log in running:
-            end_child(child)
+        end_children([child for *_, child, _log in running], error)
+        for *_, log in running:
             log.close()
         raise
     return [results[number] for number in sorted(results)]

@@ -19,6 +19,7 @@ from ..core.host.locating import (
 from ..core.host.progress import Progress
 from ..core.host.sampling import SAMPLERS, SCHEDULERS, Sampling
 from ..core.host.text import fingerprint
+from ..core.host.weights import base_layers
 from ..core.memorization.dampening import dampen, threshold
 from ..core.memorization.locate import locate, report
 
@@ -154,7 +155,7 @@ class MembraneLocateMemorization:
             "prompts": lines, "base_prompts": base, "sparsity": sparsity, "first_steps": first_steps, "select": select,
             "steps": steps, "cfg": cfg, "sampler": sampler_name, "scheduler": scheduler, "seed": seed,
             "size": [width, height], "rows": rows,
-            "weight_sample": {name: weight_sample(model, name) for name in list(masks)[:1]},
+            "weight_sample": {name: weight_sample(base_layers(model)[name]) for name in list(masks)[:1]},
         }  # fmt: skip
         names = tuple(parse_lines(concepts) or dict.fromkeys(lines))
         adapter = ErasureAdapter(Card(method, names, (), family(model), fingerprint(clip), said), masks=masks)

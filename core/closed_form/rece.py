@@ -195,8 +195,8 @@ def rece_terms(
     p.diagonal().add_(1.0)
     many = sum(group_sizes(full_groups)) > len(p)
     moments = Moments(full_groups, penalty_on == "replacement") if many else None
+    settings = edit_preserve_scale, edit_anchor, penalty, penalty_on
     for number in range(1, epochs + 1):
-        settings = edit_preserve_scale, edit_anchor, penalty, penalty_on
         done.append(Epoch(full_groups, moments, preserve_gram, weight_gram, p, number == epochs, *settings))
         p = done[-1].edited
         if on_epoch:

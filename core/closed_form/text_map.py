@@ -35,8 +35,8 @@ def blocks_of(rows, size):
 
 def batches(rows):
     """Float64 copies of the rows (F, d), a batch at a time."""
-    for blocks in blocks_of(rows, batch_size(rows.shape[1])):
-        yield torch.cat(blocks).to(torch.float64)
+    for block in rows.split(batch_size(rows.shape[1])):
+        yield block.to(torch.float64)
 
 
 def gram(rows, scale=1.0):

@@ -28,17 +28,17 @@ class Part:
 
     def factors(self, active, like):
         """The Ready factors of the active channels, or None when no column belongs to them."""
-        wanted = (active, like.device, like.dtype)
-        if self.wanted != wanted:
-            self.wanted, self.ready = wanted, self._prepare(*wanted)
-        return self.ready
+        return self._kept((active, like.device, like.dtype))
 
     def prepare(self, active, device, dtype):
         """Makes the factors before the network is called: torch.compile would take the making into its graph, and
         compile it again without. A type that a layer turned out to work in stays."""
-        if self.wanted is None or self.wanted[0] != active:
-            wanted = (active, *(self.wanted[1:] if self.wanted else (device, dtype)))
+        self._kept((active, *(self.wanted[1:] if self.wanted else (device, dtype))))
+
+    def _kept(self, wanted):
+        if self.wanted != wanted:
             self.wanted, self.ready = wanted, self._prepare(*wanted)
+        return self.ready
 
     def _prepare(self, active, device, dtype):
         layer = self.layer.columns(active)

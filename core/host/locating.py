@@ -49,9 +49,9 @@ SAMPLED = 64  # weights of a layer
 OTHER = 0.1  # relative distance of weights; rounding to fp8 makes 0.03, training on with few pictures 0.05
 
 
-def weight_sample(model, name):
-    """Some effective weights of the layer of a site, evenly spread: what tells its checkpoint from others."""
-    weight = base_layers(model)[name].read()[0].reshape(-1)
+def weight_sample(layer):
+    """Some effective weights of a BaseLayer, evenly spread: what tells its checkpoint from others."""
+    weight = layer.read()[0].reshape(-1)
     return [float(f"{v:.5g}") for v in weight[:: max(1, len(weight) // SAMPLED)][:SAMPLED]]
 
 
@@ -63,9 +63,10 @@ def distance_of_weights(model, adapter):
     sample = adapter.card.settings.get("weight_sample")
     name, values = next(iter(sample.items()), (None, None)) if isinstance(sample, dict) else (None, None)
     numbers = isinstance(values, list) and values and all(type(v) in (int, float) for v in values)
-    if not numbers or name not in base_layers(model):
+    layer = base_layers(model).get(name) if numbers else None
+    if layer is None:
         return None, 0.0
-    found, expected = torch.tensor(weight_sample(model, name)), torch.tensor(values, dtype=torch.float32)
+    found, expected = torch.tensor(weight_sample(layer)), torch.tensor(values, dtype=torch.float32)
     if found.shape != expected.shape or not expected.norm() > 0:
         return None, 0.0
     return name, ((found - expected).norm() / expected.norm()).item()

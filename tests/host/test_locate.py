@@ -214,14 +214,17 @@ def test_saved_and_loaded_again_it_is_the_same(node, plain):
     assert same(loaded, plain[0]) and loaded.card == plain[0].card
 
 
+def with_sample(adapter, sample):
+    return replace(adapter, card=replace(adapter.card, settings={**adapter.card.settings, "weight_sample": sample}))
+
+
 @pytest.mark.parametrize("apply_to", ["text", "weights"])
 def test_another_checkpoint_gets_a_warning(node, demo, plain, caplog, apply_to):
     """Not a relative of the one it was located on: night is day trained on, its weights are 5 % away."""
     ((name, values),) = plain[0].card.settings["weight_sample"].items()
     weight = linear_layers(demo[0])[name].weight.detach().float().flatten()
     assert values == pytest.approx(weight[:: len(weight) // len(values)][: len(values)].tolist(), rel=1e-4)
-    settings = {**plain[0].card.settings, "weight_sample": {name: values[::-1]}}
-    foreign = replace(plain[0], card=replace(plain[0].card, settings=settings))
+    foreign = with_sample(plain[0], {name: values[::-1]})
     for adapter, variant, expected in ((plain[0], "day", False), (plain[0], "night", False), (foreign, "day", True)):
         model, stack = node("MembraneDemoModel", variant=variant)[0], node("MembraneStack", adapter=adapter)[0]
         caplog.clear()
@@ -232,8 +235,7 @@ def test_another_checkpoint_gets_a_warning(node, demo, plain, caplog, apply_to):
 
 @pytest.mark.parametrize("sample", [None, 3, {}, {"nothing": [1.0]}, {"": []}, {"x": ["y"]}])
 def test_a_sample_that_says_nothing_is_no_mistake(node, demo, plain, caplog, sample):
-    settings = {**plain[0].card.settings, "weight_sample": sample}
-    adapter = replace(plain[0], card=replace(plain[0].card, settings=settings))
+    adapter = with_sample(plain[0], sample)
     with caplog.at_level("WARNING", logger="membrane"):
         node("MembraneApply", model=demo[0], clip=demo[1], stack=node("MembraneStack", adapter=adapter)[0])
     assert not caplog.text

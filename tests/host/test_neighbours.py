@@ -167,9 +167,10 @@ def test_before_and_after_a_node_of_the_host(form, neighbour, demo, sample):
     assert distance(base, alone) > SEEN, "the neighbour does nothing here"
 
 
-@pytest.mark.slow
-def test_before_and_after_torch_compile(demo, layers, node, sample, monkeypatch):
-    """Changes beside the layers of one block, with the attention that the host takes on a graphics card."""
+@pytest.fixture
+def compiling(demo, layers, node, monkeypatch):
+    """(put(model, end), compiled(model, backend)): changes beside the layers of one block, with the attention that the
+    host takes on a graphics card."""
     attention = comfy.ldm.modules.attention
     for name in ("optimized_attention", "optimized_attention_masked"):
         monkeypatch.setattr(attention, name, attention.attention_pytorch)
@@ -179,14 +180,22 @@ def test_before_and_after_torch_compile(demo, layers, node, sample, monkeypatch)
         stack = node("MembraneStack", adapter=replace(layers, low_rank=some), strength=4.0, end_percent=end)[0]
         return node("MembraneApply", model=model, clip=demo[1], stack=stack)[0]
 
-    def compiled(model):
+    def compiled(model, backend="eager"):
         # backend "eager" needs no compiler; the graph is captured in the same way
-        return node("TorchCompileModel", model=model, backend="eager")[0]
+        return node("TorchCompileModel", model=model, backend=backend)[0]
 
     try:
         compiled(demo[0])
     except LookupError as error:  # not in hosts of its year
         pytest.skip(str(error))
+    yield put, compiled
+    torch._dynamo.reset()
+    comfy.model_management.unload_all_models()
+
+
+@pytest.mark.slow
+def test_before_and_after_torch_compile(compiling, demo, sample):
+    put, compiled = compiling
     base, expected = sample(demo[0], steps=1), sample(put(demo[0], 1.0), steps=1)
     close(sample(put(compiled(demo[0]), 0.95), steps=1), expected, base)
     close(sample(compiled(put(demo[0], 0.95)), steps=1), expected, base)
@@ -197,36 +206,21 @@ def test_before_and_after_torch_compile(demo, layers, node, sample, monkeypatch)
 
 
 @pytest.mark.slow
-def test_torch_compile_makes_one_graph(demo, layers, node, sample, monkeypatch):
+def test_torch_compile_makes_one_graph(compiling, demo, sample):
     """As without adapters: their factors are ready before the network is called, so nothing is compiled again."""
-    attention = comfy.ldm.modules.attention
-    for name in ("optimized_attention", "optimized_attention_masked"):
-        monkeypatch.setattr(attention, name, attention.attention_pytorch)
-    some = {name: change for name, change in layers.low_rank.items() if "middle_block" in name or "mid_block" in name}
-    stack = node("MembraneStack", adapter=replace(layers, low_rank=some), end_percent=0.95)[0]
-    graphs = []
+    put, compiled = compiling
+    graphs, counted = [], {}
 
     def backend(graph, _inputs):
         graphs.append(graph)
         return graph.forward
 
-    try:
-        counted = {}
-        for name, model in (
-            ("bare", demo[0]),
-            ("erased", node("MembraneApply", model=demo[0], clip=demo[1], stack=stack)[0]),
-        ):
-            torch._dynamo.reset()
-            graphs.clear()
-            try:
-                sample(node("TorchCompileModel", model=model, backend=backend)[0], steps=2)
-            except LookupError as error:  # not in hosts of its year
-                pytest.skip(str(error))
-            counted[name] = len(graphs)
-        assert counted["bare"] and counted["erased"] == counted["bare"]
-    finally:
+    for name, model in (("bare", demo[0]), ("erased", put(demo[0], 0.95))):
         torch._dynamo.reset()
-        comfy.model_management.unload_all_models()
+        graphs.clear()
+        sample(compiled(model, backend), steps=2)
+        counted[name] = len(graphs)
+    assert counted["bare"] and counted["erased"] == counted["bare"]
 
 
 def test_two_loras_around_an_erasure(form, demo, node, sample):
