@@ -26,11 +26,11 @@ if "membrane" not in sys.modules:
     )
     sys.modules["membrane"] = importlib.util.module_from_spec(spec)
 
-from membrane.core.closed_form.concepts import Concept  # noqa: E402
-from membrane.core.closed_form.job import METHODS, Encoded, Job, solve  # noqa: E402
-from membrane.core.closed_form.rece import rece_terms  # noqa: E402
-from membrane.core.closed_form.text_map import gram, text_map  # noqa: E402
-from membrane.core.closed_form.uce import uce_solver, uce_terms  # noqa: E402
+from membrane.core.erasers.closed_form.job import METHODS, Encoded, Job, solve  # noqa: E402
+from membrane.core.erasers.closed_form.rece import rece_terms  # noqa: E402
+from membrane.core.erasers.closed_form.solver import gram, text_map  # noqa: E402
+from membrane.core.erasers.closed_form.uce import uce_solver, uce_terms  # noqa: E402
+from membrane.core.text.concepts import Concept  # noqa: E402
 
 LINUX = sys.platform == "linux"
 if LINUX:

@@ -140,7 +140,7 @@ class Painter:
 
     def paint(self, prompts, first_seed, model=None, negative=""):
         """Sprites (len(prompts) * BATCH, 16, 16, 3) in [0, 1]; BATCH in a row belong to one prompt."""
-        from membrane.core.pixel_world import latent_to_rgb
+        from membrane.core.demo.world import latent_to_rgb
 
         latent = self.node("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=BATCH)[0]
         pictures = []

@@ -66,7 +66,7 @@ class Attack:
 
     def derived(self, p):
         """The captions' contexts with RECE's c' from the star on."""
-        from membrane.core.closed_form.rece import derived_embeddings
+        from membrane.core.erasers.closed_form.rece import derived_embeddings
 
         contexts = self.contexts.clone()
         for row, caption in zip(contexts, self.captions):
@@ -76,7 +76,7 @@ class Attack:
 
     def star_pictures(self):
         """Latents (TRAINING, 4, 16, 16) of stars by the unedited model."""
-        from membrane.core.pixel_world import rgb_to_latent
+        from membrane.core.demo.world import rgb_to_latent
 
         captions = world.plain_captions(sprites_of("shape", [self.star], TRAINING, 42))
         generator = torch.Generator().manual_seed(10)

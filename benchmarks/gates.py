@@ -55,8 +55,8 @@ def sd15(config):
 
 def adapters(model, count):
     """SPM adapters of rank 1 for every linear layer and 1x1 convolution of the transformers."""
-    from membrane.core.adapter import Card, ErasureAdapter, LowRank
-    from membrane.core.host.training import trainable_sites
+    from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+    from membrane.core.host.runs.training import trainable_sites
 
     sites = {name: module.weight.shape[:2] for name, module in trainable_sites(model).items()}
     found = []
@@ -89,7 +89,7 @@ class Words:
 
 
 def stacked(found, **entry):
-    from membrane.core.stack import Entry, ErasureStack
+    from membrane.core.adapters.stack import Entry, ErasureStack
 
     return ErasureStack(tuple(Entry(adapter, 0.1, **entry) for adapter in found))
 
@@ -104,7 +104,7 @@ def loaded(model):
 
 def step(model, latents):
     """Seconds of one call of the network for a prompt and a negative prompt."""
-    from membrane.core.host.patching import GATES, applied
+    from membrane.core.host.patches.stack import GATES, applied
 
     words = Words()
     text = torch.cat([words.encode_from_tokens(words.tokenize(t)) for t in ("a concept 3", "ugly")])
@@ -163,8 +163,8 @@ class Published:
 def apply_times(model, found, repeats):
     """Seconds until 32 adapters are in place: (ours ungated, ours gated, one LoraLoader after the other)."""
     import comfy.sd
-    from membrane.core.host.patching import apply_stack
-    from membrane.core.permeability import Permeability
+    from membrane.core.adapters.permeability import Permeability
+    from membrane.core.host.patches.stack import apply_stack
 
     files = []
     for adapter in found:
@@ -205,9 +205,9 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     _, tidy = start()
-    from membrane.core.adapter import Card, ErasureAdapter, TextMap
-    from membrane.core.host.patching import apply_stack
-    from membrane.core.permeability import Permeability
+    from membrane.core.adapters.adapter import Card, ErasureAdapter, TextMap
+    from membrane.core.adapters.permeability import Permeability
+    from membrane.core.host.patches.stack import apply_stack
 
     latents, turns = arguments.latents, arguments.turns
     config = FULL

@@ -50,8 +50,8 @@ def tpr(positive, negative, fpr=0.01):
 
 def scores(node, demo, captions, steps, first_steps, seeds=SEEDS, bright_ending=False):
     """(magnitudes (captions, seeds, steps), bright ending scores (captions,) or None), through the host's sampler."""
-    from membrane.core.host.denoising import encoded, measure
-    from membrane.core.host.sampling import Sampling
+    from membrane.core.host.runs.sampling import Sampling
+    from membrane.core.host.runs.steps import encoded, measure
 
     settings = Sampling(steps, quality.CFG, "euler", "normal", quality.SIZE, quality.SIZE)
     with torch.inference_mode():
@@ -100,8 +100,8 @@ def detection_table(rows):
 
 def paint(model, clip, captions, first_seed):
     """Sprites (captions, 16, 16, 3) in [0, 1], a noise of its own for each caption."""
-    from membrane.core.host.denoising import together
-    from membrane.core.host.sampling import Sampling, conditioning, preview_pictures, sample
+    from membrane.core.host.runs.sampling import Sampling, conditioning, preview_pictures, sample
+    from membrane.core.host.runs.steps import together
 
     settings = Sampling(quality.STEPS, quality.CFG, "euler", "normal", quality.SIZE, quality.SIZE)
     pictures = []

@@ -165,7 +165,7 @@ def measure(node, names, steps, sizes, store):
 
 
 def ours(denoiser, texts, settings, x, k, alphas):
-    from membrane.core.training.latent_anchoring import anchor_rows, losses, rollout, told_timestep
+    from membrane.core.erasers.spm import anchor_rows, losses, rollout, told_timestep
 
     anchors, weights = anchor_rows(texts, settings, torch.Generator().manual_seed(0))
     x = rollout(denoiser, x, k, texts, settings, alphas)
@@ -175,7 +175,7 @@ def ours(denoiser, texts, settings, x, k, alphas):
 
 def published(denoiser, texts, settings, x, k, alphas):
     """The rows of the published loop: each prediction with its unconditional half, all eight anchor rows twice."""
-    from membrane.core.training.latent_anchoring import noise_anchors, rollout, told_timestep
+    from membrane.core.erasers.spm import noise_anchors, rollout, told_timestep
 
     drawn = noise_anchors(settings.anchors, texts.concept, torch.Generator().manual_seed(0))
     x = rollout(denoiser, x, k, texts, settings, alphas)
@@ -200,8 +200,8 @@ def cost(way, full, size):
     """Prints seconds of each of 3 iterations and the peak of memory above the loaded model; in a process of its own."""
     torch.set_num_threads(1)
     node, tidy = start()
-    from membrane.core.host.training import HostDenoiser, trainable_sites
-    from membrane.core.training.latent_anchoring import Settings, Texts, alphas_cumprod
+    from membrane.core.erasers.spm import Settings, Texts, alphas_cumprod
+    from membrane.core.host.runs.training import HostDenoiser, trainable_sites
 
     model = sd15(FULL) if full else node("MembraneDemoModel", variant="day")[0]
     width = 768 if full else 128

@@ -2,16 +2,24 @@
 
 import logging
 
-from ..core.closed_form.concepts import parse_lines
+from ..core.adapters.plan import require_width
+from ..core.erasers.extract import extract
 from ..core.errors import ErasureError
-from ..core.extract import extract
 from ..core.formats import kohya, native, registry
-from ..core.host.folders import adapter_names, adapter_path, load_adapter, new_adapter_path, not_saved, signature, stamp
-from ..core.host.layers import context_width, family
-from ..core.host.patching import applied
-from ..core.host.progress import Progress
-from ..core.host.weights import base_layers, cross_attention_weights, edited_weights, kohya_names, kohya_sites
-from ..core.plan import require_width
+from ..core.host.files.folders import (
+    adapter_names,
+    adapter_path,
+    load_adapter,
+    new_adapter_path,
+    not_saved,
+    signature,
+    stamp,
+)
+from ..core.host.model.layers import context_width, family
+from ..core.host.model.weights import base_layers, cross_attention_weights, edited_weights, kohya_names, kohya_sites
+from ..core.host.page.progress import Progress
+from ..core.host.patches.stack import applied
+from ..core.text.concepts import parse_lines
 
 log = logging.getLogger("membrane")
 

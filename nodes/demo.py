@@ -1,6 +1,6 @@
 """The bundled demo model."""
 
-from ..core.host.demo_model import VARIANTS, load_demo_model
+from ..core.host.demo.model import VARIANTS, load_demo_model
 
 
 class MembraneDemoModel:

@@ -4,14 +4,14 @@ import json
 
 import torch
 
-from ..core.closed_form.concepts import parse_lines
 from ..core.errors import ErasureError
-from ..core.host.calibrations import find, probe, store
-from ..core.host.denoising import encoded, measure, require_cross_attention, token_influence
-from ..core.host.progress import Progress
-from ..core.host.sampling import SAMPLERS, SCHEDULERS, Sampling
-from ..core.memorization.detect import FEWEST, Calibration, heat_map, words_of
-from ..core.memorization.report import plot, report, rows, suspicious
+from ..core.host.files.calibrations import find, probe, store
+from ..core.host.page.progress import Progress
+from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, Sampling
+from ..core.host.runs.steps import encoded, measure, require_cross_attention, token_influence
+from ..core.measures.detection import FEWEST, Calibration, heat_map, words_of
+from ..core.measures.detection_report import plot, report, rows, suspicious
+from ..core.text.concepts import parse_lines
 
 ATTRIBUTED = 8  # prompts whose words are looked at
 RANKED = 3  # the same without a calibration

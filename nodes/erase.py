@@ -2,18 +2,18 @@
 
 import hashlib
 
-from ..core.closed_form.concepts import parse_concepts, parse_lines, parse_templates
-from ..core.closed_form.job import METHODS, TOKENS, Job, erase
-from ..core.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
-from ..core.closed_form.rece import PENALTIES
+from ..core.adapters.stack import Entry, ErasureStack
+from ..core.erasers.closed_form.job import METHODS, TOKENS, Job, erase
+from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
+from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
-from ..core.host.folders import input_text_file, input_text_files
-from ..core.host.layers import family, reads_pooled
-from ..core.host.patching import apply_stack
-from ..core.host.progress import Progress
-from ..core.host.text import encode_for, fingerprint
-from ..core.host.weights import cross_attention_gram, cross_attention_layers, on_layers
-from ..core.stack import Entry, ErasureStack
+from ..core.host.files.folders import input_text_file, input_text_files
+from ..core.host.model.layers import family, reads_pooled
+from ..core.host.model.weights import cross_attention_gram, cross_attention_layers, on_layers
+from ..core.host.page.progress import Progress
+from ..core.host.patches.stack import apply_stack
+from ..core.host.text.encode import encode_for, fingerprint
+from ..core.text.concepts import parse_concepts, parse_lines, parse_templates
 
 NONE = "none"
 BOTH, LEAVE, EDIT = "keys and values", "leave", "edit"

@@ -6,18 +6,20 @@ import time
 import numpy as np
 import torch
 
-from ..core.closed_form.concepts import parse_lines
+from ..core.demo.judge import ANSWERS
+from ..core.demo.judge import NONE as NO_SHAPE
 from ..core.errors import ErasureError
-from ..core.evaluation import distances, pixel_judge
-from ..core.evaluation.compare import built_in, by_pictures, by_vectors, compare, demo_judge, zero_shot_judge
-from ..core.evaluation.record import EMPTY, ERASE, NEIGHBOUR, UNRELATED, Record, summarise
-from ..core.evaluation.report import grid, page, report
-from ..core.evaluation.scores import Prompt, parse_prompt
-from ..core.host.layers import family
-from ..core.host.progress import Progress
-from ..core.host.reports import Place
-from ..core.host.sampling import SAMPLERS, SCHEDULERS, PairSampler, Sampling
-from ..core.host.vision import class_vectors, image_vectors
+from ..core.host.files.reports import Place
+from ..core.host.model.layers import family
+from ..core.host.page.progress import Progress
+from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, PairSampler, Sampling
+from ..core.host.text.vision import class_vectors, image_vectors
+from ..core.measures import distances
+from ..core.measures.compare import built_in, by_pictures, by_vectors, compare, demo_judge, zero_shot_judge
+from ..core.measures.record import EMPTY, ERASE, NEIGHBOUR, UNRELATED, Record, summarise
+from ..core.measures.report import grid, page, report
+from ..core.measures.scores import Prompt, parse_prompt
+from ..core.text.concepts import parse_lines
 
 log = logging.getLogger("membrane")
 
@@ -187,7 +189,7 @@ class MembraneEvaluate:
 
 def classes_of(classifier, names):
     """What the classifier chooses between; the demo world's shapes where nothing is named."""
-    shapes = [name for name in pixel_judge.ANSWERS["shape"] if name != pixel_judge.NONE]
+    shapes = [name for name in ANSWERS["shape"] if name != NO_SHAPE]
     return parse_lines(names) or (shapes if classifier == DEMO_WORLD else [])
 
 

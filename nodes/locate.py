@@ -3,11 +3,14 @@
 import itertools
 import logging
 
-from ..core.adapter import Card, ErasureAdapter
-from ..core.closed_form.concepts import parse_lines
+from ..core.adapters.adapter import Card, ErasureAdapter
+from ..core.erasers.dampening import dampen, threshold
+from ..core.erasers.pruning import locate, report
 from ..core.errors import ErasureError
-from ..core.host.layers import family, parameter_count
-from ..core.host.locating import (
+from ..core.host.model.layers import family, parameter_count
+from ..core.host.model.weights import base_layers
+from ..core.host.page.progress import Progress
+from ..core.host.runs.locating import (
     FEED_FORWARD,
     TEXT,
     Watcher,
@@ -16,12 +19,9 @@ from ..core.host.locating import (
     linear_layers,
     weight_sample,
 )
-from ..core.host.progress import Progress
-from ..core.host.sampling import SAMPLERS, SCHEDULERS, Sampling
-from ..core.host.text import fingerprint
-from ..core.host.weights import base_layers
-from ..core.memorization.dampening import dampen, threshold
-from ..core.memorization.locate import locate, report
+from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, Sampling
+from ..core.host.text.encode import fingerprint
+from ..core.text.concepts import parse_lines
 
 log = logging.getLogger("membrane")
 

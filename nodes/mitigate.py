@@ -1,7 +1,7 @@
 """Holding memorised pictures back while sampling, without gradients."""
 
 from ..core.errors import ErasureError
-from ..core.host.guidance import reweight_tokens, switch_guidance
+from ..core.host.patches.mitigation import reweight_tokens, switch_guidance
 
 DYNAMIC, DELAYED, OPPOSITE, TOKENS = "dynamic guidance", "delayed guidance", "opposite guidance", "token re-weighting"
 METHODS = (DYNAMIC, DELAYED, OPPOSITE, TOKENS)

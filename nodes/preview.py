@@ -2,16 +2,16 @@
 
 import torch
 
-from ..core.closed_form.concepts import parse_lines
+from ..core.adapters.openings import openings, openings_report
 from ..core.errors import ErasureError
-from ..core.evaluation.chart import bar_chart
-from ..core.evaluation.impact import impacts, report
-from ..core.evaluation.openings import openings, openings_report
-from ..core.host.layers import cross_attention_layers
-from ..core.host.patching import concepts_for
-from ..core.host.progress import Progress
-from ..core.host.text import encode, encode_for
-from ..core.host.weights import cross_attention_gram
+from ..core.host.model.layers import cross_attention_layers
+from ..core.host.model.weights import cross_attention_gram
+from ..core.host.page.progress import Progress
+from ..core.host.patches.stack import concepts_for
+from ..core.host.text.encode import encode, encode_for
+from ..core.measures.chart import bar_chart
+from ..core.measures.impact import impacts, report
+from ..core.text.concepts import parse_lines
 
 MOST_BARS = 60
 PROMPTS = (

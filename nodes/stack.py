@@ -2,16 +2,16 @@
 
 import logging
 
+from ..core.adapters.permeability import AUTOMATIC, FIXED, MODES, NEGATIVES, SAME, Permeability
+from ..core.adapters.stack import Entry, ErasureStack
+from ..core.adapters.stack_json import from_json, names
 from ..core.errors import ErasureError
 from ..core.formats import registry
-from ..core.host.folders import adapter_path, load_adapter, lora_path, signature
-from ..core.host.locating import OTHER, distance_of_weights
-from ..core.host.patching import apply_stack
-from ..core.host.text import fingerprint
-from ..core.host.weights import apply_to_weights
-from ..core.permeability import AUTOMATIC, FIXED, MODES, NEGATIVES, SAME, Permeability
-from ..core.stack import Entry, ErasureStack
-from ..core.stack_json import from_json, names
+from ..core.host.files.folders import adapter_path, load_adapter, lora_path, signature
+from ..core.host.model.weights import apply_to_weights
+from ..core.host.patches.stack import apply_stack
+from ..core.host.runs.locating import OTHER, distance_of_weights
+from ..core.host.text.encode import fingerprint
 
 log = logging.getLogger("membrane")
 

@@ -4,16 +4,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.closed_form.concepts import fill, parse_templates
 from ..core.errors import ErasureError
-from ..core.evaluation.distances import rms
-from ..core.evaluation.report import attack_sheet
-from ..core.evaluation.stress import Search, derived_vectors, search_prompts, search_target
-from ..core.host.attack import attack_grams, words_near
-from ..core.host.layers import cross_attention_layers
-from ..core.host.progress import Progress
-from ..core.host.sampling import Sampling, conditioning, decode, preview_pictures, sample
-from ..core.host.text import encode
+from ..core.host.model.attack import attack_grams, words_near
+from ..core.host.model.layers import cross_attention_layers
+from ..core.host.page.progress import Progress
+from ..core.host.runs.sampling import Sampling, conditioning, decode, preview_pictures, sample
+from ..core.host.text.encode import encode
+from ..core.measures.attack import Search, derived_vectors, search_prompts, search_target
+from ..core.measures.distances import rms
+from ..core.measures.report import attack_sheet
+from ..core.text.concepts import fill, parse_templates
 from .evaluate import CLASSIFIERS, MODEL_INPUTS, NONE, SAMPLING_INPUTS, TEXT, classes_of, judge_of, whole
 
 DERIVED, WORDS = "derived vectors", "words"

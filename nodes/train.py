@@ -6,16 +6,16 @@ from dataclasses import asdict, replace
 
 import torch
 
-from ..core.adapter import Card, ErasureAdapter
-from ..core.closed_form.concepts import fill, parse_concepts, parse_lines, parse_templates
+from ..core.adapters.adapter import Card, ErasureAdapter
+from ..core.erasers.spm import NOISE, TEXTS, Settings, Texts, preview, train
 from ..core.errors import ErasureError
 from ..core.formats import native
-from ..core.host.folders import new_adapter_path
-from ..core.host.layers import family
-from ..core.host.progress import Progress
-from ..core.host.text import encode_for, fingerprint
-from ..core.host.training import HostDenoiser, resumed, trainable_sites
-from ..core.training.latent_anchoring import NOISE, TEXTS, Settings, Texts, preview, train
+from ..core.host.files.folders import new_adapter_path
+from ..core.host.model.layers import family
+from ..core.host.page.progress import Progress
+from ..core.host.runs.training import HostDenoiser, resumed, trainable_sites
+from ..core.host.text.encode import encode_for, fingerprint
+from ..core.text.concepts import fill, parse_concepts, parse_lines, parse_templates
 
 log = logging.getLogger("membrane")
 

@@ -32,14 +32,14 @@ if "membrane" not in sys.modules:
     sys.modules["membrane"] = importlib.util.module_from_spec(package)
 
 import torch  # noqa: E402
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, Mask, TextMap  # noqa: E402
-from membrane.core.closed_form import concepts  # noqa: E402
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, Mask, TextMap  # noqa: E402
+from membrane.core.adapters.stack_json import from_json, names  # noqa: E402
 from membrane.core.errors import LONGEST as LONGEST_MESSAGE  # noqa: E402
 from membrane.core.errors import ErasureError  # noqa: E402
-from membrane.core.evaluation.record import Record  # noqa: E402
 from membrane.core.formats import labels, native, registry  # noqa: E402
-from membrane.core.memorization.detect import Calibration  # noqa: E402
-from membrane.core.stack_json import from_json, names  # noqa: E402
+from membrane.core.measures.detection import Calibration  # noqa: E402
+from membrane.core.measures.record import Record  # noqa: E402
+from membrane.core.text import concepts  # noqa: E402
 from safetensors.torch import save  # noqa: E402
 
 # ---------------------------------------------------------------- coverage
@@ -425,7 +425,6 @@ def concept_words(data):
 
 def parsers(folder):
     """All Parsers; folder: for the files they read, which have one name after the other."""
-    from membrane.core.evaluation import record  # noqa: F401  (its code is covered)
 
     path = str(Path(folder) / "fuzzed")
 
@@ -460,14 +459,15 @@ def parsers(folder):
                load(labels.label), tensors),
         Parser("PyTorch files", {"formats.containers": (), "formats.instructions": ()}, torch_seeds(),
                load(registry.load, registry.load_weights), archive),
-        Parser("stack JSON", {"stack_json": ("names", "from_json", "_entries", "_whole", "_entry", "_require_known"),
-                              "stack": ("__post_init__",)}, [STACK.encode(), b""], stack, text),
-        Parser("concepts", {"closed_form.concepts": ()},
+        Parser("stack JSON",
+               {"adapters.stack_json": ("names", "from_json", "_entries", "_whole", "_entry", "_require_known"),
+                "adapters.stack": ("__post_init__",)}, [STACK.encode(), b""], stack, text),
+        Parser("concepts", {"text.concepts": ()},
                [b"star -> circle\nheart\n", b"{} in a field\na photo of {}"], concept_words, text),
-        Parser("calibration", {"memorization.detect": ("from_json",)},
+        Parser("calibration", {"measures.detection": ("from_json",)},
                [Calibration({"steps": 2}, (0.5, 1.0), tuple(range(30))).to_json().encode()],
                lambda data: Calibration.from_json(data.decode("utf-8", "replace"), "x.json"), text),
-        Parser("evaluation record", {"evaluation.record": ("from_json",)}, [RECORD.encode()],
+        Parser("evaluation record", {"measures.record": ("from_json",)}, [RECORD.encode()],
                lambda data: Record.from_json(data.decode("utf-8", "replace")), text),
     ]  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..adapter import Card
+from ..adapters.adapter import Card
 from ..errors import ErasureError
 
 LONGEST_CONCEPT, MOST_CONCEPTS = 2000, 10_000  # characters, concepts

@@ -9,9 +9,9 @@ import logging
 
 import torch
 
-from ..adapter import Card, ErasureAdapter
+from ..adapters.adapter import Card, ErasureAdapter
+from ..adapters.low_rank import compact, layer_factors
 from ..errors import ErasureError
-from ..low_rank import compact, layer_factors
 from .factors import balanced, gather, low_rank
 from .files import card_metadata, own, read_card, require_bounded, save_whole, title
 

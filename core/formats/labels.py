@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..adapter import Card
+from ..adapters.adapter import Card
 from ..errors import ErasureError
 from . import containers, kohya, native, registry
 from .files import read_card

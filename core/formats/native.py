@@ -10,7 +10,7 @@ import zlib
 
 import torch
 
-from ..adapter import ErasureAdapter, Mask, TextMap
+from ..adapters.adapter import ErasureAdapter, Mask, TextMap
 from ..errors import ErasureError
 from . import containers
 from .factors import low_rank

@@ -10,9 +10,9 @@ import re
 
 import torch
 
-from ..adapter import Card, ErasureAdapter
+from ..adapters.adapter import Card, ErasureAdapter
 from ..errors import ErasureError
-from ..sites import site
+from ..families.sites import site
 from .factors import gather, low_rank
 
 # the layer, then one of PEFT's (which may say the adapter's name) or diffusers' spellings of a factor, or alpha

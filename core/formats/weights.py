@@ -1,7 +1,7 @@
 """Whole weights, the layers of a denoiser as they are after an edit: UCE, RECE, ESD, SPEED, OCE, Concept Ablation.
 
 Some files hold the layers that were edited, some a whole U-Net, some a whole checkpoint; with diffusers' or LDM's
-names. They fit one base model only. core/extract.py makes an adapter of them.
+names. They fit one base model only. core/erasers/extract.py makes an adapter of them.
 """
 
 import logging
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ErasureError
-from ..sites import PARAMETERS, group, site
+from ..families.sites import PARAMETERS, group, site
 from .containers import TORCH
 
 log = logging.getLogger("membrane")

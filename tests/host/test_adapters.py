@@ -11,14 +11,14 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.permeability import FIXED, TRANSPORT, Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.formats import native
-from membrane.core.host.layers import layer_keys, modules
-from membrane.core.host.patching import apply_stack
-from membrane.core.permeability import FIXED, TRANSPORT, Permeability
-from membrane.core.pixel_world import ASSETS
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.model.layers import layer_keys, modules
+from membrane.core.host.patches.stack import apply_stack
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.skipif(

@@ -27,12 +27,12 @@ def inference_mode():
 
 @pytest.fixture
 def world(pack):
-    return importlib.import_module(f"{pack.__name__}.core.pixel_world")
+    return importlib.import_module(f"{pack.__name__}.core.demo.world")
 
 
 @pytest.fixture
 def module(pack):
-    return importlib.import_module(f"{pack.__name__}.core.host.demo_model")
+    return importlib.import_module(f"{pack.__name__}.core.host.demo.model")
 
 
 @pytest.fixture

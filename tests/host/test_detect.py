@@ -8,11 +8,11 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.host.denoising import EndAttention, encoded, guided_steps, measure, token_influence
-from membrane.core.host.layers import modules
-from membrane.core.host.sampling import Sampling, conditioning, denoised, seeded_noise
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.model.layers import modules
+from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, seeded_noise
+from membrane.core.host.runs.steps import EndAttention, encoded, guided_steps, measure, token_influence
 
 pytestmark = [
     pytest.mark.slow,
@@ -232,8 +232,8 @@ def test_influence_of_words_is_the_gradient(node, demo, erasure):
 
 
 def low_rank(model):
-    from membrane.core.adapter import Card, ErasureAdapter, LowRank
-    from membrane.core.sites import site
+    from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+    from membrane.core.families.sites import site
 
     g = torch.Generator().manual_seed(0)
     changes = {}

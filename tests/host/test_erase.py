@@ -5,13 +5,13 @@ from pathlib import Path
 import comfy.sd
 import pytest
 import torch
-from membrane.core.closed_form.concepts import fill
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.host.layers import cross_attention_layers
-from membrane.core.host.patching import apply_stack
-from membrane.core.host.text import encode
-from membrane.core.pixel_world import ASSETS
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.model.layers import cross_attention_layers
+from membrane.core.host.patches.stack import apply_stack
+from membrane.core.host.text.encode import encode
+from membrane.core.text.concepts import fill
 
 pytestmark = pytest.mark.skipif(
     not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
@@ -92,7 +92,7 @@ def test_rece_goes_further_than_uce(node, demo, sample):
 
 def test_rece_counts_a_lora_on_the_model(node, demo):
     """The Gram matrix is that of the effective weights."""
-    from membrane.core.host.weights import cross_attention_gram
+    from membrane.core.host.model.weights import cross_attention_gram
 
     model = demo[0]
     delta = {key: torch.full_like(layer.weight, 0.01) for key, layer in cross_attention_layers(model)}
@@ -279,7 +279,7 @@ def test_a_model_without_cross_attention(node, demo, monkeypatch):
 
 
 def test_an_adapter_of_another_width(node, demo):
-    from membrane.core.adapter import Card, ErasureAdapter, TextMap
+    from membrane.core.adapters.adapter import Card, ErasureAdapter, TextMap
 
     adapter = ErasureAdapter(
         Card("UCE", ("dog",), family="SD15"), TextMap(torch.zeros(768, 1), torch.zeros(1, 768), (0,))

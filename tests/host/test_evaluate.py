@@ -8,14 +8,14 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.evaluation import record as records
-from membrane.core.host import reports
-from membrane.core.host.attack import attack_grams
-from membrane.core.host.progress import Progress
-from membrane.core.host.sampling import Sampling, conditioning, denoised, sample
-from membrane.core.host.weights import cross_attention_gram
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.files import reports
+from membrane.core.host.model.attack import attack_grams
+from membrane.core.host.model.weights import cross_attention_gram
+from membrane.core.host.page.progress import Progress
+from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample
+from membrane.core.measures import record as records
 
 pytestmark = [
     pytest.mark.slow,

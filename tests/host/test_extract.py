@@ -8,9 +8,9 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.host.layers import layer_keys, modules
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.model.layers import layer_keys, modules
 from safetensors.torch import save_file
 
 pytestmark = [

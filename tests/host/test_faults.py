@@ -25,16 +25,17 @@ import folder_paths
 import pytest
 import torch
 from comfy.cli_args import args
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, Mask, TextMap
+from membrane.core.adapters import bypass
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, Mask, TextMap
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.formats import files, native
-from membrane.core.host import bypass, calibrations
-from membrane.core.host.folders import CATEGORY, EXTENSIONS
-from membrane.core.host.layers import modules
-from membrane.core.host.patching import ErasedConditioning, ErasedSteps
-from membrane.core.host.reports import Place
-from membrane.core.memorization.detect import Calibration
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.files import calibrations
+from membrane.core.host.files.folders import CATEGORY, EXTENSIONS
+from membrane.core.host.files.reports import Place
+from membrane.core.host.model.layers import modules
+from membrane.core.host.patches.stack import ErasedConditioning, ErasedSteps
+from membrane.core.measures.detection import Calibration
 from membrane.tools import comfy_server
 from PIL import Image
 

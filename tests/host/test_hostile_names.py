@@ -10,12 +10,13 @@ import pytest
 import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter, TextMap
 from membrane.core.errors import ErasureError
 from membrane.core.formats import native
-from membrane.core.host import calibrations, folders, routes
-from membrane.core.host.reports import Place
-from membrane.core.memorization.detect import Calibration
+from membrane.core.host.files import calibrations, folders
+from membrane.core.host.files.reports import Place
+from membrane.core.host.page import routes
+from membrane.core.measures.detection import Calibration
 
 OUT = [
     "../x", "../../x", "a/../../x", "a\\..\\..\\x", "..\\..\\x", "\\..\\x", "C:\\x", "C:x", "a/../..", "x\0y",

@@ -1,8 +1,8 @@
 """The impact preview on a real host."""
 
 import pytest
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.pixel_world import ASSETS
 
 pytestmark = pytest.mark.skipif(
     not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from membrane.core.host import live
-from membrane.core.pixel_world import ASSETS
+from membrane.core.demo.world import ASSETS
+from membrane.core.host.page import live
 
 pytestmark = pytest.mark.skipif(
     not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"

@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.host.locating import linear_layers
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.runs.locating import linear_layers
 
 pytestmark = pytest.mark.skipif(
     not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"

@@ -3,15 +3,15 @@
 import comfy.utils
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, Mask
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, Mask
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.host.layers import modules
-from membrane.core.host.locating import linear_layers
-from membrane.core.host.patching import apply_stack
-from membrane.core.host.weights import apply_to_weights, base_layers
-from membrane.core.permeability import Permeability
-from membrane.core.pixel_world import ASSETS
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.model.layers import modules
+from membrane.core.host.model.weights import apply_to_weights, base_layers
+from membrane.core.host.patches.stack import apply_stack
+from membrane.core.host.runs.locating import linear_layers
 
 pytestmark = pytest.mark.skipif(
     not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"

@@ -6,10 +6,10 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.host.guidance import LEAVE, PADDING, START, Reweighted, Rows
-from membrane.core.host.sampling import Sampling, conditioning, denoised, sample, seeded_noise
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.patches.mitigation import LEAVE, PADDING, START, Reweighted, Rows
+from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample, seeded_noise
 
 pytestmark = pytest.mark.skipif(
     not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
@@ -112,7 +112,7 @@ def test_guidance_is_that_of_a_naive_sampler(demo, mitigated, method, sampler, s
 
 def test_each_picture_of_a_batch_has_its_own_transition():
     """The rule alone, on lengths made up for three pictures: opened where they first grow, on the way down only."""
-    from membrane.core.host.guidance import Run
+    from membrane.core.host.patches.mitigation import Run
 
     run = Run(None, torch.zeros(3))
     told = []

@@ -14,10 +14,10 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
-from membrane.core.evaluation.compare import demo_judge
-from membrane.core.host.layers import layer_keys, modules, plain_key
-from membrane.core.pixel_world import ASSETS
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.demo.world import ASSETS
+from membrane.core.host.model.layers import layer_keys, modules, plain_key
+from membrane.core.measures.compare import demo_judge
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.skipif(
@@ -285,7 +285,7 @@ def test_regions_and_schedules(form, kind, demo, node, text, sample):
 @pytest.fixture(scope="module")
 def control():
     """A ControlNet of the demo model's shape with random weights."""
-    from membrane.core.pixel_world import load_config
+    from membrane.core.demo.world import load_config
 
     sizes = {k: v for k, v in load_config()["unet"].items() if k not in ("out_channels", "transformer_depth_output")}
     shape = {"hint_channels": 3, "use_spatial_transformer": True, "legacy": False, "dtype": torch.float32}

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.host.layers import layer_keys, modules, plain_key
-from membrane.core.host.patching import APPLY_MODEL, EXTRA_CONDS, GATES, applied, apply_stack
-from membrane.core.host.prompts import PROMPTS
-from membrane.core.permeability import Permeability
-from membrane.core.pixel_world import ASSETS
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.model.layers import layer_keys, modules, plain_key
+from membrane.core.host.patches.stack import APPLY_MODEL, EXTRA_CONDS, GATES, applied, apply_stack
+from membrane.core.host.text.known_tokens import PROMPTS
 
 pytestmark = pytest.mark.skipif(
     not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"

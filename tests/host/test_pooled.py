@@ -4,13 +4,13 @@ import comfy.model_patcher
 import comfy.supported_models
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.formats import native
-from membrane.core.host.patching import apply_stack, concepts_for
-from membrane.core.host.training import trainable_sites
-from membrane.core.host.weights import apply_to_weights
-from membrane.core.permeability import Permeability
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.model.weights import apply_to_weights
+from membrane.core.host.patches.stack import apply_stack, concepts_for
+from membrane.core.host.runs.training import trainable_sites
 
 SMALL = {  # 64 channels: with one channel in each group of a norm, nothing of the pooled vector would be left
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1],

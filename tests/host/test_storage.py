@@ -5,10 +5,10 @@ import comfy.model_patcher
 import pytest
 import torch
 from comfy.cli_args import args
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
-from membrane.core.host.layers import modules
-from membrane.core.permeability import FIXED, TRANSPORT
-from membrane.core.pixel_world import ASSETS
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.permeability import FIXED, TRANSPORT
+from membrane.core.demo.world import ASSETS
+from membrane.core.host.model.layers import modules
 
 pytestmark = pytest.mark.skipif(
     not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"

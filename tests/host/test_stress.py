@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.host.attack import words_near
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.model.attack import words_near
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,16 +7,16 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
+from membrane.core.families.sites import site
 from membrane.core.formats import native
-from membrane.core.host.patching import apply_stack
-from membrane.core.host.training import HostDenoiser, trainable_sites
-from membrane.core.host.weights import kohya_names
-from membrane.core.permeability import Permeability
-from membrane.core.pixel_world import ASSETS
-from membrane.core.sites import site
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.model.weights import kohya_names
+from membrane.core.host.patches.stack import apply_stack
+from membrane.core.host.runs.training import HostDenoiser, trainable_sites
 
 pytestmark = pytest.mark.skipif(
     not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"

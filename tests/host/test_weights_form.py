@@ -9,13 +9,13 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.host.layers import cross_attention_layers
-from membrane.core.host.patching import APPLY_MODEL, EXTRA_CONDS, apply_stack
-from membrane.core.host.weights import apply_to_weights, kohya_names
-from membrane.core.pixel_world import ASSETS
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.model.layers import cross_attention_layers
+from membrane.core.host.model.weights import apply_to_weights, kohya_names
+from membrane.core.host.patches.stack import APPLY_MODEL, EXTRA_CONDS, apply_stack
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(

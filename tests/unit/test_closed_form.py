@@ -2,18 +2,12 @@
 
 import pytest
 import torch
-from membrane.core.closed_form import rece as rece_module
-from membrane.core.closed_form.concepts import (
-    Concept,
-    aligned_rows,
-    last_subject_token,
-    parse_concepts,
-    parse_templates,
-)
-from membrane.core.closed_form.job import Encoded, Job, erase
-from membrane.core.closed_form.rece import PENALTIES, rece
-from membrane.core.closed_form.uce import uce
+from membrane.core.erasers.closed_form import rece as rece_module
+from membrane.core.erasers.closed_form.job import Encoded, Job, erase
+from membrane.core.erasers.closed_form.rece import PENALTIES, rece
+from membrane.core.erasers.closed_form.uce import uce
 from membrane.core.errors import ErasureError
+from membrane.core.text.concepts import Concept, aligned_rows, last_subject_token, parse_concepts, parse_templates
 
 D, LAYERS = 24, (16, 16, 40)
 

@@ -1,9 +1,9 @@
 """Presets: the published numbers of each method for each kind of concept."""
 
 import pytest
-from membrane.core.closed_form.concepts import parse_templates
-from membrane.core.closed_form.job import METHODS, SETTINGS, Job
-from membrane.core.closed_form.presets import KINDS, PRESETS, published, surrogate_of
+from membrane.core.erasers.closed_form.job import METHODS, SETTINGS, Job
+from membrane.core.erasers.closed_form.presets import KINDS, PRESETS, published, surrogate_of
+from membrane.core.text.concepts import parse_templates
 
 
 @pytest.mark.parametrize("kind", PRESETS)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from membrane.core.closed_form.concepts import Concept
-from membrane.core.closed_form.job import Encoded, Job, aligned_groups, solve, whole_groups
-from membrane.core.closed_form.rece import PENALTIES, derived_embeddings, rece_terms
-from membrane.core.closed_form.text_map import gram
-from membrane.core.closed_form.uce import uce_of, uce_solver, uce_terms
+from membrane.core.erasers.closed_form.job import Encoded, Job, aligned_groups, solve, whole_groups
+from membrane.core.erasers.closed_form.rece import PENALTIES, derived_embeddings, rece_terms
+from membrane.core.erasers.closed_form.solver import gram
+from membrane.core.erasers.closed_form.uce import uce_of, uce_solver, uce_terms
+from membrane.core.text.concepts import Concept
 from safetensors.torch import load_file
 
 FIGURES = load_file(str(Path(__file__).parent.parent / "data" / "uce_rece_published.safetensors"))

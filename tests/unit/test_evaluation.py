@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from membrane.core.demo import judge as pixel_judge
 from membrane.core.errors import ErasureError
-from membrane.core.evaluation import distances, pixel_judge
-from membrane.core.evaluation.compare import built_in, by_pictures, compare, demo_judge, zero_shot_judge
-from membrane.core.evaluation.record import Record, decoded_picture, encoded_picture, summarise
-from membrane.core.evaluation.report import attack_sheet, drift_map, grid, page, report
-from membrane.core.evaluation.scores import Prompt
+from membrane.core.measures import distances
+from membrane.core.measures.compare import built_in, by_pictures, compare, demo_judge, zero_shot_judge
+from membrane.core.measures.record import Record, decoded_picture, encoded_picture, summarise
+from membrane.core.measures.report import attack_sheet, drift_map, grid, page, report
+from membrane.core.measures.scores import Prompt
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "tools" / "pixel_world")]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from membrane.core.erasers.extract import BaseLayer, extract
 from membrane.core.errors import ErasureError
-from membrane.core.extract import BaseLayer, extract
 from membrane.core.formats.weights import EditedWeights
 
 D = 24

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
 from membrane.core.errors import ErasureError
 from membrane.core.formats import kohya, native
 from membrane.core.formats.registry import load, load_weights

@@ -16,13 +16,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from membrane.core.adapter import Card, ErasureAdapter
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.stack_json import from_json, names
 from membrane.core.errors import LONGEST, ErasureError
-from membrane.core.evaluation.record import Record
 from membrane.core.formats import containers, labels, native, registry
-from membrane.core.memorization.detect import FORMAT as CALIBRATION
-from membrane.core.memorization.detect import Calibration
-from membrane.core.stack_json import from_json, names
+from membrane.core.measures.detection import FORMAT as CALIBRATION
+from membrane.core.measures.detection import Calibration
+from membrane.core.measures.record import Record
 from membrane.tools import fuzz
 
 READERS = (registry.load, registry.load_weights, native.load, labels.label)
@@ -537,6 +537,6 @@ def test_the_fuzzer_finds_something(tmp_path):
         if found and found[0].startswith("{"):
             raise KeyError(found[0])
 
-    parser = fuzz.Parser("broken", {"closed_form.concepts": ("parse_lines",)}, [b"a -> b"], broken, fuzz.text)
+    parser = fuzz.Parser("broken", {"text.concepts": ("parse_lines",)}, [b"a -> b"], broken, fuzz.text)
     result = fuzz.fuzz(parser, fuzz.Coverage(parser.code), inputs=2000)
     assert result.findings and isinstance(result.findings[0][0], KeyError)

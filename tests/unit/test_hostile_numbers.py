@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.bypass import Bypass, Part, Rows
+from membrane.core.adapters.permeability import Channel, Concepts, Permeability, gate_values
+from membrane.core.adapters.plan import GatedLayer
+from membrane.core.adapters.stack import STRONGEST, Entry
 from membrane.core.errors import ErasureError
-from membrane.core.host.bypass import Bypass, Part, Rows
-from membrane.core.permeability import Channel, Concepts, Permeability, gate_values
-from membrane.core.plan import GatedLayer
-from membrane.core.stack import STRONGEST, Entry
 
 HALF = [torch.float16, torch.bfloat16]
 TRANSPORT, REFERENCE = Permeability("facilitated transport"), Permeability("reference")

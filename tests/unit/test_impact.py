@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
-from membrane.core.closed_form.job import Encoded
-from membrane.core.evaluation.chart import bar_chart
-from membrane.core.evaluation.impact import impacts, relative_change, report
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.adapters.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.erasers.closed_form.job import Encoded
+from membrane.core.measures.chart import bar_chart
+from membrane.core.measures.impact import impacts, relative_change, report
 
 D, END = 10, 50
 

@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.low_rank import compact, layer_factors
 from membrane.core.formats import files, kohya
-from membrane.core.low_rank import compact, layer_factors
 from safetensors import safe_open
 from safetensors.torch import load_file
 

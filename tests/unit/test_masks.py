@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, Mask
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, Mask
+from membrane.core.adapters.permeability import OFF, Permeability
+from membrane.core.adapters.plan import OPEN, make_plan
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
 from membrane.core.formats import kohya, native
-from membrane.core.permeability import OFF, Permeability
-from membrane.core.plan import OPEN, make_plan
-from membrane.core.stack import Entry, ErasureStack
 from safetensors.torch import load_file, save_file
 
 SITES = ("down_0_ff_net_2", "mid_ff_net_2")

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
 from membrane.core.errors import ErasureError
 from membrane.core.formats import files, native
 from safetensors import safe_open

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
-from membrane.core.closed_form.job import Encoded
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.openings import openings, openings_report
+from membrane.core.adapters.permeability import Concepts, Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.erasers.closed_form.job import Encoded
 from membrane.core.errors import ErasureError
-from membrane.core.evaluation.openings import openings, openings_report
-from membrane.core.permeability import Concepts, Permeability
-from membrane.core.stack import Entry, ErasureStack
 
 END = 9
 TRANSPORT = Permeability("facilitated transport")

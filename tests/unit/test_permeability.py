@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
-from membrane.core.closed_form.job import Encoded
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.permeability import MODES, Channel, Concepts, Permeability, gate_values
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.erasers.closed_form.job import Encoded
 from membrane.core.errors import ErasureError
-from membrane.core.permeability import MODES, Channel, Concepts, Permeability, gate_values
-from membrane.core.stack import Entry, ErasureStack
 
 T, D = 7, 6
 START, END = 90, 91

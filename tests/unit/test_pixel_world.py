@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from membrane.core.pixel_world import ASSETS, latent_to_rgb, rgb_to_latent
+from membrane.core.demo.world import ASSETS, latent_to_rgb, rgb_to_latent
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path[:0] = [str(TOOLS), str(TOOLS / "pixel_world")]

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.row_openings import Words, openings_by_words, row_openings
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.adapters.stack_json import from_json
 from membrane.core.errors import ErasureError
-from membrane.core.evaluation.row_openings import Words, openings_by_words, row_openings
 from membrane.core.formats import native
 from membrane.core.formats.labels import UNOPENED, label
-from membrane.core.stack import Entry, ErasureStack
-from membrane.core.stack_json import from_json
 
 CONCEPTS = {"star": ("star",), "gogh": ("van gogh",), "both": ("red star", "heart"), "spm": ("moon",), "lora": ()}
 

@@ -1,7 +1,7 @@
 """One spelling of a layer for all programs."""
 
 import pytest
-from membrane.core.sites import group, site
+from membrane.core.families.sites import group, site
 
 DIFFUSERS = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 LDM = "input_blocks_1_1_transformer_blocks_0_attn2_to_k"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
-from membrane.core.host.bypass import Bypass, Part, Rows
-from membrane.core.permeability import Channel, Concepts, Permeability, gate_values
-from membrane.core.plan import GatedLayer, make_plan
-from membrane.core.sites import site
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.bypass import Bypass, Part, Rows
+from membrane.core.adapters.permeability import Channel, Concepts, Permeability, gate_values
+from membrane.core.adapters.plan import GatedLayer, make_plan
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.families.sites import site
 from safetensors.torch import load_file
 
 DATA = Path(__file__).parent.parent / "data"

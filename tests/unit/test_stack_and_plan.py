@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.permeability import Concepts, Permeability
+from membrane.core.adapters.plan import first_gated, joined, make_plan, wanted_concepts
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.permeability import Concepts, Permeability
-from membrane.core.plan import first_gated, joined, make_plan, wanted_concepts
-from membrane.core.stack import Entry, ErasureStack
 
 D = 12
 TRANSPORT = Permeability("facilitated transport")

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.adapters.stack_json import Row, from_json, names, to_json
 from membrane.core.errors import ErasureError
-from membrane.core.permeability import Permeability
-from membrane.core.stack import Entry, ErasureStack
-from membrane.core.stack_json import Row, from_json, names, to_json
 
 
 def adapter(name):

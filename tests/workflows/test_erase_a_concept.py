@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from membrane.core.pixel_world import ASSETS
+from membrane.core.demo.world import ASSETS
 from membrane.tools import comfy_server
 from PIL import Image
 

@@ -4,7 +4,7 @@ import json
 import urllib.error
 
 import pytest
-from membrane.core.pixel_world import ASSETS
+from membrane.core.demo.world import ASSETS
 
 pytestmark = [
     pytest.mark.workflow,

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from membrane.core.pixel_world import ASSETS
+from membrane.core.demo.world import ASSETS
 from membrane.scripts.sweep import Server, Sweep, file_name, jobs_of
 from membrane.tools import comfy_server
 

@@ -22,7 +22,7 @@ from unet import UNet
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "core"))
-from pixel_world import ASSETS, TextTransformer, latent_to_rgb, load_config  # noqa: E402
+from demo.world import ASSETS, TextTransformer, latent_to_rgb, load_config  # noqa: E402
 
 
 class Sampler:

@@ -19,7 +19,7 @@ from torch.nn import GELU, Conv2d, Flatten, Linear, Module, Parameter, Sequentia
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "core"))
-from pixel_world import ASSETS, TextTransformer, load_config  # noqa: E402
+from demo.world import ASSETS, TextTransformer, load_config  # noqa: E402
 
 EMBEDDING = 64
 SHORT = 20  # tokens; no caption of the world is longer

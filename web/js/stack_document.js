@@ -1,5 +1,5 @@
 // @ts-check
-// The stack as text and back. Nothing here touches the page; core/stack_json.py reads the same text.
+// The stack as text and back. Nothing here touches the page; core/adapters/stack_json.py reads the same text.
 
 export const VERSION = 1;
 export const EMPTY = `{"membrane_stack": ${VERSION}, "entries": []}`;

@@ -591,7 +591,7 @@ export class StackEditor {
 
     // ------------------------------------------------------------ what the rows got, and what the prompt asks for
 
-    /** A sampling's openings, as core/host/live.py sends them: lists of [row, adapter, value]. */
+    /** A sampling's openings, as core/host/page/live.py sends them: lists of [row, adapter, value]. */
     showGates(message) {
         this.openings = message;
         this.stale = false;

@@ -1,0 +1,101 @@
+"""Calibrations of the memorisation detector, in models/erasure_adapters/calibration; found by what a model answers."""
+
+import hashlib
+import json
+import os
+
+import folder_paths
+import torch
+
+from ...errors import ErasureError
+from ...measures.detection import Calibration
+from ...measures.record import write_whole
+from ..model.layers import family
+from ..runs.sampling import conditioning, denoised, seeded_noise
+from .folders import CATEGORY, not_saved
+
+PROBED = ("", "a photo of a dog", "an oil painting of a city at night")
+NUMBERS = 256  # of each answer
+LARGEST = 1 << 24  # bytes of a calibration
+
+
+def probe(model, clip, settings):
+    """Numbers of what a MODEL makes of one noise for some texts: weights, LoRAs, erasures, text encoder and clip skip
+    all show in them."""
+    _, noise = seeded_noise(model, [0], settings)
+    sigma = torch.tensor([float(model.model.model_sampling.percent_to_sigma(0.4))])
+    found = []
+    for text in PROBED:
+        seen = denoised(model, conditioning(clip, text), [(noise * sigma, sigma)])[0].flatten()
+        found += [round(float(v), 6) for v in seen[:: max(1, len(seen) // NUMBERS)][:NUMBERS]]
+    return tuple(found)
+
+
+def _folder():
+    return os.path.join(folder_paths.get_folder_paths(CATEGORY)[0], "calibration")
+
+
+def _stem(model, settings):
+    digest = hashlib.sha256(json.dumps([family(model), settings], sort_keys=True).encode()).hexdigest()[:12]
+    return f"{family(model)}_{digest}_"
+
+
+def _files(model, settings):
+    """Files of calibrations for these settings, of whatever model of the family."""
+    stem, folder = _stem(model, settings), _folder()
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if name.startswith(stem) and name.endswith(".json"))
+
+
+def _read(name):
+    path = os.path.join(_folder(), name)
+    if os.path.getsize(path) > LARGEST:
+        raise ErasureError(
+            f'The calibration file "{name}" is damaged ({os.path.getsize(path)} bytes); delete it and calibrate again '
+            "with benign prompts."
+        )
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return Calibration.from_json(file.read(), name)
+
+
+def find(model, settings, numbers):
+    """(Calibration, file name) that fits a MODEL's probe best, or (None, None).
+
+    Raises ErasureError when none fits and a file is damaged, since that may have been the one.
+    """
+    fitting, damage = [], None
+    for name in _files(model, settings):
+        try:
+            found = _read(name)
+        except ErasureError as error:
+            damage = error
+        else:
+            fitting += [(found.distance(numbers), found, name)] if found.fits(numbers) else []
+    if fitting:
+        return min(fitting, key=lambda one: one[0])[1:]
+    if damage is not None:
+        raise damage
+    return None, None
+
+
+def store(model, calibration):
+    """Writes a calibration and returns the file's name; an earlier one of the same model and settings makes way."""
+    _, earlier = _earlier(model, calibration)
+    name = earlier or f"{_stem(model, calibration.settings)}{_short(calibration.probe)}.json"
+    try:
+        os.makedirs(_folder(), exist_ok=True)
+        write_whole(os.path.join(_folder(), name), calibration.to_json().encode("utf-8"))
+    except OSError as error:
+        raise not_saved(name, error) from error
+    return name
+
+
+def _earlier(model, calibration):
+    try:
+        return find(model, calibration.settings, calibration.probe)
+    except ErasureError:  # a damaged file is no reason not to calibrate
+        return None, None
+
+
+def _short(probe):
+    return hashlib.sha256(json.dumps(probe).encode()).hexdigest()[:8]

@@ -1,0 +1,145 @@
+"""The layers of the host's model and the names that adapters know them by."""
+
+import comfy.lora
+import comfy.model_management
+import comfy.ops
+import torch
+
+from ...errors import ErasureError
+from ...families.sites import site
+
+WEIGHT = ".weight"
+
+
+def denoiser(model):
+    """The network of a MODEL as its layers are named.
+
+    Hosts of 2024 put a torch.compile wrapper in its place for as long as the compiled MODEL is loaded; every name
+    below it is another one then, also for the host's own LoRA loader. Unloading puts the network back.
+    """
+    if hasattr(model.model.diffusion_model, "_orig_mod"):
+        comfy.model_management.unload_all_models()
+    return model.model.diffusion_model
+
+
+def family(model):
+    """The host's name of the model's family, such as SD15 or SDXL."""
+    return type(model.model.model_config).__name__.lstrip("_")
+
+
+def context_width(model):
+    """Width of the text vectors a MODEL reads; raises for models without text cross-attention."""
+    width = getattr(model.model.model_config, "unet_config", {}).get("context_dim")
+    if isinstance(width, (list, tuple)):
+        width = width[0]
+    reads = next((module.in_features for _, module in cross_attention_layers(model)), None)
+    if width is None or reads != width:
+        raise ErasureError(
+            f"The model {type(model.model).__name__} has no cross-attention that reads the text directly "
+            "(no matching attn2.to_k layers were found); "
+            "closed-form erasure needs a Stable Diffusion 1, 2 or XL type U-Net."
+        )
+    return int(width)
+
+
+def cross_attention_layers(model):
+    """(key of the weight, module) of the key and value layers that read the text, in the U-Net's order."""
+    for name, module in denoiser(model).named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            yield f"diffusion_model.{name}.weight", module
+
+
+def reads_pooled(model):
+    """Whether a MODEL reads a pooled vector beside the text, as SDXL does."""
+    return getattr(model.model, "adm_channels", 0) > 0
+
+
+def layer_keys(model):
+    """{site: key} for every spelling the host's own LoRA loader knows; a key is that of a weight, or the host's
+    tuple of it and the part of it that the name stands for, where the host fuses layers."""
+    denoiser(model)
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    return {site(name): key for name, key in names.items() if plain_key(key).endswith(WEIGHT)}
+
+
+def plain_key(key):
+    """The key of the weight in one of layer_keys()."""
+    return key if isinstance(key, str) else key[0]
+
+
+def modules(model):
+    """{key of the weight: module} of the denoiser's layers."""
+    named = denoiser(model).named_modules()
+    return {f"diffusion_model.{name}{WEIGHT}": module for name, module in named if hasattr(module, "weight")}
+
+
+def layer_weight(module, like):
+    """(weight, bias) of a linear layer of the host as it multiplies with them, for an input like this."""
+    cast = getattr(module, "cast_bias_weight", None)  # layers of GGUF loaders bring their own
+    weight, bias = (cast(like) if cast else comfy.ops.cast_bias_weight(module, like))[:2]
+    if hasattr(weight, "dequantize") and type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        weight = weight.dequantize()
+    scale = getattr(module, "scale_weight", None)  # of scaled fp8
+    return weight if scale is None else weight * scale.to(weight), bias
+
+
+def parameter_count(model):
+    """Number of weights of the denoiser."""
+    return sum(parameter.numel() for parameter in denoiser(model).parameters())
+
+
+def require_fit(model, stack, keys):
+    """Checks the changes of layers of a stack against a MODEL; returns how many of them the model has no layer for.
+
+    Raises ErasureError when an adapter has no layer in common with the model or a change has another shape.
+    """
+    layers, missing = modules(model), 0
+    for entry in stack.entries:
+        adapter = entry.adapter
+        if not adapter.sites:
+            continue
+        known = [name for name in adapter.sites if name in keys]
+        if not known:
+            made_for = f" (made for {adapter.card.family})" if adapter.card.family else ""
+            raise ErasureError(
+                f"None of the {len(adapter.sites)} layers that the adapter {adapter.describe()}{made_for} changes "
+                f"exists in this {family(model)} model (the first is {adapter.sites[0]}); "
+                "use an adapter made for this family."
+            )
+        missing += len(adapter.sites) - len(known)
+        for name in known:
+            _require_shape(model, adapter, name, keys[name], layers.get(plain_key(keys[name])))
+    return missing
+
+
+def _require_shape(model, adapter, name, key, layer):
+    wanted, change = _shape(layer, key), adapter.low_rank.get(name)
+    if change is not None and wanted is not None:
+        found = (len(change.up), *change.down.shape[1:])
+        if found != wanted and (*found, 1, 1) != wanted:
+            raise _other_shape(model, adapter, name, found, wanted)
+    mask = adapter.masks.get(name)
+    if mask is not None and (mask.shape != wanted or not isinstance(key, str)):
+        raise _other_shape(model, adapter, name, mask.shape, wanted)
+
+
+def _other_shape(model, adapter, name, found, wanted):
+    return ErasureError(
+        f"The adapter {adapter.describe()} changes {name} as a layer of shape {found}, but in this "
+        f"{family(model)} model it has the shape {wanted}; use an adapter made for this family."
+    )
+
+
+def _shape(layer, key):
+    """(out, in) of a linear layer, (out, in, height, width) of a convolution; None for anything else."""
+    if hasattr(layer, "in_features"):
+        out, shape = layer.out_features, (layer.in_features,)
+    elif hasattr(layer, "in_channels") and hasattr(layer, "kernel_size") and layer.groups == 1:
+        out, shape = layer.out_channels, (layer.in_channels, *layer.kernel_size)
+    else:
+        return None
+    if not isinstance(key, str):
+        if key[1][0] != 0:
+            return None
+        out = key[1][2]
+    return (out, *shape)
