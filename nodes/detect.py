@@ -5,10 +5,11 @@ import json
 import torch
 
 from ..core.errors import ErasureError
-from ..core.host.files.calibrations import find, probe, store
+from ..core.host.files.calibrations import find, model_probe, store
 from ..core.host.page.progress import Progress
+from ..core.host.runs.gradients import token_influence
 from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, Sampling
-from ..core.host.runs.steps import encoded, measure, require_cross_attention, token_influence
+from ..core.host.runs.steps import encoded, measure, require_cross_attention
 from ..core.measures.detection import FEWEST, Calibration, heat_map, words_of
 from ..core.measures.detection_report import plot, report, rows, suspicious
 from ..core.text.concepts import parse_lines
@@ -103,7 +104,7 @@ class MembraneDetectMemorization:
         settings = Sampling(steps, cfg, sampler_name, scheduler, width, height)
         said = {**vars(settings), "first_steps": first_steps, "seeds": seeds}
         each = [(seed + i) % 2**64 for i in range(seeds)]
-        numbers = probe(model, clip, settings)
+        numbers = model_probe(model, clip, settings)
         run = steps if bright_ending else first_steps
         progress = Progress(seeds * (len(benign) * first_steps + len(lines) * run))
         empty = encoded(clip, "")

@@ -12,7 +12,8 @@ from ..core.errors import ErasureError
 from ..core.host.files.reports import Place
 from ..core.host.model.layers import family
 from ..core.host.page.progress import Progress
-from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, PairSampler, Sampling
+from ..core.host.runs.pairs import PairSampler
+from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, Sampling
 from ..core.host.text.vision import class_vectors, image_vectors
 from ..core.measures import distances
 from ..core.measures.compare import built_in, by_pictures, by_vectors, compare, demo_judge, zero_shot_judge

@@ -10,6 +10,7 @@ from ..core.errors import ErasureError
 from ..core.host.model.layers import family, parameter_count
 from ..core.host.model.weights import base_layers
 from ..core.host.page.progress import Progress
+from ..core.host.patches.origin import weight_sample
 from ..core.host.runs.locating import (
     FEED_FORWARD,
     TEXT,
@@ -17,7 +18,6 @@ from ..core.host.runs.locating import (
     importances,
     layer_weights,
     linear_layers,
-    weight_sample,
 )
 from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, Sampling
 from ..core.host.text.encode import fingerprint

@@ -1,7 +1,5 @@
 """Stacking adapters and applying the stack."""
 
-import logging
-
 from ..core.adapters.permeability import AUTOMATIC, FIXED, MODES, NEGATIVES, SAME, Permeability
 from ..core.adapters.stack import Entry, ErasureStack
 from ..core.adapters.stack_json import from_json, names
@@ -9,11 +7,8 @@ from ..core.errors import ErasureError
 from ..core.formats import registry
 from ..core.host.files.folders import adapter_path, load_adapter, lora_path, signature
 from ..core.host.model.weights import apply_to_weights
+from ..core.host.patches.origin import origin_warnings
 from ..core.host.patches.stack import apply_stack
-from ..core.host.runs.locating import OTHER, distance_of_weights
-from ..core.host.text.encode import fingerprint
-
-log = logging.getLogger("membrane")
 
 MODE_TOOLTIP = (
     "How far an adapter opens. automatic: as its method was published. fixed: always fully. facilitated transport: "
@@ -243,22 +238,7 @@ class MembraneApply:
         }
 
     def apply(self, model, clip, stack, apply_to="text"):
-        encoder = fingerprint(clip)
-        for entry in stack.entries:
-            made_with = entry.adapter.card.text_encoder
-            if made_with and made_with != encoder:
-                log.warning(
-                    "Membrane: the adapter %s was made with another text encoder (%s, this one is %s); "
-                    "it still applies, but may erase less or damage more",
-                    entry.adapter.describe(), made_with, encoder,
-                )  # fmt: skip
-            layer, distance = distance_of_weights(model, entry.adapter)
-            if distance > OTHER:
-                log.warning(
-                    "Membrane: the adapter %s was located on another checkpoint (the weights of %s differ by %.0f %%); "
-                    "it prunes the same places here, which may hold something else; locate it on this one",
-                    entry.adapter.describe(), layer, 100 * distance,
-                )  # fmt: skip
+        origin_warnings(model, clip, stack)
         if apply_to == "weights":
             return (apply_to_weights(model, stack),)
         return (apply_stack(model, stack, clip),)

@@ -11,8 +11,10 @@ import torch
 from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.host.model.layers import modules
+from membrane.core.host.runs.attention import EndAttention
+from membrane.core.host.runs.gradients import token_influence
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, seeded_noise
-from membrane.core.host.runs.steps import EndAttention, encoded, guided_steps, measure, token_influence
+from membrane.core.host.runs.steps import encoded, guided_steps, measure
 
 pytestmark = [
     pytest.mark.slow,

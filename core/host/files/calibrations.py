@@ -5,30 +5,24 @@ import json
 import os
 
 import folder_paths
-import torch
 
 from ...errors import ErasureError
 from ...measures.detection import Calibration
 from ...measures.record import write_whole
 from ..model.layers import family
-from ..runs.sampling import conditioning, denoised, seeded_noise
+from ..runs.sampling import conditioning, probe, probe_point
 from .folders import CATEGORY, not_saved
 
 PROBED = ("", "a photo of a dog", "an oil painting of a city at night")
-NUMBERS = 256  # of each answer
+NUMBERS, DIGITS = 256, 6  # of each answer
 LARGEST = 1 << 24  # bytes of a calibration
 
 
-def probe(model, clip, settings):
-    """Numbers of what a MODEL makes of one noise for some texts: weights, LoRAs, erasures, text encoder and clip skip
-    all show in them."""
-    _, noise = seeded_noise(model, [0], settings)
-    sigma = torch.tensor([float(model.model.model_sampling.percent_to_sigma(0.4))])
-    found = []
-    for text in PROBED:
-        seen = denoised(model, conditioning(clip, text), [(noise * sigma, sigma)])[0].flatten()
-        found += [round(float(v), 6) for v in seen[:: max(1, len(seen) // NUMBERS)][:NUMBERS]]
-    return tuple(found)
+def model_probe(model, clip, settings):
+    """Numbers of what a MODEL makes of one noise for some texts, by which it is known again."""
+    point = probe_point(model, settings)
+    found = [probe(model, conditioning(clip, text), point, NUMBERS, DIGITS) for text in PROBED]
+    return tuple(sum(found, []))
 
 
 def _folder():
