@@ -7,8 +7,9 @@ import comfy.samplers
 import pytest
 import torch
 from membrane.core.demo.world import ASSETS
+from membrane.core.erasers.mitigation import LEAVE, PADDING, START, Transition
 from membrane.core.errors import ErasureError
-from membrane.core.host.patches.mitigation import LEAVE, PADDING, START, Reweighted, Rows
+from membrane.core.host.patches.mitigation import Reweighted, Rows
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample, seeded_noise
 
 pytestmark = pytest.mark.skipif(
@@ -112,9 +113,7 @@ def test_guidance_is_that_of_a_naive_sampler(demo, mitigated, method, sampler, s
 
 def test_each_picture_of_a_batch_has_its_own_transition():
     """The rule alone, on lengths made up for three pictures: opened where they first grow, on the way down only."""
-    from membrane.core.host.patches.mitigation import Run
-
-    run = Run(None, torch.zeros(3))
+    run = Transition(torch.zeros(3))
     told = []
     for sigma, lengths in [
         (9.0, (5.0, 5.0, 5.0)), (7.0, (4.0, 6.0, 4.0)), (8.0, (9.0, 9.0, 9.0)),  # back up: a restart
