@@ -68,6 +68,15 @@ class Trace:
 # ---------------------------------------------------------------- calibration
 
 
+def require_enough(prompts):
+    """Raises ErasureError for a number of benign prompts that says nothing of what is normal."""
+    if prompts < FEWEST:
+        raise ErasureError(
+            f"A calibration needs at least {FEWEST} different benign prompts, one per line, but there are {prompts}; "
+            "add ordinary prompts like those you will test, 100 or more are better."
+        )
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Scores of ordinary prompts on one model under one set of settings.
@@ -80,11 +89,7 @@ class Calibration:
     scores: tuple
 
     def __post_init__(self):
-        if len(self.scores) < FEWEST:
-            raise ErasureError(
-                f"A calibration needs at least {FEWEST} different benign prompts, one per line, but there are "
-                f"{len(self.scores)}; add ordinary prompts like those you will test, 100 or more are better."
-            )
+        require_enough(len(self.scores))
 
     @property
     def mean(self):
@@ -98,6 +103,11 @@ class Calibration:
     def p99(self):
         """The score that 1 % of ordinary prompts exceed."""
         return float(np.quantile(self.scores, 0.99))
+
+    @property
+    def summary(self):
+        """How many prompts there were, and what is normal, as JSON."""
+        return {"prompts": len(self.scores), "mean": self.mean, "std": self.std, "p99": self.p99}
 
     def z(self, score):
         """How many standard deviations a score lies above the mean."""
@@ -118,9 +128,8 @@ class Calibration:
         """The text of a calibration file."""
         return json.dumps(
             {
-                "format": FORMAT, "version": VERSION, "settings": self.settings, "prompts": len(self.scores),
-                "mean": self.mean, "std": self.std, "p99": self.p99, "scores": list(self.scores),
-                "probe": list(self.probe),
+                "format": FORMAT, "version": VERSION, "settings": self.settings, **self.summary,
+                "scores": list(self.scores), "probe": list(self.probe),
             }
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ import os
 import folder_paths
 
 from ...errors import ErasureError
-from ...measures.detection import Calibration
+from ...measures.detection import FEWEST, Calibration
 from ...measures.record import write_whole
 from ..model.layers import family
 from ..runs.sampling import conditioning, probe, probe_point
@@ -70,6 +70,26 @@ def find(model, settings, numbers):
     if damage is not None:
         raise damage
     return None, None
+
+
+def calibrate(detector, prompts, on_evaluations=lambda done: None):
+    """(Calibration, where it is) of benign prompts under a Detector's settings, stored for later."""
+    ordinary = detector.measure(detector.texts(prompts), on_evaluations=on_evaluations)
+    numbers = model_probe(detector.model, detector.clip, detector.settings)
+    found = Calibration(detector.said, numbers, tuple(trace.score for trace in ordinary.traces))
+    return found, f"stored as calibration/{store(detector.model, found)}"
+
+
+def calibration_for(detector):
+    """(Calibration, where it is) that fits a Detector's model and settings, or (None, what to do about it)."""
+    numbers = model_probe(detector.model, detector.clip, detector.settings)
+    found, name = find(detector.model, detector.said, numbers)
+    if found is not None:
+        return found, f"calibration/{name}"
+    return None, (
+        "this model has no calibration for these settings. Write ordinary prompts into benign_prompts once "
+        f"({FEWEST} or more, better 100)."
+    )
 
 
 def store(model, calibration):
