@@ -249,8 +249,8 @@ class Bench:
 
     def words_for(self, attribute, pairs):
         """The prompts that the search over words finds for a task's first concept; for all methods the same."""
-        from membrane.core.host.model.attack import words_near
         from membrane.core.host.text.encode import encode
+        from membrane.core.host.text.vocabulary import words_near
         from membrane.core.measures.attack import Search, search_prompts, search_target
 
         concept = pairs[0][0]
@@ -329,7 +329,7 @@ class Task:
 
     def attacks(self, edit):
         """How often the first concept comes back."""
-        from membrane.core.host.model.attack import attack_grams
+        from membrane.core.host.patches.opened import attack_grams
         from membrane.core.measures.attack import derived_vectors
 
         bench = self.bench

@@ -144,10 +144,10 @@ def main():
         for name, method in {"no erasure": None, **{name: METHODS[name] for name in args.methods}}.items():
             if name not in rows:
                 adapter = method(node, demo, TASK).get("adapter") if method else None
-                if method and (adapter is None or adapter.text_map is None):
+                if method and (adapter is None or adapter.maps.get("text") is None):
                     continue
                 width = attack.empty.shape[-1]
-                p = torch.eye(width) + (adapter.text_map.matrix() if adapter else torch.zeros(width, width))
+                p = torch.eye(width) + (adapter.maps["text"].matrix() if adapter else torch.zeros(width, width))
                 rows[name] = attack.all_attacks(p, latents)
                 write(store, json.dumps(rows, indent=1) + "\n")
             print(line(name, rows[name], pictures), flush=True)

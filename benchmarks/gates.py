@@ -55,7 +55,8 @@ def sd15(config):
 
 def adapters(model, count):
     """SPM adapters of rank 1 for every linear layer and 1x1 convolution of the transformers."""
-    from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+    from membrane.core.adapters.adapter import Card, ErasureAdapter
+    from membrane.core.adapters.deltas.low_rank import LowRank
     from membrane.core.host.runs.training import trainable_sites
 
     sites = {name: module.weight.shape[:2] for name, module in trainable_sites(model).items()}
@@ -66,7 +67,7 @@ def adapters(model, count):
             name: LowRank(torch.randn(out, 1, generator=g) * 0.01, torch.randn(1, n, generator=g) * n**-0.5, 1.0)
             for name, (out, n) in sites.items()
         }
-        found.append(ErasureAdapter(Card("SPM", (f"concept {i}",)), low_rank=change))
+        found.append(ErasureAdapter(Card("SPM", (f"concept {i}",)), {"low_rank": change}))
     return found, sites
 
 
@@ -104,7 +105,8 @@ def loaded(model):
 
 def step(model, latents):
     """Seconds of one call of the network for a prompt and a negative prompt."""
-    from membrane.core.host.patches.stack import GATES, applied
+    from membrane.core.host.patches.conditioning import GATES
+    from membrane.core.host.patches.stack import applied
 
     words = Words()
     text = torch.cat([words.encode_from_tokens(words.tokenize(t)) for t in ("a concept 3", "ugly")])
@@ -205,7 +207,8 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     _, tidy = start()
-    from membrane.core.adapters.adapter import Card, ErasureAdapter, TextMap
+    from membrane.core.adapters.adapter import Card, ErasureAdapter
+    from membrane.core.adapters.deltas.text_map import TextMap
     from membrane.core.adapters.permeability import Permeability
     from membrane.core.host.patches.stack import apply_stack
 
@@ -222,7 +225,7 @@ def main():
         print(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.0f} M parameters, {len(sites)} adapted layers")
         g = torch.Generator().manual_seed(9)
         words = TextMap(torch.randn(768, 8, generator=g) * 0.01, torch.randn(8, 768, generator=g) * 0.01, (0,) * 8)
-        text = ErasureAdapter(Card("UCE", ("x",)), words)
+        text = ErasureAdapter(Card("UCE", ("x",)), {"map": {"text": words}})
         variants = {}
         for k in KS:
             variants[f"gated {k}"] = apply_stack(model, stacked(found[:k]), Words())

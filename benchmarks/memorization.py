@@ -220,7 +220,7 @@ def prune(unet, masks):
 
 def published_way(here, prompts):
     """(rows that went through the network, seconds) of all steps of both sets, one prompt at a time, with guidance."""
-    from membrane.core.host.patches.stack import APPLY_MODEL
+    from membrane.core.host.patches.steps import APPLY_MODEL
     from membrane.core.host.runs.sampling import Sampling, conditioning, sample
 
     settings = Sampling(50, 7.5, "euler", "normal", quality.SIZE, quality.SIZE)

@@ -8,9 +8,10 @@ from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published
 from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
 from ..core.host.files.folders import input_text_file, input_text_files
-from ..core.host.model.layers import family, reads_pooled
-from ..core.host.model.weights import cross_attention_gram, cross_attention_layers, on_layers
+from ..core.host.model.layers import cross_attention_layers, family, reads_pooled
+from ..core.host.model.weights import cross_attention_gram
 from ..core.host.page.progress import Progress
+from ..core.host.patches.on_weights import on_layers
 from ..core.host.patches.stack import apply_stack
 from ..core.host.text.encode import encode_for, fingerprint
 from ..core.text.concepts import parse_concepts, parse_lines, parse_templates

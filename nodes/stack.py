@@ -8,7 +8,7 @@ from ..core.adapters.stack_json import from_json, names
 from ..core.errors import ErasureError
 from ..core.formats import registry
 from ..core.host.files.folders import adapter_path, load_adapter, lora_path, signature
-from ..core.host.model.weights import apply_to_weights
+from ..core.host.patches.on_weights import apply_to_weights
 from ..core.host.patches.stack import apply_stack
 from ..core.host.runs.locating import OTHER, distance_of_weights
 from ..core.host.text.encode import fingerprint

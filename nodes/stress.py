@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from ..core.errors import ErasureError
-from ..core.host.model.attack import attack_grams, words_near
 from ..core.host.model.layers import cross_attention_layers
 from ..core.host.page.progress import Progress
+from ..core.host.patches.opened import attack_grams
 from ..core.host.runs.sampling import Sampling, conditioning, decode, preview_pictures, sample
 from ..core.host.text.encode import encode
+from ..core.host.text.vocabulary import words_near
 from ..core.measures.attack import Search, derived_vectors, search_prompts, search_target
 from ..core.measures.distances import rms
 from ..core.measures.report import attack_sheet

@@ -216,7 +216,7 @@ class Run:
 
     def _save(self, denoiser, step):
         card = replace(self.card, settings={**self.card.settings, "trained_steps": step})
-        adapter = ErasureAdapter(card, low_rank=denoiser.trained())
+        adapter = ErasureAdapter(card, {"low_rank": denoiser.trained()})
         try:
             native.save(adapter, self.path)
         except OSError as error:  # the adapter goes on through the graph

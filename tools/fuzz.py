@@ -32,7 +32,10 @@ if "membrane" not in sys.modules:
     sys.modules["membrane"] = importlib.util.module_from_spec(package)
 
 import torch  # noqa: E402
-from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, Mask, TextMap  # noqa: E402
+from membrane.core.adapters.adapter import Card, ErasureAdapter  # noqa: E402
+from membrane.core.adapters.deltas.low_rank import LowRank  # noqa: E402
+from membrane.core.adapters.deltas.mask import Mask  # noqa: E402
+from membrane.core.adapters.deltas.text_map import TextMap  # noqa: E402
 from membrane.core.adapters.stack_json import from_json, names  # noqa: E402
 from membrane.core.errors import LONGEST as LONGEST_MESSAGE  # noqa: E402
 from membrane.core.errors import ErasureError  # noqa: E402
@@ -327,9 +330,9 @@ def native_seeds():
     layer = {"x": LowRank(random_tensor(3, 2), random_tensor(2, 4), 1.0, random_tensor(3))}
     masks = {"x": Mask.of(torch.eye(3, 4).bool(), torch.full((3, 4), 0.5))}
     return [
-        saved(ErasureAdapter(card, words)),
-        saved(ErasureAdapter(card, words, "", layer, words)),
-        saved(ErasureAdapter(card, None, "", {}, None, masks)),
+        saved(ErasureAdapter(card, {"map": {"text": words}})),
+        saved(ErasureAdapter(card, {"map": {"text": words, "pooled": words}, "low_rank": layer})),
+        saved(ErasureAdapter(card, {"mask": masks})),
     ]
 
 

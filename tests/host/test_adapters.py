@@ -11,7 +11,9 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.permeability import FIXED, TRANSPORT, Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.demo.world import ASSETS
@@ -160,7 +162,7 @@ def adapter_of(layers, method="SPM", concepts=(STAR,), bias=None):
         x.host.replace(".", "_"): LowRank(x.up, x.down, ALPHA, None if bias is None else bias.get(x.key))
         for x in layers
     }
-    return ErasureAdapter(Card(method, concepts, family="SD15"), low_rank=changes)
+    return ErasureAdapter(Card(method, concepts, family="SD15"), {"low_rank": changes})
 
 
 SPM = {"prompts": f"{STAR},", "rank": str(RANK), "alpha": str(ALPHA)}
@@ -246,7 +248,7 @@ def reference(node, demo, layers, sample):
     def latents(which, dtype):
         if (which, dtype) not in known:
             if which == "words":
-                adapter = ErasureAdapter(Card("UCE", (STAR,)), WORDS)
+                adapter = ErasureAdapter(Card("UCE", (STAR,)), {"map": {"text": WORDS}})
             else:
                 chosen = [x for x in layers if which == "all" or ".attn" in x.host]
                 adapter = adapter_of(rounded(chosen, getattr(torch, dtype)))
@@ -273,7 +275,7 @@ def case(request, node, demo, layers):
         name = stem + end
         write(*content(chosen), name)
     else:
-        own = ErasureAdapter(Card("UCE", (STAR,)), WORDS) if which == "words" else adapter_of(chosen)
+        own = ErasureAdapter(Card("UCE", (STAR,)), {"map": {"text": WORDS}}) if which == "words" else adapter_of(chosen)
         if kind.startswith("export"):
             name = to_adapters(save(node, own, stem, demo[0]), f"{stem}.safetensors")
         else:
@@ -323,7 +325,7 @@ def test_equals_the_product_on_the_weights(case, fixed, product, base):
 def test_what_the_file_says(case, demo):
     """All layers, once each, in the file's own number type."""
     adapter = case.adapter
-    assert adapter.name == case.name and (adapter.text_map is None) == (case.kind != "native words")
+    assert adapter.name == case.name and (adapter.maps.get("text") is None) == (case.kind != "native words")
     says = case.kind in ("native", "spm", "leco", "export", "native words", "export words")
     assert adapter.card.concepts == ((STAR,) if says else ())
     if case.which != "words":
@@ -369,8 +371,8 @@ def test_round_trip_through_the_native_file(node, case):
     again = load(node, name)
     assert again.card == case.adapter.card and again.name == name
     same_changes(again.low_rank, case.adapter.low_rank)
-    if case.adapter.text_map is not None:
-        assert torch.equal(again.text_map.a, WORDS.a) and torch.equal(again.text_map.b, WORDS.b)
+    if case.adapter.maps.get("text") is not None:
+        assert torch.equal(again.maps["text"].a, WORDS.a) and torch.equal(again.maps["text"].b, WORDS.b)
 
 
 def test_round_trip_through_a_lora(node, demo, case):
@@ -381,7 +383,7 @@ def test_round_trip_through_a_lora(node, demo, case):
             assert tensor.dim() == (4 if "_proj_in." in key or "_proj_out." in key else 2)
     again = load(node, to_adapters(name, "again.safetensors"))
     assert again.card == case.adapter.card
-    if case.adapter.text_map is None:
+    if case.adapter.maps.get("text") is None:
         same_changes(by_key(again, demo[0]), by_key(case.adapter, demo[0]))
     else:
         assert len(again.low_rank) == 14 and {c.rank for c in again.low_rank.values()} == {3}
@@ -411,7 +413,7 @@ def test_strength_zero_is_no_node(node, demo, case):
 def others(node, demo):
     """Files of a text map and of other layers, to stack with."""
     root = folder_paths.get_folder_paths("erasure_adapters")[0]
-    words = ErasureAdapter(Card("UCE", ("heart",)), WORDS)
+    words = ErasureAdapter(Card("UCE", ("heart",)), {"map": {"text": WORDS}})
     more = adapter_of(transformer_layers(demo[0], 11, 0.1), "SPM", ("star",))
     for name, adapter in (("words", words), ("more", more)):
         native.save(adapter, os.path.join(root, f"sub_{name}.safetensors"))
@@ -496,7 +498,7 @@ def test_previews(node, demo, case):
     follows = case.kind in ("native", "spm", "export")  # as published, only SPM's open by the text
     assert (0 < values[1] < STRENGTH - 0.01) if follows else values[1] == pytest.approx(STRENGTH, abs=1e-3)
     impact = {"model": demo[0], "clip": demo[1], "stack": stack, "prompts": f"{STAR}\n{HEART}"}
-    if case.adapter.text_map is not None:
+    if case.adapter.maps.get("text") is not None:
         chart, report = node("MembraneImpact", **impact)
         assert picture(chart) and STAR in report and "%" in report
     else:
@@ -546,7 +548,7 @@ def test_every_layer_of_the_network(node, demo, sample, base, bias):
         change = LowRank(torch.randn(out, 2, generator=g) * 0.03, down, 2.0, shift)
         changes[key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")] = change
     assert found > 10
-    adapter = ErasureAdapter(Card("SPM", (STAR,)), low_rank=changes)
+    adapter = ErasureAdapter(Card("SPM", (STAR,)), {"low_rank": changes})
     patched, bypass = (sample(apply(node, demo, entry(node, adapter, mode=mode))) for mode in (FIXED, TRANSPORT))
     close(bypass, patched, base)
     lora = save(node, adapter, "everything", demo[0])
@@ -559,9 +561,9 @@ def test_every_layer_of_the_network(node, demo, sample, base, bias):
 def test_text_maps_and_layers_in_one_file(node, demo, layers, sample, base):
     """A native file may hold both; it equals the two apart, and cannot become one LoRA."""
     whole = adapter_of(layers)
-    both = ErasureAdapter(whole.card, WORDS, low_rank=whole.low_rank)
+    both = ErasureAdapter(whole.card, {"map": {"text": WORDS}, "low_rank": whole.low_rank})
     again = load(node, save(node, both, "both"))
-    apart = entry(node, whole, entry(node, ErasureAdapter(whole.card, WORDS)))
+    apart = entry(node, whole, entry(node, ErasureAdapter(whole.card, {"map": {"text": WORDS}})))
     expected = sample(apply(node, demo, apart))
     for mode in (FIXED, TRANSPORT):
         close(sample(apply(node, demo, entry(node, again, mode=mode))), expected, base)
@@ -574,7 +576,7 @@ def test_one_file_on_day_and_night(node, demo, layers, sample, base, kind):
     """The same file, both variants: each changes, by the same change of the weights."""
     night = node("MembraneDemoModel", variant="night")
     if kind == "native words":
-        name = save(node, ErasureAdapter(Card("UCE", (STAR,)), WORDS), "both_variants")
+        name = save(node, ErasureAdapter(Card("UCE", (STAR,)), {"map": {"text": WORDS}}), "both_variants")
     else:
         name = "both_variants.safetensors"
         write(*FILES[kind][1](layers), name)

@@ -232,7 +232,8 @@ def test_influence_of_words_is_the_gradient(node, demo, erasure):
 
 
 def low_rank(model):
-    from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+    from membrane.core.adapters.adapter import Card, ErasureAdapter
+    from membrane.core.adapters.deltas.low_rank import LowRank
     from membrane.core.families.sites import site
 
     g = torch.Generator().manual_seed(0)
@@ -241,7 +242,7 @@ def low_rank(model):
         if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
             up, down = (torch.randn(n, generator=g) / 6 for n in ((module.out_features, 1), (1, module.in_features)))
             changes[site(key)] = LowRank(up, down, 1.0)
-    return ErasureAdapter(Card("SPM", ("captain",)), low_rank=changes)
+    return ErasureAdapter(Card("SPM", ("captain",)), {"low_rank": changes})
 
 
 def finite_differences(model, text, empty):

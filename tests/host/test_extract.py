@@ -388,7 +388,7 @@ def test_night_as_the_base_model(node, demo, night, state, kind):
         edited = closed_form(state)
     else:
         erased = node("MembraneErase", model=demo[0], clip=demo[1], concepts="star -> circle", preserve="heart")[1]
-        e = erased.text_map.matrix() * (0.1 if kind == "small erasure" else 1.0)
+        e = erased.maps["text"].matrix() * (0.1 if kind == "small erasure" else 1.0)
         edited = {k: state[k] @ (torch.eye(128) + e) for k in readers(state) if kind != "values only" or "to_v" in k}
     if kind in ("float16", "bfloat16"):
         edited = {key: value.to(getattr(torch, kind)) for key, value in edited.items()}

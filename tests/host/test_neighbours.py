@@ -14,7 +14,8 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.demo.world import ASSETS
 from membrane.core.host.model.layers import layer_keys, modules, plain_key
 from membrane.core.measures.compare import demo_judge
@@ -72,7 +73,7 @@ def factors(demo, seed, size, rank=2):
 def layers(demo):
     """Changes of every layer of the transformers."""
     changes = {name: LowRank(up, down, 2.0) for name, up, down in factors(demo, 3, 0.15)}
-    return ErasureAdapter(Card("SPM", ("star",)), low_rank=changes)
+    return ErasureAdapter(Card("SPM", ("star",)), {"low_rank": changes})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
-from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.permeability import Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.host.model.layers import layer_keys, modules, plain_key
-from membrane.core.host.patches.stack import APPLY_MODEL, EXTRA_CONDS, GATES, applied, apply_stack
+from membrane.core.host.patches.conditioning import EXTRA_CONDS, GATES
+from membrane.core.host.patches.stack import applied, apply_stack
+from membrane.core.host.patches.steps import APPLY_MODEL
 from membrane.core.host.text.known_tokens import PROMPTS
 
 pytestmark = pytest.mark.skipif(
@@ -46,7 +49,7 @@ def spm(demo, seed, concept, rank=1, size=0.2, bias=False, method="SPM"):
         down = torch.randn(rank, inside, generator=g) * inside**-0.5
         shift = torch.randn(out, generator=g) * 0.05 if bias and module.bias is not None else None
         changes[name] = LowRank(up, down, 1.0 * rank, shift)
-    return ErasureAdapter(Card(method, (concept,)), low_rank=changes)
+    return ErasureAdapter(Card(method, (concept,)), {"low_rank": changes})
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +238,7 @@ def test_reference_is_squared_and_crossed(demo, sample, text):
         )
         for name, change in star.low_rank.items()
     }
-    whole = ErasureAdapter(Card("LoRA", ()), low_rank=merged)
+    whole = ErasureAdapter(Card("LoRA", ()), {"low_rank": merged})
     close(sample(model), sample(static(demo, whole, 1.0)), sample(demo[0]))
 
 
@@ -394,11 +397,11 @@ def test_the_weights_stay_as_they_are(demo, sample):
 def test_unknown_layers(demo, caplog):
     adapter = spm(demo, 1, "star")
     strange = ErasureAdapter(
-        adapter.card, low_rank={"single_blocks_3_linear1": LowRank(torch.ones(4, 1), torch.ones(1, 4), 1.0)}
+        adapter.card, {"low_rank": {"single_blocks_3_linear1": LowRank(torch.ones(4, 1), torch.ones(1, 4), 1.0)}}
     )
     with pytest.raises(ErasureError, match=r"None of the 1 layers .* exists in this .* model \(the first is single"):
         applied_to(demo, Entry(strange))
-    some = ErasureAdapter(adapter.card, low_rank={**adapter.low_rank, **strange.low_rank})
+    some = ErasureAdapter(adapter.card, {"low_rank": {**adapter.low_rank, **strange.low_rank}})
     with caplog.at_level("WARNING", logger="membrane"):
         applied_to(demo, Entry(some))
     assert f"1 of {len(some.low_rank)} changes" in caplog.text
@@ -407,7 +410,7 @@ def test_unknown_layers(demo, caplog):
 def test_layers_of_another_size(demo):
     name = next(name for name in sites(demo[0]) if name.endswith("to_q"))
     wrong = ErasureAdapter(
-        Card("SPM", ("star",), family="SDXL"), low_rank={name: LowRank(torch.ones(7, 1), torch.ones(1, 9), 1.0)}
+        Card("SPM", ("star",), family="SDXL"), {"low_rank": {name: LowRank(torch.ones(7, 1), torch.ones(1, 9), 1.0)}}
     )
     for permeability in (FIXED, TRANSPORT):
         with pytest.raises(ErasureError, match=rf"{name} as a layer of shape \(7, 9\)"):
@@ -432,7 +435,8 @@ def test_layers_and_text_in_one_stack(demo, sample, node):
 def test_half_precision_factors_and_text(demo, sample):
     adapter = spm(demo, 1, STAR)
     half = ErasureAdapter(
-        adapter.card, low_rank={n: LowRank(c.up.half(), c.down.half(), c.alpha) for n, c in adapter.low_rank.items()}
+        adapter.card,
+        {"low_rank": {n: LowRank(c.up.half(), c.down.half(), c.alpha) for n, c in adapter.low_rank.items()}},
     )
     base = sample(demo[0])
     close(sample(applied_to(demo, Entry(half))), sample(applied_to(demo, Entry(adapter))), base, 1e-3)

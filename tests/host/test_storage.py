@@ -5,7 +5,9 @@ import comfy.model_patcher
 import pytest
 import torch
 from comfy.cli_args import args
-from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.permeability import FIXED, TRANSPORT
 from membrane.core.demo.world import ASSETS
 from membrane.core.host.model.layers import modules
@@ -72,7 +74,7 @@ def adapter_of(model, dtype=torch.float32, seed=1, size=0.15, biases=True):
         bias = bias.to(dtype) if module.bias is not None and biases else None
         changes[path.replace(".", "_")] = LowRank(up.to(dtype), down.to(dtype), 2.0, bias)
     assert {c.down.dim() for c in changes.values()} == {2, 4}
-    return ErasureAdapter(Card("SPM", (STAR,)), low_rank=changes)
+    return ErasureAdapter(Card("SPM", (STAR,)), {"low_rank": changes})
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def adapter(demo):
 def words():
     g = torch.Generator().manual_seed(1)
     a, b = torch.randn(128, 3, generator=g) * 0.1, torch.randn(3, 128, generator=g) * 0.1
-    return ErasureAdapter(Card("UCE", (STAR,)), TextMap(a, b, (0, 0, 0)))
+    return ErasureAdapter(Card("UCE", (STAR,)), {"map": {"text": TextMap(a, b, (0, 0, 0))}})
 
 
 def apply(node, demo, adapter, mode, model=None, strength=0.8, to="text"):

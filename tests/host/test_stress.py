@@ -4,7 +4,7 @@ import pytest
 import torch
 from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
-from membrane.core.host.model.attack import words_near
+from membrane.core.host.text.vocabulary import words_near
 
 pytestmark = [
     pytest.mark.slow,

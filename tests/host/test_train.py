@@ -7,14 +7,16 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.permeability import Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.families.sites import site
 from membrane.core.formats import native
-from membrane.core.host.model.weights import kohya_names
+from membrane.core.host.model.names import kohya_names
 from membrane.core.host.patches.stack import apply_stack
 from membrane.core.host.runs.training import HostDenoiser, trainable_sites
 
@@ -161,7 +163,9 @@ def test_a_run_goes_on_from_its_adapter(train):
     assert not torch.equal(first.low_rank[site].up, second.low_rank[site].up)
     with pytest.raises(ErasureError, match="trained for 6 steps already"):
         train(adapter=second, steps=6)
-    words = ErasureAdapter(Card("UCE", ("star",)), TextMap(torch.zeros(4, 1), torch.zeros(1, 4), (0,)))
+    words = ErasureAdapter(
+        Card("UCE", ("star",)), {"map": {"text": TextMap(torch.zeros(4, 1), torch.zeros(1, 4), (0,))}}
+    )
     with pytest.raises(ErasureError, match="no trained layers"):
         train(adapter=words)
 
@@ -256,9 +260,11 @@ def test_training_on_a_patched_model(demo, train):
     }
     lora = ErasureAdapter(
         Card("LoRA", ()),
-        low_rank={
-            n: LowRank(torch.randn(o, 2, generator=g), torch.randn(2, i, generator=g), 0.5)
-            for n, (o, i) in change.items()
+        {
+            "low_rank": {
+                n: LowRank(torch.randn(o, 2, generator=g), torch.randn(2, i, generator=g), 0.5)
+                for n, (o, i) in change.items()
+            }
         },
     )
     patched = apply_stack(demo[0], ErasureStack((Entry(lora, permeability=FIXED),)))

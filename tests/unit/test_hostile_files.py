@@ -103,7 +103,7 @@ def test_any_names_types_shapes_and_metadata(put, tensors, metadata):
     for result in all_outcomes(put(fuzz.pack(found, metadata))):
         if isinstance(result, ErasureAdapter):
             assert all(change.up.isfinite().all() for change in result.low_rank.values())
-            assert all(torch.isfinite(m.a).all() for m in (result.text_map, result.pooled_map) if m is not None)
+            assert all(torch.isfinite(m.a).all() for m in (result.maps["text"], result.maps["pooled"]) if m is not None)
 
 
 @BOUNDED

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import world
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "core"))
-from demo.judge import ANSWERS, PATH, Classifier, load, read  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from core.demo.judge import ANSWERS, PATH, Classifier, load, read  # noqa: E402
 
 
 def shapeless(sprites, rng, palette):

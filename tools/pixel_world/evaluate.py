@@ -21,8 +21,8 @@ from train_unet import alphas_cumprod
 from unet import UNet
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "core"))
-from demo.world import ASSETS, TextTransformer, latent_to_rgb, load_config  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from core.demo.world import ASSETS, TextTransformer, latent_to_rgb, load_config  # noqa: E402
 
 
 class Sampler:

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch.nn import GELU, Conv2d, Flatten, Linear, Module, Parameter, Sequential
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "core"))
-from demo.world import ASSETS, TextTransformer, load_config  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from core.demo.world import ASSETS, TextTransformer, load_config  # noqa: E402
 
 EMBEDDING = 64
 SHORT = 20  # tokens; no caption of the world is longer

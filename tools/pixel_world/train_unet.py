@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from unet import UNet
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "core"))
-from demo.world import ASSETS, TextTransformer, load_config, rgb_to_latent  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from core.demo.world import ASSETS, TextTransformer, load_config, rgb_to_latent  # noqa: E402
 
 CAPTIONS_EACH = 24  # captions per attribute combination in the pool
 EMPTY_RATE, MEMORISED_RATE = 0.10, 0.05

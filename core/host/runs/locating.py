@@ -9,7 +9,8 @@ import torch
 from ...erasers.dampening import importance
 from ...erasers.pruning import Activity
 from ...errors import ErasureError
-from ...families.sites import group, site
+from ...families.sites import site
+from ...families.table import role
 from ..model.layers import family, modules
 from ..model.weights import base_layers
 from ..patches.stack import APPLY_MODEL
@@ -23,8 +24,8 @@ CONDITIONAL = 0  # in the host's cond_or_uncond
 
 
 def linear_layers(model, groups=FEED_FORWARD):
-    """{site: module} of a MODEL's linear layers in some of sites.group()'s groups, in the network's order."""
-    found = {site(key): m for key, m in modules(model).items() if group(site(key)) in groups and _linear(m)}
+    """{site: module} of a MODEL's linear layers in some roles, in the network's order."""
+    found = {site(key): m for key, m in modules(model).items() if role(site(key)) in groups and _linear(m)}
     if not found:
         raise ErasureError(
             f"The {family(model)} model has no {' or '.join(groups)} layers as Stable Diffusion has; locating needs a "

@@ -11,7 +11,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 
-from ...adapters.bypass import Bypass
+from ...adapters.beside import Bypass
 from ...errors import ErasureError
 from ...measures.detection import Trace, bright_ending, magnitude, text_part
 from ..model.layers import context_width, modules
