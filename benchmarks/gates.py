@@ -113,7 +113,7 @@ def step(model, latents):
     x = torch.randn(2, 4, latents, latents, generator=torch.Generator().manual_seed(1))
     call = {"c_crossattn": text, "transformer_options": {}}
     manager = applied(model)
-    if manager is not None and manager.plan.in_steps:
+    if manager is not None and manager.travels:
         noise = x[:1]
         gates = [manager.gates(text[i : i + 1], side, noise) for i, side in enumerate(("positive", "negative"))]
         call[GATES] = torch.cat(gates)

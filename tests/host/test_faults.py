@@ -25,8 +25,9 @@ import folder_paths
 import pytest
 import torch
 from comfy.cli_args import args
-from membrane.core.adapters import bypass
 from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.beside import Bypass
+from membrane.core.adapters.deltas import low_rank
 from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.deltas.mask import Mask
 from membrane.core.adapters.deltas.text_map import TextMap
@@ -292,7 +293,7 @@ def shortage(monkeypatch):
 
         Functional.linear = staticmethod(limited(torch.nn.functional.linear))
         Functional.conv2d = staticmethod(limited(torch.nn.functional.conv2d))
-        monkeypatch.setattr(bypass, "functional", Functional)
+        monkeypatch.setattr(low_rank, "functional", Functional)
 
     return limit
 
@@ -486,7 +487,7 @@ def test_unloaded_and_reloaded_between(node, demo, sample, note, kind):
 def living():
     """How many objects of the kinds that runs could leave behind are alive."""
     gc.collect()
-    kinds = (bypass.Bypass, bypass.Part, ErasedConditioning, ErasedSteps, comfy.model_patcher.ModelPatcher)
+    kinds = (Bypass, low_rank.Part, ErasedConditioning, ErasedSteps, comfy.model_patcher.ModelPatcher)
     count = dict.fromkeys((*(kind.__name__ for kind in kinds), "Tensor"), 0)
     for thing in gc.get_objects():
         for kind in kinds:
