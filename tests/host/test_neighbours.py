@@ -178,7 +178,9 @@ def compiling(demo, layers, node, monkeypatch):
     some = {name: change for name, change in layers.low_rank.items() if "middle_block" in name or "mid_block" in name}
 
     def put(model, end):
-        stack = node("MembraneStack", adapter=replace(layers, low_rank=some), strength=4.0, end_percent=end)[0]
+        stack = node(
+            "MembraneStack", adapter=replace(layers, deltas={"low_rank": some}), strength=4.0, end_percent=end
+        )[0]
         return node("MembraneApply", model=model, clip=demo[1], stack=stack)[0]
 
     def compiled(model, backend="eager"):

@@ -173,14 +173,14 @@ def test_a_run_goes_on_from_its_adapter(train):
 def test_a_run_goes_on_from_a_file_with_other_names_of_the_layers(train, demo):
     first = train(filename_prefix="named")[0]
     names = {site(key): site(name) for key, name in kohya_names(demo[0]).items()}
-    renamed = replace(first, low_rank={names[name]: change for name, change in first.low_rank.items()})
+    renamed = replace(first, deltas={"low_rank": {names[name]: change for name, change in first.low_rank.items()}})
     assert not first.low_rank.keys() & renamed.low_rank.keys()
     found, expected = (train(filename_prefix="named", adapter=a, steps=6)[0] for a in (renamed, first))
     assert found.low_rank.keys() == expected.low_rank.keys()
     assert all(torch.equal(found.low_rank[name].up, change.up) for name, change in expected.low_rank.items())
     with pytest.raises(ErasureError, match="which are not trained here"):
         train(adapter=first, steps=6, layers="text keys and values")
-    strange = replace(first, low_rank={"blocks_0_to_q": LowRank(torch.zeros(2, 1), torch.zeros(1, 2), 1.0)})
+    strange = replace(first, deltas={"low_rank": {"blocks_0_to_q": LowRank(torch.zeros(2, 1), torch.zeros(1, 2), 1.0)}})
     with pytest.raises(ErasureError, match="which are not trained here"):
         train(adapter=strange, steps=6)
 
