@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from membrane.tools import comfy_server, hosts
+from membrane.tools.run import comfy_server, hosts
 
 HERE = Path(__file__).absolute().parent
 CONCEPTS = ("star -> circle", "heart -> square", "striped -> plain")

@@ -15,21 +15,12 @@ from membrane.core.host.attack import attack_grams
 from membrane.core.host.progress import Progress
 from membrane.core.host.sampling import Sampling, conditioning, denoised, sample
 from membrane.core.host.weights import cross_attention_gram
-from membrane.core.pixel_world import ASSETS
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.slow
 ERASE = "a red star on snow\na red pentagram on snow = star"
 NEIGHBOUR = "a plain pink heart on coal"
 UNRELATED = "a dotted yellow moon on stone"
 TEMPLATES = "{}\na red {} on snow\na plain pink {} on coal\na striped blue {} on coal\na dotted yellow {} on stone"
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 def erased(node, demo, strength):

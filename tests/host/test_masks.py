@@ -1,5 +1,7 @@
 """Masks in the host: exact zeros, last of all changes, gated or not, on the weights or beside them."""
 
+from functools import partial
+
 import comfy.utils
 import pytest
 import torch
@@ -10,31 +12,14 @@ from membrane.core.host.locating import linear_layers
 from membrane.core.host.patching import apply_stack
 from membrane.core.host.weights import apply_to_weights, base_layers
 from membrane.core.permeability import Permeability
-from membrane.core.pixel_world import ASSETS
 from membrane.core.stack import Entry, ErasureStack
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 PROMPT = "a red star on snow"
 
 
 @pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
-def sample(node, demo):
-    def run(model, positive=PROMPT, negative="a blue heart on sand", steps=3, batch=1):
-        texts = [node("CLIPTextEncode", clip=demo[1], text=p)[0] for p in (positive, negative)]
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=batch)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=steps, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=texts[0], negative=texts[1], latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
+def sample(sample):
+    return partial(sample, steps=3)
 
 
 def masked(model, seed=0, share=0.3, kept=False, concept="star"):

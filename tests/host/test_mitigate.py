@@ -9,18 +9,9 @@ import torch
 from membrane.core.errors import ErasureError
 from membrane.core.host.guidance import LEAVE, PADDING, START, Reweighted, Rows
 from membrane.core.host.sampling import Sampling, conditioning, denoised, sample, seeded_noise
-from membrane.core.pixel_world import ASSETS
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 MEMORISED, PLAIN = "portrait of captain bolt", "a red star on snow"
 SEEDS, CFG = [3, 4, 5], 2.0
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture(autouse=True)

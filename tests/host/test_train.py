@@ -14,19 +14,10 @@ from membrane.core.host.patching import apply_stack
 from membrane.core.host.training import HostDenoiser, trainable_sites
 from membrane.core.host.weights import kohya_names
 from membrane.core.permeability import Permeability
-from membrane.core.pixel_world import ASSETS
 from membrane.core.sites import site
 from membrane.core.stack import Entry, ErasureStack
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 FIXED = Permeability("fixed")
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture

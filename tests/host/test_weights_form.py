@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import types
+from functools import partial
 
 import comfy.sd
 import folder_paths
@@ -14,18 +15,8 @@ from membrane.core.errors import ErasureError
 from membrane.core.host.layers import cross_attention_layers
 from membrane.core.host.patching import APPLY_MODEL, EXTRA_CONDS, apply_stack
 from membrane.core.host.weights import apply_to_weights, kohya_names
-from membrane.core.pixel_world import ASSETS
 from membrane.core.stack import Entry, ErasureStack
 from safetensors.torch import load_file
-
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +26,8 @@ def adapter(node, demo):
 
 
 @pytest.fixture(scope="module")
-def sample(node, demo):
-    """sample(model) -> latents (1, 4, 8, 8) of a prompt with the concept."""
-    _, clip, _ = demo
-
-    def run(model):
-        positive, negative = (node("CLIPTextEncode", clip=clip, text=t)[0] for t in ("a red star on snow", "a heart"))
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=1)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=3, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=positive, negative=negative, latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
+def sample(sample):
+    return partial(sample, negative="a heart", steps=3)
 
 
 def stack_of(adapter, *args):

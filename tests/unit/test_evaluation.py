@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +14,8 @@ from membrane.core.evaluation.compare import built_in, by_pictures, compare, dem
 from membrane.core.evaluation.record import Record, decoded_picture, encoded_picture, summarise
 from membrane.core.evaluation.report import attack_sheet, drift_map, grid, page, report
 from membrane.core.evaluation.scores import Prompt
+from membrane.tools.pixel_world import world
 from PIL import Image
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "tools" / "pixel_world")]
-import world  # noqa: E402
 
 
 class Shifted:

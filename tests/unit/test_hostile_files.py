@@ -23,7 +23,7 @@ from membrane.core.formats import containers, labels, native, registry
 from membrane.core.memorization.detect import FORMAT as CALIBRATION
 from membrane.core.memorization.detect import Calibration
 from membrane.core.stack_json import from_json, names
-from membrane.tools import fuzz
+from membrane.tools.check import fuzz
 
 READERS = (registry.load, registry.load_weights, native.load, labels.label)
 BOUNDED = settings(

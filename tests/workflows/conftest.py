@@ -4,7 +4,7 @@ import os
 import sys
 
 import pytest
-from membrane.tools import comfy_server, hosts
+from membrane.tools.run import comfy_server, hosts
 
 
 @pytest.fixture(scope="session")
