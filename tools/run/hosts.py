@@ -139,7 +139,10 @@ def wanted():
 
 
 def _version_key(name):
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.findall(r"\d+|[^\d.]+", name.removeprefix("v"))]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in re.findall(r"\d+|[^\d.]+", name.removeprefix("v"))
+    ]
 
 
 def known_hosts():
