@@ -32,7 +32,7 @@ def applied_to(demo, *entries, model=None):
 
 @pytest.fixture(scope="module")
 def close(close):
-    return partial(close, bound=2e-5, floor=1.0)
+    return lambda found, expected, base, bound=2e-5: close(found, expected, base, bound, floor=1.0)
 
 
 def gate_of(demo, adapter, prompt, text, **settings):

@@ -1,7 +1,7 @@
-"""Runs the host tests on ComfyUI releases and writes docs/compatibility.md from what they said.
+"""Runs all tests on ComfyUI releases and writes docs/compatibility.md from what they said.
 
-python tools/compatibility.py            every host known here
-python tools/compatibility.py v0.33.0    one of them; the others keep their last result in output/compatibility
+python -m tools.check.compatibility            every host known here
+python -m tools.check.compatibility 0.3.75     one of them; the others keep their last result in output/compatibility
 """
 
 import datetime
@@ -9,73 +9,77 @@ import os
 import platform
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from tools import hosts  # noqa: E402
+from membrane.tools import ROOT
+from membrane.tools.run import hosts
+from membrane.tools.run.reports import read_report, report_options
 
 RESULTS = ROOT / "output" / "compatibility"
 TABLE = ROOT / "docs" / "compatibility.md"
-REASONS = 6  # of skipped tests that are named
+# What is run on a release, and where its tests lie.
+PARTS = {"in its process": "tests/host", "with its server": "tests/workflows", "in its page": "tests/browser"}
+
+
+def report_file(host, part):
+    """Where pytest's report of a part on a host is kept."""
+    return RESULTS / f"{host.name}.{part.rpartition(' ')[2]}.xml"
 
 
 def run(host):
-    """Runs tests/host on one host and keeps pytest's report."""
+    """Runs the parts on one host, the slow tests too, and keeps pytest's reports."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    report = RESULTS / f"{host.name}.xml"
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "MEMBRANE_HOST": str(host.path)}
-    command = [sys.executable, "-m", "pytest", "-q", "tests/host", f"--junitxml={report}", "-o", "junit_family=xunit2"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=False)
-
-
-def outcome(report):
-    """({"tests", "failures", "errors", "skipped": int, "time": s}, names of failed tests, reasons of skipped ones)."""
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
-    failed, reasons = [], {}
-    for case in suite.iter("testcase"):
-        if case.find("failure") is not None or case.find("error") is not None:
-            failed.append(f"{case.get('classname').rpartition('.')[2]}.{case.get('name')}")
-        if (skipped := case.find("skipped")) is not None:
-            reasons[skipped.get("message")] = reasons.get(skipped.get("message"), 0) + 1
-    return {**counts, "time": float(suite.get("time"))}, failed, reasons
+    for part, folder in PARTS.items():
+        report = report_file(host, part)
+        report.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-q", folder, *report_options(report)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=False)
 
 
 def table(found):
-    """Markdown of {host's label: outcome()}."""
+    """Markdown of {host's label: {part: Report, or None where it was not run}}."""
     lines = [
         "# ComfyUI releases",
         "",
-        f"Written by `python tools/compatibility.py`, {datetime.date.today()}, Python "
-        f"{'.'.join(map(str, sys.version_info[:2]))} on {platform.system()}, CPU only: tests/host in the process of "
-        "each release, with its own nodes. The server and the page are tested by tests/workflows and tests/browser.",
+        f"Written by `python -m tools.check.compatibility`, {datetime.date.today()}, Python "
+        f"{'.'.join(map(str, sys.version_info[:2]))} on {platform.system()}, CPU only. Each release ran "
+        + ", ".join(f"`{folder}` ({part})" for part, folder in PARTS.items())
+        + ", slow tests included. A test is skipped only for a reason that `tests/allowed_skips.txt` lists.",
         "",
-        "| ComfyUI | passed | failed | skipped |",
-        "|---|---|---|---|",
+        f"| ComfyUI | {' | '.join(PARTS)} |",
+        "|---" * (len(PARTS) + 1) + "|",
     ]
-    for label, (counts, _, _) in found.items():
-        bad = counts["failures"] + counts["errors"]
-        lines.append(f"| {label} | {counts['tests'] - bad - counts['skipped']} | {bad} | {counts['skipped']} |")
-    for label, (_, failed, reasons) in found.items():
-        lines += [f"\n{label} failed: {', '.join(failed)}"] if failed else []
-        shown = sorted(reasons.items(), key=lambda item: -item[1])[:REASONS]
-        lines += [f"\n{label} skipped: {'; '.join(f'{reason} ({count})' for reason, count in shown)}"] if shown else []
+    for label, reports in found.items():
+        cells = [reports[part].counts if reports[part] else "not run" for part in PARTS]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    for label, reports in found.items():
+        for part in PARTS:
+            if reports[part]:
+                lines += details(f"{label}, {part}", reports[part])
     return "\n".join(lines) + "\n"
 
 
-def main():
+def details(title, report):
+    """Lines that name the failed tests of a run and say why others were skipped, none where all passed."""
+    lines = [f"\n{title}, failed: {', '.join(report.failed)}"] if report.failed else []
+    if report.skipped:
+        lines.append(f"\n{title}, skipped:\n")
+        lines += [f"- {count} x {reason}" for reason, count in sorted(report.skipped.items())]
+    return lines
+
+
+def main(names):
     known = hosts.known_hosts()
-    wanted = [host for host in known if host.name in sys.argv[1:]] if sys.argv[1:] else known
-    if len(wanted) < len(sys.argv[1:]):
+    wanted = [host for host in known if host.name in names] if names else known
+    if len(wanted) < len(names):
         sys.exit(f"known hosts are {', '.join(host.name for host in known)}")
     for host in wanted:
         run(host)
-    reports = {host.label: RESULTS / f"{host.name}.xml" for host in known}
-    TABLE.write_text(table({label: outcome(path) for label, path in reports.items() if path.is_file()}), "utf-8")
-    print(TABLE.read_text("utf-8"))
+    found = {host.label: {part: read_report(report_file(host, part)) for part in PARTS} for host in known}
+    found = {label: reports for label, reports in found.items() if any(reports.values())}
+    TABLE.write_text(table(found), encoding="utf-8", newline="\n")
+    print(table(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
