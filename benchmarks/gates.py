@@ -9,15 +9,11 @@ timed).
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.in_process import start  # noqa: E402
+from membrane.tools.host_library import start
 
 KS = (1, 8, 32, 100)
 FULL = {

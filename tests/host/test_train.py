@@ -12,7 +12,6 @@ from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.permeability import Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
-from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.families.sites import site
 from membrane.core.formats import native
@@ -20,15 +19,7 @@ from membrane.core.host.model.names import kohya_names
 from membrane.core.host.patches.stack import apply_stack
 from membrane.core.host.runs.training import HostDenoiser, trainable_sites
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 FIXED = Permeability("fixed")
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture
