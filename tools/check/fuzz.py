@@ -465,7 +465,7 @@ def parsers(folder):
         Parser("calibration", {"measures.detection": ("from_json",)},
                [Calibration({"steps": 2}, (0.5, 1.0), tuple(range(30))).to_json().encode()],
                lambda data: Calibration.from_json(data.decode("utf-8", "replace"), "x.json"), text),
-        Parser("measures.record", {"evaluation.record": ("from_json",)}, [RECORD.encode()],
+        Parser("evaluation record", {"measures.record": ("from_json",)}, [RECORD.encode()],
                lambda data: Record.from_json(data.decode("utf-8", "replace")), text),
     ]  # fmt: skip
 
