@@ -40,8 +40,14 @@ def test_nothing_but_the_hosts_packages_is_imported(path):
 
 # the floors of core and, inside it, of core/host: a room imports only from lower floors
 FLOORS = (
-    ("errors", "files"), ("families", "demo"), ("text",), ("adapters",), ("formats",), ("erasers", "measures"), ("host",),
-)  # fmt: skip
+    ("errors", "files"),
+    ("families", "demo"),
+    ("text",),
+    ("adapters",),
+    ("formats",),
+    ("erasers", "measures"),
+    ("host",),
+)
 HOST_FLOORS = (("compat",), ("model",), ("text",), ("patches",), ("runs",), ("files",), ("page", "demo"))
 
 
