@@ -2,7 +2,7 @@
 
 import logging
 
-from ..core.adapters.plan import require_width
+from ..core.adapters.plan import require_entries
 from ..core.erasers.extract import extract
 from ..core.errors import ErasureError
 from ..core.formats import kohya, native, registry
@@ -15,8 +15,9 @@ from ..core.host.files.folders import (
     signature,
     stamp,
 )
-from ..core.host.model.layers import context_width, family
-from ..core.host.model.weights import base_layers, cross_attention_weights, edited_weights, kohya_names, kohya_sites
+from ..core.host.model.layers import family, text_entries
+from ..core.host.model.names import kohya_names, kohya_sites
+from ..core.host.model.weights import base_layers, cross_attention_weights, edited_weights
 from ..core.host.page.progress import Progress
 from ..core.host.patches.stack import applied
 from ..core.text.concepts import parse_lines
@@ -112,19 +113,19 @@ class MembraneSaveAdapter:
                 "The model input is empty, but a LoRA needs a model's weights or the names of its layers; "
                 'connect the model it is for, or set format to "membrane".'
             )
-        if sum(map(bool, (adapter.text_map, adapter.low_rank, adapter.masks))) > 1:
+        if sum(map(bool, (adapter.maps, adapter.low_rank, adapter.masks))) > 1:
             raise ErasureError(
                 f"The adapter {adapter.describe()} changes the text, layers or single weights at the same time, which "
                 'one LoRA cannot hold; set format to "membrane".'
             )
         if adapter.masks:
             return self._save_differences(adapter, filename_prefix, model)
-        if adapter.text_map is None:
+        if not adapter.maps:
             names, convolutions = kohya_sites(model)
             path, name = new_adapter_path(filename_prefix, "loras")
             kohya.save_low_rank(adapter, path, names, convolutions)
             return path, name
-        require_width(adapter, context_width(model))  # before a file name is taken
+        require_entries(adapter, text_entries(model))  # before a file name is taken
         path, name = new_adapter_path(filename_prefix, "loras")
         kohya.save(adapter, cross_attention_weights(model), path, kohya_names(model))
         return path, name

@@ -8,9 +8,10 @@ from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published
 from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
 from ..core.host.files.folders import input_text_file, input_text_files
-from ..core.host.model.layers import family, reads_pooled
-from ..core.host.model.weights import cross_attention_gram, cross_attention_layers, on_layers
+from ..core.host.model.layers import cross_attention_layers, family, reads_pooled
+from ..core.host.model.weights import cross_attention_gram
 from ..core.host.page.progress import Progress
+from ..core.host.patches.on_weights import on_layers
 from ..core.host.patches.stack import apply_stack
 from ..core.host.text.encode import encode_for, fingerprint
 from ..core.text.concepts import parse_concepts, parse_lines, parse_templates
@@ -163,8 +164,7 @@ class MembraneErase:
         parsed = tuple(parse_concepts(concepts, replace_with))
         safe_anchor = not any(concept.surrogate for concept in parsed)
         job = Job(parsed, preserved, method=method, safe_anchor=safe_anchor, **settings)
-        epochs = job.epochs
-        prompts = job.prompts()
+        epochs, prompts = job.epochs, job.prompts()
         count = len(list(cross_attention_layers(model))) if method == "RECE" else 0
         progress = Progress(len(prompts) + count + epochs)
         encoded = encode_for(model, clip, prompts, progress.at, pooled == EDIT and reads_pooled(model))

@@ -121,7 +121,7 @@ class MembraneLocateMemorization:
             "weight_sample": {name: weight_sample(base_layers(model)[name]) for name in list(masks)[:1]},
         }  # fmt: skip
         names = tuple(parse_lines(concepts) or dict.fromkeys(lines))
-        adapter = ErasureAdapter(Card(method, names, (), family(model), fingerprint(clip), said), masks=masks)
+        adapter = ErasureAdapter(Card(method, names, (), family(model), fingerprint(clip), said), {"mask": masks})
         text = report(masks, parameter_count(model))
         log.info("Membrane: %s", text.splitlines()[-1])
         return adapter, f"{text}\n{cost}"

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..core.adapters.openings import openings, openings_report
+from ..core.adapters.gates import openings, openings_report
 from ..core.host.model.layers import cross_attention_layers
 from ..core.host.model.weights import cross_attention_gram
 from ..core.host.page.progress import Progress
@@ -79,7 +79,9 @@ class MembranePreview:
         lines = inputs.prompt_lines(prompts)
         progress = Progress(len(lines))
         encoded = encode(clip, lines, progress.at)
-        rows = openings(stack, encoded, concepts_for(stack, clip))
+        concepts = concepts_for(stack, clip)
+        score = concepts.match(encoded.vectors, [frozenset(ids) for ids in encoded.ids]) if concepts else None
+        rows = openings(stack, lines, score, concepts.names if concepts else ())
         bars = [(f"{opening.prompt}: {opening.adapter}", opening.value) for opening in rows]
         title = "How far adapters open" + (f" ({MOST_BARS} of {len(bars)})" if len(bars) > MOST_BARS else "")
         return torch.from_numpy(bar_chart(title, bars[:MOST_BARS]))[None], openings_report(rows)

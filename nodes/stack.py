@@ -6,7 +6,7 @@ from ..core.adapters.stack_json import from_json, names
 from ..core.errors import ErasureError
 from ..core.formats import registry
 from ..core.host.files.folders import adapter_path, load_adapter, lora_path, signature
-from ..core.host.model.weights import apply_to_weights
+from ..core.host.patches.on_weights import apply_to_weights
 from ..core.host.patches.origin import origin_warnings
 from ..core.host.patches.stack import apply_stack
 from . import inputs

@@ -2,11 +2,12 @@
 
 from functools import partial
 
-from ..core.host.model.attack import attack_grams, words_near
 from ..core.host.model.layers import cross_attention_layers
 from ..core.host.page.progress import Progress
+from ..core.host.patches.opened import attack_grams
 from ..core.host.runs.sampling import Sampling, conditioning, drawn, sample
 from ..core.host.text.encode import encode
+from ..core.host.text.vocabulary import words_near
 from ..core.measures.attack import Search
 from ..core.measures.judges import CLASSIFIERS, NONE, classes_of, judge_of
 from ..core.measures.stress import ATTACKS, DERIVED, WORDS, WORDS_TRIED, StressTest, require_class

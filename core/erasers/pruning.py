@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..adapters.adapter import Mask
+from ..adapters.deltas.mask import Mask
 from ..errors import ErasureError
 
 

@@ -95,7 +95,7 @@ class TrainingRun:
     def _keep(self, denoiser, step):
         """The adapter as trained so far, saved where that can be done."""
         card = replace(self.card, settings={**self.card.settings, "trained_steps": step})
-        adapter = ErasureAdapter(card, low_rank=denoiser.trained())
+        adapter = ErasureAdapter(card, {"low_rank": denoiser.trained()})
         try:
             self.save(adapter)
         except OSError as error:  # the adapter goes on through the graph

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from membrane.core.erasers.closed_form import rece as rece_module
-from membrane.core.erasers.closed_form.job import Encoded, Job, erase
+from membrane.core.erasers.closed_form.job import Job, erase
 from membrane.core.erasers.closed_form.rece import PENALTIES, rece
 from membrane.core.erasers.closed_form.uce import uce
 from membrane.core.errors import ErasureError
 from membrane.core.text.concepts import Concept, aligned_rows, last_subject_token, parse_concepts, parse_templates
+from membrane.core.text.encoded import Encoded
 
 D, LAYERS = 24, (16, 16, 40)
 
@@ -244,6 +245,6 @@ def test_a_job_with_templates_is_the_formula_on_their_rows():
     preserve = torch.cat([encoded.row(p) for p in ("", "heart", "a red heart here")])
     w = weights()[0]
     expected = naive_uce(w, torch.cat(targets), torch.cat(replacements), preserve, 1.0, 1.0, 0.5)
-    assert relative(w + w @ adapter.text_map.matrix().double(), expected, w) < 1e-6
+    assert relative(w + w @ adapter.maps["text"].matrix().double(), expected, w) < 1e-6
     assert adapter.card.concepts == ("star",) and adapter.card.surrogates == ("disc",)
     assert adapter.card.settings["templates"] == ["{}", "a red {} here"]

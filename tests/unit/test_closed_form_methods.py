@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from membrane.core.erasers.closed_form.double_projection import double_projection
-from membrane.core.erasers.closed_form.job import METHODS, Encoded, Job, erase, solve, solve_pooled
+from membrane.core.erasers.closed_form.job import METHODS, Job, erase, solve, solve_pooled
 from membrane.core.erasers.closed_form.rece import PENALTIES, rece_terms
 from membrane.core.erasers.closed_form.solver import by_concept, gram, minimal_terms, protected_basis, text_map
 from membrane.core.erasers.closed_form.speed import centroids, influential, invariants, speed
 from membrane.core.erasers.closed_form.uce import uce_solver, uce_terms
 from membrane.core.errors import ErasureError
 from membrane.core.text.concepts import Concept
+from membrane.core.text.encoded import Encoded
 
 D = 24
 SD15_ROWS = [320] * 10 + [640] * 10 + [1280] * 12

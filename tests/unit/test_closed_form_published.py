@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from membrane.core.erasers.closed_form.job import Encoded, Job, aligned_groups, solve, whole_groups
+from membrane.core.erasers.closed_form.job import Job, aligned_groups, solve, whole_groups
 from membrane.core.erasers.closed_form.rece import PENALTIES, derived_embeddings, rece_terms
 from membrane.core.erasers.closed_form.solver import gram
 from membrane.core.erasers.closed_form.uce import uce_of, uce_solver, uce_terms
 from membrane.core.text.concepts import Concept
+from membrane.core.text.encoded import Encoded
 from safetensors.torch import load_file
 
 FIGURES = load_file(str(Path(__file__).parent.parent / "data" / "uce_rece_published.safetensors"))

@@ -1,12 +1,12 @@
 """One closed-form erasure from words to adapter; what it needs of the host comes in as functions."""
 
 from dataclasses import asdict, dataclass
-from functools import cached_property
 
 import torch
 
 from ...adapters.adapter import Card, ErasureAdapter
-from ...text.concepts import Concept, aligned_rows, fill, last_subject_token
+from ...text.concepts import Concept, aligned_rows, fill
+from ...text.encoded import Encoded
 from .double_projection import double_projection_of
 from .rece import PENALTIES, rece_of
 from .speed import speed_of
@@ -21,39 +21,6 @@ SETTINGS = {  # the fields of a job that its method reads; they go on the card
     "Double Projections": ("tau", "safe_anchor", "tokens"),
 }
 METHODS = tuple(SETTINGS)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Prompts as the model reads them."""
-
-    prompts: tuple[str, ...]
-    ids: tuple[list[int], ...]  # token ids of each, (T,)
-    vectors: torch.Tensor  # (n, T, d), float32 on the CPU
-    end: int  # id of the end token
-    pooled: torch.Tensor | None = None  # (n, p), one vector a prompt, where the model reads such (SDXL)
-
-    @cached_property
-    def place(self):
-        """{prompt: its index}."""
-        return {prompt: i for i, prompt in enumerate(self.prompts)}
-
-    def row(self, prompt):
-        """Vectors (T, d) of one of the prompts."""
-        return self.vectors[self.place[prompt]]
-
-    def id_row(self, prompt):
-        """Token ids (T,) of one of the prompts."""
-        return self.ids[self.place[prompt]]
-
-    def subject(self, prompt, word):
-        """Index of the last token of the word in the prompt; the word is one of the prompts too."""
-        return last_subject_token(self.id_row(prompt), self.words(word), self.end)
-
-    def words(self, prompt):
-        """Token ids of one of the prompts without start, end and padding."""
-        ids = self.id_row(prompt)
-        return ids[1 : ids.index(self.end, 1)]
 
 
 @dataclass(frozen=True)
@@ -236,4 +203,5 @@ def erase(job, encoded, family, text_encoder, weight_gram=None, on_epoch=None):
         settings,
     )
     text_map = solve(job, encoded, weight_gram, on_epoch)
-    return ErasureAdapter(card, text_map, pooled_map=solve_pooled(job, encoded))
+    pooled = solve_pooled(job, encoded)
+    return ErasureAdapter(card, {"map": {"text": text_map} | ({"pooled": pooled} if pooled else {})})

@@ -1,17 +1,19 @@
 """Puts the mitigations of core/erasers/mitigation.py on a MODEL: they act while it samples."""
 
-import copy
 import logging
 import weakref
 
 import comfy.conds
 import torch
 
+from ...adapters.patch import Patch
 from ...erasers.mitigation import LEAVE, Transition, pull, reweighted_attention, switched, token_codes
 from ...errors import ErasureError
 from ..model.layers import context_width, cross_attention_layers
 from ..text.known_tokens import PROMPTS
-from .stack import APPLY_MODEL, EXTRA_CONDS, ErasedConditioning, ErasedSteps
+from .conditioning import EXTRA_CONDS
+from .places import put_below
+from .steps import APPLY_MODEL
 
 log = logging.getLogger("membrane")
 TOKENS = "membrane_tokens"
@@ -78,16 +80,14 @@ class Rows:
         self.codes = None
 
 
-class TokenCodes:
+class TokenCodes(Patch):
     """Stands in for the base model's `extra_conds`: tells start token and padding of each positive conditioning."""
 
-    def __init__(self, base, previous):
-        self.base, self.previous = base, previous
+    function = EXTRA_CONDS
 
     def __call__(self, **kwargs):
-        original = self.previous or type(self.base).extra_conds.__get__(self.base)
         text = kwargs.pop("membrane_text", kwargs.get("cross_attn"))
-        out = original(**kwargs)
+        out = self.original(**kwargs)
         if text is not None:
             # repeated along with the text where the host evens out lengths
             codes = comfy.conds.CONDCrossAttn(
@@ -111,27 +111,23 @@ class TokenCodes:
             codes[row] = token_codes(contexts)[:, None]
         return codes
 
-    def __deepcopy__(self, memo):
-        return self
 
-
-class TokenSteps:
+class TokenSteps(Patch):
     """Stands in for the base model's `apply_model`: lends the codes of the rows to the attention for one call."""
 
-    def __init__(self, base, rows, previous):
-        self.base, self.rows, self.previous = base, rows, previous
+    function = APPLY_MODEL
+
+    def __init__(self, base, rows):
+        super().__init__(base)
+        self.rows = rows
 
     def __call__(self, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
-        original = self.previous or type(self.base).apply_model.__get__(self.base)
         codes, before = kwargs.pop(TOKENS, None), self.rows.codes
         try:
             self.rows.codes = None if codes is None else codes[..., 0]
-            return original(x, t, c_concat, c_crossattn, *args, **kwargs)
+            return self.original(x, t, c_concat, c_crossattn, *args, **kwargs)
         finally:
             self.rows.codes = before
-
-    def __deepcopy__(self, memo):
-        return self
 
 
 class Reweighted:
@@ -165,8 +161,8 @@ def reweight_tokens(model, factor, strength):
             "one can do; choose another method, or take the other node away."
         )
     patched, base, rows = model.clone(), model.model, Rows()
-    _below(patched, EXTRA_CONDS, ErasedConditioning, TokenCodes(base, None))
-    _below(patched, APPLY_MODEL, ErasedSteps, TokenSteps(base, rows, None))
+    put_below(patched, EXTRA_CONDS, TokenCodes(base))
+    put_below(patched, APPLY_MODEL, TokenSteps(base, rows))
     attention = Reweighted(rows, factor, strength)
     for block in blocks(model):
         patched.set_model_attn2_replace(attention, *block)
@@ -181,15 +177,3 @@ def blocks(model):
         name = part.split("_")[0]
         found[name, 0 if name == "middle" else int(number)] = None
     return list(found)
-
-
-def _below(patched, name, ours, patch):
-    """Puts a patch in a place of the base model, below an erasure, which may be exchanged later for another."""
-    erasure = patched.object_patches.get(name)
-    if isinstance(erasure, ours):
-        patch.previous, erasure = erasure.previous, copy.copy(erasure)
-        erasure.previous = patch
-        patched.add_object_patch(name, erasure)
-    else:
-        patch.previous = erasure
-        patched.add_object_patch(name, patch)

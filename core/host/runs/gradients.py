@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ...adapters.bypass import Bypass, Rows
+from ...adapters.beside import Bypass, Rows
 from ...errors import ErasureError
 from ...measures.detection import gradient_lengths, text_part
 from ..model.layers import reads_pooled
-from ..patches.stack import ErasedSteps
+from ..patches.steps import ErasedSteps
 from .sampling import ask_at
 from .steps import guided_steps
 

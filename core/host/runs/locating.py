@@ -8,13 +8,15 @@ from dataclasses import replace
 import comfy.model_management
 import torch
 
+from ...adapters.patch import Patch
 from ...erasers.dampening import importance
 from ...erasers.pruning import Activity
 from ...errors import ErasureError
-from ...families.sites import group, site
+from ...families.sites import site
+from ...families.table import role
 from ..model.layers import family, modules
 from ..model.weights import base_layers
-from ..patches.stack import APPLY_MODEL
+from ..patches.steps import APPLY_MODEL
 from .batching import fitting, join
 from .gradients import refuse_pooled
 from .sampling import Listeners, conditioning, run
@@ -27,8 +29,8 @@ CONDITIONAL = 0  # in the host's cond_or_uncond
 
 
 def linear_layers(model, groups=FEED_FORWARD):
-    """{site: module} of a MODEL's linear layers in some of sites.group()'s groups, in the network's order."""
-    found = {site(key): m for key, m in modules(model).items() if group(site(key)) in groups and _linear(m)}
+    """{site: module} of a MODEL's linear layers in some roles, in the network's order."""
+    found = {site(key): m for key, m in modules(model).items() if role(site(key)) in groups and _linear(m)}
     if not found:
         raise ErasureError(
             f"The {family(model)} model has no {' or '.join(groups)} layers as Stable Diffusion has; locating needs a "
@@ -49,15 +51,17 @@ def layer_weights(model, layers):
         yield name, known[name].read()[0].to(comfy.model_management.get_torch_device())
 
 
-class Watched:
+class Watched(Patch):
     """Stands in for `apply_model`: keeps the noise level of a call and which of its rows are wanted."""
 
+    function = APPLY_MODEL
+
     def __init__(self, base, previous, both):
-        self.base, self.previous, self.both = base, previous, both
+        super().__init__(base, previous)
+        self.both = both
         self.sigma, self.rows, self.evaluations = None, None, 0
 
     def __call__(self, x, t, *args, **kwargs):
-        original = self.previous or type(self.base).apply_model.__get__(self.base)
         kinds = (kwargs.get("transformer_options") or {}).get("cond_or_uncond")
         if not kinds or len(x) % len(kinds):
             raise ErasureError(
@@ -68,12 +72,9 @@ class Watched:
         self.sigma, self.rows = float(t.flatten()[0]), wanted.repeat_interleave(len(x) // len(kinds))
         self.evaluations += len(x)
         try:
-            return original(x, t, *args, **kwargs)
+            return self.original(x, t, *args, **kwargs)
         finally:
             self.sigma = self.rows = None
-
-    def __deepcopy__(self, memo):
-        return self
 
 
 class Watcher:

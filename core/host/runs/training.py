@@ -6,11 +6,12 @@ import comfy.model_base
 import comfy.model_management
 import torch
 
-from ...adapters.adapter import LowRank
-from ...adapters.bypass import Bypass, Ready, Rows
+from ...adapters.beside import Bypass, Rows
+from ...adapters.deltas.low_rank import Factors, LowRank
 from ...erasers.spm import alphas_cumprod
 from ...errors import ErasureError
-from ...families.sites import group, site
+from ...families.sites import site
+from ...families.table import role
 from ..model.layers import context_width, layer_keys, modules, plain_key
 from .gradients import Differentiable, refuse_pooled
 
@@ -42,7 +43,7 @@ class TrainedLayer:
         """The factors as Bypass uses them, with a graph to the parameters."""
         channel = torch.zeros(len(self.down), dtype=torch.long, device=like.device)
         up = (self.up.T * self.scale).to(like.dtype)
-        return Ready(self.down.to(like.dtype), up, channel, 0, 1, None, channel[:0])
+        return Factors(up, self.down.to(like.dtype), channel)
 
     def finished(self):
         """The trained change, on the CPU."""
@@ -120,7 +121,7 @@ def resumed(model, adapter, sites):
 def trainable_sites(model, groups=()):
     """{site: module} of the linear layers and 1x1 convolutions in the transformers, as SPM adapts them.
 
-    groups: names from sites.group() that count, such as "cross_attention.key"; all when empty.
+    groups: names of roles that count, such as "cross_attention.key"; all when empty.
     Raises ErasureError for a model that cannot be trained against.
     """
     context_width(model)
@@ -131,7 +132,7 @@ def trainable_sites(model, groups=()):
         linear = hasattr(module, "in_features") and "transformer_blocks" in name
         edge = name.endswith(("proj_in", "proj_out")) and getattr(module, "kernel_size", (1, 1)) == (1, 1)
         own = site(name)
-        if (linear or edge) and (not groups or group(own) in groups):
+        if (linear or edge) and (not groups or role(own) in groups):
             found[own] = module
     if not found:
         raise ErasureError(

@@ -5,8 +5,8 @@ from numbers import Integral
 
 import torch
 
-from ...erasers.closed_form.job import Encoded
 from ...errors import ErasureError
+from ...text.encoded import Encoded
 from ..model.layers import context_width
 
 BATCH = 32  # prompts per forward pass of the text encoder
