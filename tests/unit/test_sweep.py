@@ -1,22 +1,50 @@
-"""Jobs on several servers, against small servers that die, forget and refuse."""
+"""Jobs on several servers, on a small Ray of this machine, against small servers that die, forget and refuse."""
 
 import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
-from membrane.scripts.sweep import Server, Sweep, file_name, jobs_of, main, parse_setting, with_settings
+from membrane.scripts import sweep as module
+from membrane.scripts.sweep import (
+    LOSSES,
+    CannotRun,
+    Own,
+    Server,
+    Sweep,
+    connected,
+    file_name,
+    jobs_of,
+    main,
+    parse_setting,
+    with_settings,
+)
 
+SCRIPT = Path(__file__).absolute().parent.parent.parent / "scripts" / "sweep.py"
 WORKFLOW = {"1": {"class_type": "A", "inputs": {"seed": 0, "text": "x"}}, "2": {"class_type": "B", "inputs": {}}}
 
 
-class Fake:
-    """Speaks as much of ComfyUI's API as a sweep uses; every prompt takes `takes` seconds, one at a time."""
+@pytest.fixture(scope="module")
+def ray():
+    with connected(workers=2) as ray:
+        yield ray
 
-    def __init__(self, takes=0.02, refuse=lambda prompt: False, fail=lambda prompt: False):
-        self.takes, self.refuse, self.fail = takes, refuse, fail
+
+class Fake:
+    """Speaks as much of ComfyUI's API as a sweep uses; every prompt takes `takes` seconds, one at a time, and waits
+    for what `hold` says. It dies with its prompt number `last`."""
+
+    def __init__(self, takes=0.02, refuse=lambda prompt: False, fail=lambda prompt: False, hold=None, last=None):
+        self.takes, self.refuse, self.fail, self.hold, self.last = takes, refuse, fail, hold, last
         self.started, self.history, self.deleted, self.queue = [], {}, [], []
         self.up, self.lock = True, threading.Lock()
         fake = self
@@ -54,6 +82,7 @@ class Fake:
                     return self.answer(400, {"error": "no such node"})
                 if fake.up:
                     self.answer(200, {"prompt_id": fake.begin(data["prompt"]), "node_errors": {}})
+                    fake.up = len(fake.started) != fake.last
                 else:
                     self.connection.close()
                 return None
@@ -64,7 +93,7 @@ class Fake:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-        self.server = Server(f"127.0.0.1:{self.http.server_port}", timeout=5)
+        self.server = Server(f"127.0.0.1:{self.http.server_port}", timeout=5, patience=0.6)
 
     def begin(self, prompt):
         with self.lock:
@@ -76,6 +105,9 @@ class Fake:
 
     def finish(self, name, prompt):
         time.sleep(self.takes)
+        until = time.monotonic() + 60
+        while self.hold is not None and not self.hold() and time.monotonic() < until:
+            time.sleep(0.005)
         messages = []
         if self.fail(prompt):
             messages = [["execution_error", {"node_id": "1", "node_type": "A", "exception_message": "broken"}]]
@@ -104,9 +136,11 @@ def fakes():
         fake.close()
 
 
-def sweep(count, servers, folder, **options):
+def sweep(count, servers, folder, patience=0.6, **options):
     jobs = jobs_of(WORKFLOW, {"1.seed": list(range(count))})
-    options = {"poll": 0.01, "patience": 0.6, "say": lambda text: None, **options}
+    options = {"poll": 0.01, "say": lambda text: None, **options}
+    for fake in servers:
+        fake.server.patience = patience
     return Sweep(jobs, [fake.server for fake in servers], folder, **options)
 
 
@@ -133,8 +167,10 @@ def test_settings_of_the_command_line():
         parse_setting("strength")
 
 
-def test_all_servers_work_and_nothing_is_done_twice(fakes, tmp_path):
-    first, second = fakes(), fakes()
+def test_all_servers_work_and_nothing_is_done_twice(ray, fakes, tmp_path):
+    both = []
+    first, second = (fakes(hold=lambda: all(fake.started for fake in both)) for _ in range(2))
+    both += [first, second]
     found = sweep(12, [first, second], tmp_path).run()
     assert seeds(found) == [f"seed {i}" for i in range(12)]
     assert sorted(first.started + second.started) == list(range(12))
@@ -146,22 +182,21 @@ def test_all_servers_work_and_nothing_is_done_twice(fakes, tmp_path):
     assert not list(Path(tmp_path).rglob("*.tmp"))
 
 
-def test_a_server_dies_in_the_middle(fakes, tmp_path):
-    dying, other = fakes(takes=0.1), fakes(takes=0.02)
-
-    def say(text):
-        if dying.server.url in text and "done" in text:
-            dying.up = False
-
-    found = sweep(10, [dying, other], tmp_path, say=say).run()
+def test_a_server_dies_in_the_middle(ray, fakes, tmp_path):
+    dying = fakes(last=2)
+    other, said = fakes(hold=lambda: not dying.up), []
+    found = sweep(10, [dying, other], tmp_path, say=said.append).run()
     assert seeds(found) == [f"seed {i}" for i in range(10)]
     per_server = [result["server"] for result in found.values()]
     assert per_server.count(dying.server.url) == 1
     lost = set(dying.started) & set(other.started)
     assert len(lost) <= 1 and sorted({*dying.started, *other.started}) == list(range(10))
+    assert len(dying.started + other.started) == 11
+    assert any(f"{dying.server.url} lost" in text for text in said)
+    assert any("is given up" in text for text in said) or not dying.up
 
 
-def test_a_server_comes_back_without_its_memory(fakes, tmp_path):
+def test_a_server_comes_back_without_its_memory(ray, fakes, tmp_path):
     only = fakes(takes=0.05)
 
     def forget():
@@ -179,13 +214,13 @@ def test_a_server_comes_back_without_its_memory(fakes, tmp_path):
     assert 6 <= len(only.started) <= 8
 
 
-def test_a_server_that_lacks_the_node_leaves_the_job_to_another(fakes, tmp_path):
+def test_a_server_that_lacks_the_node_leaves_the_job_to_another(ray, fakes, tmp_path):
     poor, rich = fakes(refuse=lambda prompt: True), fakes(takes=0.05)
     found = sweep(4, [poor, rich], tmp_path).run()
     assert seeds(found) == [f"seed {i}" for i in range(4)] and not poor.started
 
 
-def test_a_job_that_fails_everywhere_is_told(fakes, tmp_path):
+def test_a_job_that_fails_everywhere_is_told(ray, fakes, tmp_path):
     def broken(prompt):
         return prompt["1"]["inputs"]["seed"] == 2
 
@@ -197,14 +232,14 @@ def test_a_job_that_fails_everywhere_is_told(fakes, tmp_path):
     assert (first.started + second.started).count(2) == 2
 
 
-def test_refused_by_one_and_the_other_is_gone(fakes, tmp_path):
+def test_refused_by_one_and_the_other_is_gone(ray, fakes, tmp_path):
     poor, dying = fakes(refuse=lambda prompt: True), fakes()
     dying.up = False
     found = sweep(2, [poor, dying], tmp_path, patience=0.3).run()
     assert all("no such node" in result["error"] for result in found.values()) and len(found) == 2
 
 
-def test_no_server_left(fakes, tmp_path):
+def test_no_server_left(ray, fakes, tmp_path):
     gone = fakes()
     gone.up = False
     found = sweep(3, [gone], tmp_path, patience=0.1).run()
@@ -213,7 +248,7 @@ def test_no_server_left(fakes, tmp_path):
     assert len(sweep(3, [gone], tmp_path).run()) == 3
 
 
-def test_the_command_line(fakes, tmp_path, capsys):
+def test_the_command_line(ray, fakes, tmp_path, capsys):
     fake = fakes()
     file = tmp_path / "workflow.json"
     file.write_text(json.dumps(WORKFLOW))
