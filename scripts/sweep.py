@@ -252,13 +252,18 @@ class Worker:
     """A Ray actor: one ComfyUI and the job that runs there. It lives as long as its ComfyUI does."""
 
     def __init__(self, source, poll, download):
-        self.poll, self.download = poll, download
-        self.own = source.begin() if isinstance(source, Own) else None
-        self.server = source if self.own is None else Server(self.own.url)
-        self.name = self.server.url if self.own is None else f"{self.server.url} on {socket.gethostname()}"
+        self.source, self.poll, self.download = source, poll, download
+        self.own, self.server, self.name = None, source, getattr(source, "url", "")
 
     async def ready(self):
-        """Returns its name once the server answers. Raises Lost when that is silent for too long."""
+        """Returns its name once the server answers. Raises CannotRun without one, Lost when it is silent too long."""
+        if self.own is None and isinstance(self.source, Own):
+            try:
+                self.own = self.source.begin()
+            except (RuntimeError, OSError) as error:  # classes that only this machine may know
+                raise CannotRun(str(error)) from None
+            self.server = Server(self.own.url)
+            self.name = f"{self.own.url} on {socket.gethostname()}"
         until = time.monotonic() + self.server.patience
         while not self.server.alive():
             if time.monotonic() > until:
@@ -520,10 +525,13 @@ def connected(address=None, workers=0):
     quiet = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if port.isdigit():  # Ray itself would wait for minutes
+                socket.create_connection((host, int(port)), 10).close()
             ray.init(address, **quiet)
         else:
             ray.init("local", include_dashboard=False, num_cpus=max(workers, os.cpu_count() or 1), **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CannotRun(f"Ray cannot be reached at {address or 'this machine'}: {reason(error)}") from None
     try:
         yield ray

@@ -1,12 +1,16 @@
 """Jobs on several servers, on a small Ray of this machine, against small servers that die, forget and refuse."""
 
+import fcntl
 import json
 import os
 import pty
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,10 +18,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from membrane.scripts import sweep as module
 from membrane.scripts.sweep import (
     LOSSES,
-    CannotRun,
     Own,
     Server,
     Sweep,
@@ -30,6 +32,7 @@ from membrane.scripts.sweep import (
 )
 
 SCRIPT = Path(__file__).absolute().parent.parent.parent / "scripts" / "sweep.py"
+SMALL = SCRIPT.parent.parent / "tests" / "data" / "small_comfyui.py"
 WORKFLOW = {"1": {"class_type": "A", "inputs": {"seed": 0, "text": "x"}}, "2": {"class_type": "B", "inputs": {}}}
 
 
@@ -259,3 +262,252 @@ def test_the_command_line(ray, fakes, tmp_path, capsys):
     jobs.write_text('{"key": "a", "set": {"1.seed": 5}}\n')
     assert main([str(file), "--server", fake.server.url, "--jobs", str(jobs), "--out", str(tmp_path / "two")]) == 0
     assert fake.started == [1, 2, 5]
+
+
+# ---------------------------------------------------------------- workers that start a ComfyUI
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Folder of a small ComfyUI; its log has a line (process, seed) for each prompt that began."""
+    folder = tmp_path / "comfyui"
+    (folder / "comfy").mkdir(parents=True)
+    (folder / "comfy" / "cli_args.py").write_text("")
+    shutil.copy(SMALL, folder / "main.py")
+    yield folder
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid, _ in begun(folder)))  # each ends with its worker
+
+
+def begun(folder):
+    log = folder / "log"
+    return [tuple(map(int, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.01)
+
+
+def own_sweep(count, folder, out, workers=2, options=(), **more):
+    """A sweep on small ComfyUIs that it starts, as where there are no tools beside it."""
+    own = Own(folder, sys.executable, ["--log", str(folder / "log"), *options], root=folder.parent)
+    jobs = jobs_of(WORKFLOW, {"1.seed": list(range(count))})
+    return Sweep(jobs, [own] * workers, out, **{"poll": 0.05, "say": lambda text: None, **more})
+
+
+def while_running(sweep, act):
+    """Results of a sweep while `act` runs beside it."""
+    failures = []
+
+    def watched():
+        try:
+            act()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=watched)
+    thread.start()
+    found = sweep.run()
+    thread.join()
+    assert not failures, failures
+    return found
+
+
+def kill_after(folder, count, victim):
+    """A function that kills a process, by victim(process of the ComfyUI), in the middle of prompt number `count`."""
+
+    def act():
+        wait_for(lambda: len(begun(folder)) >= count)
+        os.kill(victim(begun(folder)[count - 1][0]), signal.SIGKILL)
+
+    return act
+
+
+def assert_nothing_lost_nothing_twice(found, count, sweep):
+    assert list(found) == [f"1.seed={i}" for i in range(count)]
+    assert seeds(found) == [f"seed {i}" for i in range(count)]
+    assert len(list((sweep.folder / "jobs").iterdir())) == count
+    assert json.loads((sweep.folder / "results.json").read_text()) == found
+
+
+def test_two_workers_start_a_comfyui_each(ray, small, tmp_path):
+    running = own_sweep(8, small, tmp_path / "out", options=["--takes", "0.5"], download=True)
+    found = running.run()
+    assert_nothing_lost_nothing_twice(found, 8, running)
+    assert len({pid for pid, _ in begun(small)}) == 2 and sorted(seed for _, seed in begun(small)) == list(range(8))
+    assert len({result["server"] for result in found.values()}) == 2
+    for key in found:
+        (picture,) = (tmp_path / "out" / "files" / file_name(key)).iterdir()
+        assert json.loads(picture.read_bytes())["picture"].startswith("/view?filename=")
+
+
+def test_a_worker_is_killed_in_the_middle(ray, small, tmp_path):
+    running = own_sweep(8, small, tmp_path / "out", options=["--takes", "0.5"])
+    found = while_running(running, kill_after(small, 3, lambda pid: psutil.Process(pid).ppid()))
+    assert_nothing_lost_nothing_twice(found, 8, running)
+    assert sorted(seed for _, seed in begun(small)) == sorted([*range(8), begun(small)[2][1]])
+
+
+def test_a_comfyui_is_killed_in_the_middle(ray, small, tmp_path):
+    said = []
+    running = own_sweep(8, small, tmp_path / "out", options=["--takes", "0.5"], say=said.append)
+    found = while_running(running, kill_after(small, 3, lambda pid: pid))
+    assert_nothing_lost_nothing_twice(found, 8, running)
+    assert sorted(seed for _, seed in begun(small)) == sorted([*range(8), begun(small)[2][1]])
+    assert sum(" lost " in text for text in said) == 1, said
+
+
+def test_the_pool_is_killed_in_the_middle(ray, small, tmp_path):
+    def pool():
+        (found,) = (
+            p
+            for p in psutil.Process().children(recursive=True)
+            if p.cmdline()[:1] in (["ray::Pool"], ["ray::Pool.run"])
+        )
+        return found.pid
+
+    running = own_sweep(6, small, tmp_path / "out", options=["--takes", "0.3"])
+    found = while_running(running, kill_after(small, 3, lambda pid: pool()))
+    assert_nothing_lost_nothing_twice(found, 6, running)
+
+
+def test_a_job_that_ends_every_comfyui_is_left_and_the_others_are_done(ray, small, tmp_path):
+    said = []
+    running = own_sweep(5, small, tmp_path / "out", options=["--dies-of", "2"], say=said.append)
+    found = running.run()
+    assert list(found) == [f"1.seed={i}" for i in (0, 1, 3, 4)]
+    assert [seed for _, seed in begun(small)].count(2) == LOSSES + running.attempts
+    assert any(text.startswith("1.seed=2: has no result, ") for text in said)
+
+
+def test_no_comfyui_to_start(ray, small, tmp_path):
+    said = []
+    (small / "main.py").write_text("raise SystemExit('no screws left')\n")
+    assert own_sweep(2, small, tmp_path / "out", say=said.append).run() == {}
+    assert any("no screws left" in text for text in said), said
+    (small / "main.py").unlink()
+    said.clear()
+    assert own_sweep(2, small, tmp_path / "out", say=said.append).run() == {}
+    assert any(f"no ComfyUI found on {socket.gethostname()}: {small};" in text for text in said), said
+
+
+# ---------------------------------------------------------------- the command
+
+
+def marked(mark):
+    """Processes that a command started, by what it put into their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SWEEP_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def terminal():
+    """(file descriptor to write to, list that fills with what arrives) of a terminal."""
+    end, start = pty.openpty()
+    fcntl.ioctl(start, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    texts = []
+
+    def read():
+        try:
+            while text := os.read(end, 4096):
+                texts.append(text.decode())
+        except OSError:
+            os.close(end)
+
+    threading.Thread(target=read, daemon=True).start()
+    return start, texts
+
+
+def test_an_interrupted_sweep_goes_on(fakes, tmp_path):
+    out, mark = tmp_path / "out", str(tmp_path)
+    fake = fakes(hold=lambda: len(fake.started) <= 3 or bool(fake.deleted))  # stopped in the fourth
+    (tmp_path / "workflow.json").write_text(json.dumps(WORKFLOW))
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "workflow.json"), "--server", fake.server.url, "--out",
+               str(out), "--set", "1.seed=" + ",".join(map(str, range(8)))]  # fmt: skip
+    environment = {**os.environ, "SWEEP_TEST": mark}
+    screen, texts = terminal()
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=screen)
+    os.close(screen)
+    wait_for(lambda: len(list(out.glob("jobs/*.json"))) >= 3)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 1
+    wait_for(lambda: not marked(mark), 20)
+    text = "".join(texts)
+    assert "stopped; the same command goes on from here" in text and "Traceback" not in text
+    assert "| 3/8 [" in text and "<" in text.split("| 3/8 [")[1].split("]")[0]  # the time so far < the time left
+    kept = {file.name: file.read_bytes() for file in out.glob("jobs/*.json")}
+    assert len(kept) == 3 and fake.deleted == ["p3"]  # what was queued last is taken back
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0, again.stderr
+    assert "3 of 8 jobs are there already" in again.stdout
+    assert {name: (out / "jobs" / name).read_bytes() for name in kept} == kept
+    assert seeds(json.loads((out / "results.json").read_text())) == [f"seed {i}" for i in range(8)]
+    assert sorted(fake.started) == sorted([*range(8), 3])  # the one it was stopped in ran again
+    wait_for(lambda: not marked(mark), 20)
+
+
+def test_the_pack_in_a_comfyui_finds_it_without_tools(small, tmp_path):
+    pack = small / "custom_nodes" / "membrane" / "scripts"
+    pack.mkdir(parents=True)
+    shutil.copy(SCRIPT, pack)
+    (tmp_path / "workflow.json").write_text(json.dumps(WORKFLOW))
+    environment = {name: value for name, value in os.environ.items() if name != "COMFYUI_PATH"}
+    command = [sys.executable, str(pack / "sweep.py"), str(tmp_path / "workflow.json"), "--set", "1.seed=4,5", "--out",
+               str(tmp_path / "out"), f"--options=--log {small / 'log'}"]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "2 of 2 jobs have a result, 0 failed or missing" in done.stdout, done.stderr
+    assert [seed for _, seed in begun(small)] == [4, 5] and len({pid for pid, _ in begun(small)}) == 1
+
+
+def test_ports_are_on_the_loopback_only(ray):
+    listening = [
+        connection.laddr.ip
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 3
+    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+
+
+def test_dry_run_lists_the_jobs_and_needs_no_ray(fakes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    (tmp_path / "workflow.json").write_text(json.dumps(WORKFLOW))
+    command = [str(tmp_path / "workflow.json"), "--set", "1.seed=1,2", "--out", str(tmp_path / "out")]
+    (tmp_path / "out" / "jobs").mkdir(parents=True)
+    (tmp_path / "out" / "jobs" / f"{file_name('1.seed=2')}.json").write_text("{}")
+    assert main([*command, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "to do  1.seed=1\ndone   1.seed=2\n2 jobs, 1 to do\n"
+    assert main(command) == 1  # and without Ray nothing else runs
+    assert capsys.readouterr().err == (
+        "error: A sweep needs ray, which is not installed: python -m pip install ray tqdm\n"
+    )
+
+
+def test_words_stand_for_values_in_several_inputs():
+    workflow = {"1": {"class_type": "A", "inputs": {"seed": 0, "text": "a red %concept% on %ground%"}},
+                "2": {"class_type": "B", "inputs": {"name": "%concept%/%key%", "from": ["1", 0]}}}  # fmt: skip
+    jobs = jobs_of(workflow, {"concept": ["star", "ring"], "ground": ["snow"], "1.seed": [3]})
+    assert list(jobs) == ['concept="star", ground="snow", 1.seed=3', 'concept="ring", ground="snow", 1.seed=3']
+    key = 'concept="ring", ground="snow", 1.seed=3'
+    assert jobs[key]["1"]["inputs"] == {"seed": 3, "text": "a red ring on snow"}
+    assert jobs[key]["2"]["inputs"] == {"name": f"ring/{file_name(key)}", "from": ["1", 0]}
+    with pytest.raises(ValueError, match='"strength" names no input'):
+        with_settings(workflow, {"strength": 1})
+
+
+def test_no_cluster_at_the_address(tmp_path, capsys):
+    (tmp_path / "workflow.json").write_text(json.dumps(WORKFLOW))
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "workflow.json"), "--address", "127.0.0.1:1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        "error: Ray cannot be reached at 127.0.0.1:1"
+    )
+    assert not (tmp_path / "sweep").exists()
