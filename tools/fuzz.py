@@ -452,7 +452,7 @@ def parsers(folder):
     mask = ("load", "recognises", "parse", "_by_layer", "_masks", "_mask", "_mask_shape", "_text_map", "_check_header")
     lora = ("recognises", "parse", "_split", "_card", "_leco_prompts")
     return [
-        Parser("native", {"formats.native": mask, "formats.files": ("read_card",)}, native_seeds(), both, tensors),
+        Parser("native", {"formats.native": mask, "formats.card": ("read_card",)}, native_seeds(), both, tensors),
         Parser("kohya", {"formats.kohya": lora, **own}, lora_seeds(), both, tensors),
         Parser("peft", {"formats.peft": ()}, peft_seeds(), both, tensors),
         Parser("weights", {"formats.weights": (), "formats.registry": ()}, [*weight_seeds(), *lora_seeds()],

@@ -13,8 +13,9 @@ from ..adapters.adapter import Card, ErasureAdapter
 from ..adapters.deltas.text_map import on_weights
 from ..errors import ErasureError
 from ..families.table import architecture
+from ..files import save_whole
+from .card import card_metadata, own, read_card, require_bounded, title
 from .factors import balanced, gather, low_rank
-from .files import card_metadata, own, read_card, require_bounded, save_whole, title
 
 log = logging.getLogger("membrane")
 

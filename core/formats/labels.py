@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from ..adapters.adapter import Card
 from ..errors import ErasureError
 from . import containers, kohya, native, registry
-from .files import read_card
+from .card import read_card
 
 UNOPENED = "not known before it is loaded (PyTorch file)"
 

@@ -18,9 +18,10 @@ from ..adapters.deltas.delta import KINDS
 from ..adapters.deltas.mask import Mask
 from ..adapters.deltas.text_map import TextMap
 from ..errors import ErasureError
+from ..files import save_whole
 from . import containers
+from .card import card_metadata, own, read_card
 from .factors import low_rank
-from .files import card_metadata, own, read_card, save_whole
 
 FORMAT = "erasure_adapter"
 TEXT_MAP_VERSION, LAYERS_VERSION, MASKS_VERSION, VERSION = 1, 2, 3, 4

@@ -7,8 +7,6 @@ import base64
 import hashlib
 import io
 import json
-import os
-import uuid
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -72,19 +70,6 @@ def _finite(value):
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def write_whole(path, data):
-    """Writes a file (bytes) beside its place and renames it."""
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
 
 
 def encoded_picture(picture):

@@ -5,11 +5,12 @@ import os
 
 import pytest
 import torch
+from membrane.core import files
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.errors import ErasureError
-from membrane.core.formats import files, native
+from membrane.core.formats import native
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -8,8 +8,8 @@ import folder_paths
 import torch
 
 from ...errors import ErasureError
+from ...files import write_whole
 from ...measures.detection import Calibration
-from ...measures.record import write_whole
 from ..model.layers import family
 from ..runs.sampling import conditioning, denoised, seeded_noise
 from .folders import CATEGORY, not_saved
