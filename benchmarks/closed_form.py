@@ -8,7 +8,6 @@ all key and value matrices, UCE and 3 epochs in float64 here; 3 times one epoch 
 import argparse
 import ctypes
 import gc
-import importlib.util
 import json
 import sys
 import threading
@@ -18,19 +17,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-if "membrane" not in sys.modules:
-    spec = importlib.util.spec_from_file_location(
-        "membrane", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["membrane"] = importlib.util.module_from_spec(spec)
-
-from membrane.core.erasers.closed_form.job import METHODS, Encoded, Job, solve  # noqa: E402
-from membrane.core.erasers.closed_form.rece import rece_terms  # noqa: E402
-from membrane.core.erasers.closed_form.solver import gram, text_map  # noqa: E402
-from membrane.core.erasers.closed_form.uce import uce_solver, uce_terms  # noqa: E402
-from membrane.core.text.concepts import Concept  # noqa: E402
+from membrane.core.erasers.closed_form.job import METHODS, Job, solve
+from membrane.core.erasers.closed_form.rece import rece_terms
+from membrane.core.erasers.closed_form.solver import gram, text_map
+from membrane.core.erasers.closed_form.uce import uce_solver, uce_terms
+from membrane.core.text.concepts import Concept
+from membrane.core.text.encoded import Encoded
 
 LINUX = sys.platform == "linux"
 if LINUX:

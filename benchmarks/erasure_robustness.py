@@ -17,16 +17,12 @@ text map forbids an embedding P^-1 c, which is the unerased text, unless P is si
 
 import argparse
 import json
-import sys
 
 import torch
 import torch.nn.functional as F
-from erasure_quality import METHODS, ROOT, sprites_of, start, write
-
-sys.path[:0] = [str(ROOT / "tools" / "pixel_world")]
-import classifier  # noqa: E402
-import tokenizer as tokenizers  # noqa: E402
-import world  # noqa: E402
+from membrane.benchmarks.erasure_quality import METHODS, ROOT, sprites_of, start, write
+from membrane.tools.pixel_world import classifier, world
+from membrane.tools.pixel_world import tokenizer as tokenizers
 
 TASK, CONCEPT = "1 shape", "star"
 PICTURES, TRAINING, STEPS, CFG = 32, 96, 20, 1.5

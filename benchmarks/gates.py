@@ -9,15 +9,11 @@ timed).
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.in_process import start  # noqa: E402
+from membrane.tools.host_library import start
 
 KS = (1, 8, 32, 100)
 FULL = {
@@ -113,7 +109,7 @@ def step(model, latents):
     x = torch.randn(2, 4, latents, latents, generator=torch.Generator().manual_seed(1))
     call = {"c_crossattn": text, "transformer_options": {}}
     manager = applied(model)
-    if manager is not None and manager.plan.in_steps:
+    if manager is not None and manager.travels:
         noise = x[:1]
         gates = [manager.gates(text[i : i + 1], side, noise) for i, side in enumerate(("positive", "negative"))]
         call[GATES] = torch.cat(gates)

@@ -6,17 +6,11 @@ benchmarks/memorization.py; alone it prints its tables.
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import erasure_quality as quality  # noqa: E402
-
-from tools.in_process import start  # noqa: E402
+from membrane.benchmarks import erasure_quality as quality
+from membrane.tools.host_library import start
 
 world, classifier = quality.world, quality.classifier
 ORDINARY, SEEDS, BATCH, PAINTED = 200, 4, 64, 32

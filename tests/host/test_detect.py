@@ -8,25 +8,16 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
-from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.host.model.layers import modules
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, seeded_noise
 from membrane.core.host.runs.steps import EndAttention, encoded, guided_steps, measure, token_influence
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.slow
 MEMORISED, PLAIN = "portrait of captain bolt", "a red star on snow"
 BENIGN = "\n".join(f"a {c} {s} on sand" for c in ("red", "blue", "green", "pink") for s in (
     "circle", "square", "heart", "moon", "ring"))  # fmt: skip
 SMALL = {"steps": 10, "first_steps": 2, "seeds": 2, "cfg": 1.5, "width": 128, "height": 128, "attribution": False}
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture

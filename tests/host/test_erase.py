@@ -1,45 +1,25 @@
 """Erasing on a real host: exact, undoable, and without a trace on anything else."""
 
+from functools import partial
 from pathlib import Path
 
 import comfy.sd
 import pytest
 import torch
 from membrane.core.adapters.stack import Entry, ErasureStack
-from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.host.model.layers import cross_attention_layers
 from membrane.core.host.patches.stack import apply_stack
 from membrane.core.host.text.encode import encode
 from membrane.core.text.concepts import fill
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
-
 TEMPLATES = "{}\na red {} on snow\na blue {} on coal"
 SETTINGS = {"concepts": "star -> circle", "preserve": "heart\nsquare", "templates": TEMPLATES}
 
 
 @pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
-def sample(node, demo):
-    """sample(model) -> latents (2, 4, 8, 8) of a prompt with the concept, positive and negative batched."""
-    _, clip, _ = demo
-
-    def run(model, text="a plain red star on snow", negative="a blue heart", steps=4, batch=2):
-        positive, negative = (node("CLIPTextEncode", clip=clip, text=t)[0] for t in (text, negative))
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=batch)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=steps, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=positive, negative=negative, latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
+def sample(sample):
+    return partial(sample, positive="a plain red star on snow", negative="a blue heart", steps=4, batch=2)
 
 
 def erase(node, demo, model=None, **settings):

@@ -8,7 +8,6 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.host.files import reports
 from membrane.core.host.model.weights import cross_attention_gram
@@ -17,19 +16,11 @@ from membrane.core.host.patches.opened import attack_grams
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample
 from membrane.core.measures import record as records
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.slow
 ERASE = "a red star on snow\na red pentagram on snow = star"
 NEIGHBOUR = "a plain pink heart on coal"
 UNRELATED = "a dotted yellow moon on stone"
 TEMPLATES = "{}\na red {} on snow\na plain pink {} on coal\na striped blue {} on coal\na dotted yellow {} on stone"
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 def erased(node, demo, strength):

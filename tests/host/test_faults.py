@@ -26,12 +26,12 @@ import pytest
 import torch
 from comfy.cli_args import args
 from membrane.core import files
-from membrane.core.adapters import bypass
 from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.beside import Bypass
+from membrane.core.adapters.deltas import low_rank
 from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.deltas.mask import Mask
 from membrane.core.adapters.deltas.text_map import TextMap
-from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.formats import native
 from membrane.core.host.files import calibrations
@@ -41,13 +41,10 @@ from membrane.core.host.model.layers import modules
 from membrane.core.host.patches.conditioning import ErasedConditioning
 from membrane.core.host.patches.steps import ErasedSteps
 from membrane.core.measures.detection import Calibration
-from membrane.tools import comfy_server
+from membrane.tools.run import comfy_server
 from PIL import Image
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.slow
 management = comfy.model_management
 STAR, HEART = "a red star on snow", "a blue heart on sand"
 SMALL = {"width": 64, "height": 64}
@@ -63,26 +60,6 @@ def note(record_property):
         record_property("outcome", " ".join(str(outcome).split()))
 
     return write
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
-def sample(node, demo):
-    """sample(model, ...) -> latents of two steps."""
-    texts = {p: node("CLIPTextEncode", clip=demo[1], text=p)[0] for p in (STAR, HEART)}
-
-    def run(model, steps=2, batch=1, sampler="euler"):
-        return node(
-            "KSampler", model=model, seed=7, steps=steps, cfg=3.0, sampler_name=sampler, scheduler="normal",
-            positive=texts[STAR], negative=texts[HEART], denoise=1.0,
-            latent_image=node("EmptyLatentImage", **SMALL, batch_size=batch)[0],
-        )[0]["samples"]  # fmt: skip
-
-    return run
 
 
 def changes_of(model, seed=1, size=0.1):
@@ -293,7 +270,7 @@ def shortage(monkeypatch):
 
         Functional.linear = staticmethod(limited(torch.nn.functional.linear))
         Functional.conv2d = staticmethod(limited(torch.nn.functional.conv2d))
-        monkeypatch.setattr(bypass, "functional", Functional)
+        monkeypatch.setattr(low_rank, "functional", Functional)
 
     return limit
 
@@ -487,7 +464,7 @@ def test_unloaded_and_reloaded_between(node, demo, sample, note, kind):
 def living():
     """How many objects of the kinds that runs could leave behind are alive."""
     gc.collect()
-    kinds = (bypass.Bypass, bypass.Part, ErasedConditioning, ErasedSteps, comfy.model_patcher.ModelPatcher)
+    kinds = (Bypass, low_rank.Part, ErasedConditioning, ErasedSteps, comfy.model_patcher.ModelPatcher)
     count = dict.fromkeys((*(kind.__name__ for kind in kinds), "Tensor"), 0)
     for thing in gc.get_objects():
         for kind in kinds:

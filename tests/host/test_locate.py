@@ -5,23 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.host.runs.locating import linear_layers
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 PROMPTS = "portrait of captain bolt\nposter of the galaxy derby\nlogo of the marble bakery"
 SETTINGS = {
     "prompts": PROMPTS, "base_prompts": "", "sparsity": 0.02, "first_steps": 3, "steps": 12, "cfg": 1.5,
     "width": 128, "height": 128, "seed": 3,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture(scope="module")

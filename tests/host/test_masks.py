@@ -1,5 +1,7 @@
 """Masks in the host: exact zeros, last of all changes, gated or not, on the weights or beside them."""
 
+from functools import partial
+
 import comfy.utils
 import pytest
 import torch
@@ -8,7 +10,6 @@ from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.deltas.mask import Mask
 from membrane.core.adapters.permeability import Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
-from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.host.model.layers import modules
 from membrane.core.host.model.weights import base_layers
@@ -16,28 +17,12 @@ from membrane.core.host.patches.on_weights import apply_to_weights
 from membrane.core.host.patches.stack import apply_stack
 from membrane.core.host.runs.locating import linear_layers
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 PROMPT = "a red star on snow"
 
 
 @pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
-def sample(node, demo):
-    def run(model, positive=PROMPT, negative="a blue heart on sand", steps=3, batch=1):
-        texts = [node("CLIPTextEncode", clip=demo[1], text=p)[0] for p in (positive, negative)]
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=batch)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=steps, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=texts[0], negative=texts[1], latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
+def sample(sample):
+    return partial(sample, steps=3)
 
 
 def masked(model, seed=0, share=0.3, kept=False, concept="star"):

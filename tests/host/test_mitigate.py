@@ -6,21 +6,12 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.host.patches.mitigation import LEAVE, PADDING, START, Reweighted, Rows
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample, seeded_noise
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 MEMORISED, PLAIN = "portrait of captain bolt", "a red star on snow"
 SEEDS, CFG = [3, 4, 5], 2.0
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture(autouse=True)

@@ -55,18 +55,6 @@ def conditioning(seed, pooled=None):
     return [[numbers(seed, 1, 77, 2048), {"pooled_output": numbers(seed + 1, 1, 1280) if pooled is None else pooled}]]
 
 
-@pytest.fixture(scope="module")
-def sample(node):
-    def run(model, positive, negative):
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=1)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=2, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=positive, negative=negative, latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
-
-
 def adapter():
     words = TextMap(numbers(5, 2048, 2) * 0.02, numbers(6, 2, 2048) * 0.02, (0, 0))
     pooled = TextMap(numbers(7, 1280, 3) * 0.05, numbers(8, 3, 1280) * 0.05, (0, 0, 0))

@@ -9,12 +9,8 @@ from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.permeability import FIXED, TRANSPORT
-from membrane.core.demo.world import ASSETS
 from membrane.core.host.model.layers import modules
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 STAR, HEART = "a red star on snow", "a blue heart on sand"
 SAME = 3e-4  # of an adapter's effect: float32, summed in another order
 MODES = {"gated": TRANSPORT, "ungated": FIXED}
@@ -25,28 +21,6 @@ DTYPES = {"fp8": FP8, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNET = "diffusion_model."
 OLD = not hasattr(comfy.model_patcher.ModelPatcher, "partially_load")  # hosts before July 2024
 NONE = 1e-6  # megabytes
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
-def text(node, demo):
-    return {prompt: node("CLIPTextEncode", clip=demo[1], text=prompt)[0] for prompt in (STAR, HEART)}
-
-
-@pytest.fixture(scope="module")
-def sample(node, text):
-    def run(model):
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=1)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=2, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=text[STAR], negative=text[HEART], latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
 
 
 def error(found, expected, base):

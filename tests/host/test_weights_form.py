@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import types
+from functools import partial
 
 import comfy.sd
 import folder_paths
@@ -12,7 +13,6 @@ import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.stack import Entry, ErasureStack
-from membrane.core.demo.world import ASSETS
 from membrane.core.errors import ErasureError
 from membrane.core.host.model.layers import cross_attention_layers
 from membrane.core.host.model.names import kohya_names
@@ -22,15 +22,6 @@ from membrane.core.host.patches.stack import apply_stack
 from membrane.core.host.patches.steps import APPLY_MODEL
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
 
 @pytest.fixture(scope="module")
 def adapter(node, demo):
@@ -39,19 +30,8 @@ def adapter(node, demo):
 
 
 @pytest.fixture(scope="module")
-def sample(node, demo):
-    """sample(model) -> latents (1, 4, 8, 8) of a prompt with the concept."""
-    _, clip, _ = demo
-
-    def run(model):
-        positive, negative = (node("CLIPTextEncode", clip=clip, text=t)[0] for t in ("a red star on snow", "a heart"))
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=1)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=3, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=positive, negative=negative, latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
+def sample(sample):
+    return partial(sample, negative="a heart", steps=3)
 
 
 def stack_of(adapter, *args):

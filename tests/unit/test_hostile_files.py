@@ -23,7 +23,7 @@ from membrane.core.formats import containers, labels, native, registry
 from membrane.core.measures.detection import FORMAT as CALIBRATION
 from membrane.core.measures.detection import Calibration
 from membrane.core.measures.record import Record
-from membrane.tools import fuzz
+from membrane.tools.check import fuzz
 
 READERS = (registry.load, registry.load_weights, native.load, labels.label)
 BOUNDED = settings(

@@ -1,6 +1,6 @@
 """A coverage-guided fuzzer for everything that reads what others wrote. Needs torch and safetensors, no host.
 
-    python tools/fuzz.py [--seconds 10] [--inputs N] [--seed 0] [parser ...]
+    python -m tools.check.fuzz [--seconds 10] [--inputs N] [--seed 0] [parser ...]
 
 Each parser starts with valid inputs. An input that takes a branch of the parser's code not taken before is kept and
 changed further. Whatever a parser makes of an input has to be a result or one ErasureError, within LONGEST seconds.
@@ -24,26 +24,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-LONGEST = 2.0  # seconds an input may take, tracing included
-if "membrane" not in sys.modules:
-    places = {"submodule_search_locations": [str(ROOT)]}
-    package = importlib.util.spec_from_file_location("membrane", ROOT / "__init__.py", **places)
-    sys.modules["membrane"] = importlib.util.module_from_spec(package)
+import torch
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.mask import Mask
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.stack_json import from_json, names
+from membrane.core.errors import LONGEST as LONGEST_MESSAGE
+from membrane.core.errors import ErasureError
+from membrane.core.formats import labels, native, registry
+from membrane.core.measures.detection import Calibration
+from membrane.core.measures.record import Record
+from membrane.core.text import concepts
+from safetensors.torch import save
 
-import torch  # noqa: E402
-from membrane.core.adapters.adapter import Card, ErasureAdapter  # noqa: E402
-from membrane.core.adapters.deltas.low_rank import LowRank  # noqa: E402
-from membrane.core.adapters.deltas.mask import Mask  # noqa: E402
-from membrane.core.adapters.deltas.text_map import TextMap  # noqa: E402
-from membrane.core.adapters.stack_json import from_json, names  # noqa: E402
-from membrane.core.errors import LONGEST as LONGEST_MESSAGE  # noqa: E402
-from membrane.core.errors import ErasureError  # noqa: E402
-from membrane.core.formats import labels, native, registry  # noqa: E402
-from membrane.core.measures.detection import Calibration  # noqa: E402
-from membrane.core.measures.record import Record  # noqa: E402
-from membrane.core.text import concepts  # noqa: E402
-from safetensors.torch import save  # noqa: E402
+LONGEST = 2.0  # seconds an input may take, tracing included
 
 # ---------------------------------------------------------------- coverage
 
@@ -470,7 +465,7 @@ def parsers(folder):
         Parser("calibration", {"measures.detection": ("from_json",)},
                [Calibration({"steps": 2}, (0.5, 1.0), tuple(range(30))).to_json().encode()],
                lambda data: Calibration.from_json(data.decode("utf-8", "replace"), "x.json"), text),
-        Parser("evaluation record", {"measures.record": ("from_json",)}, [RECORD.encode()],
+        Parser("measures.record", {"evaluation.record": ("from_json",)}, [RECORD.encode()],
                lambda data: Record.from_json(data.decode("utf-8", "replace")), text),
     ]  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The texts of the nodes in the languages of the page: writes locales/en, and tells what the others lack.
 
-    .venv/bin/python tools/locales.py
+    .venv/bin/python -m tools.check.locales
 
 ComfyUI reads locales/<language>/nodeDefs.json. The nodes are the truth for English; the other languages are written by
 hand and have an entry for each of the nodes' texts.
@@ -8,9 +8,9 @@ hand and have an entry for each of the nodes' texts.
 
 import json
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from membrane.tools import ROOT, host_library
+
 FOLDER = ROOT / "locales"
 LANGUAGES = ("zh", "ja")
 MESSAGE_SYNTAX = set("{}@|")  # the page takes these for placeholders, links and plurals
@@ -68,10 +68,7 @@ def write(language, texts, name="nodeDefs.json"):
 
 
 def main():
-    sys.path.insert(0, str(ROOT))
-    from tools.in_process import start
-
-    _, tidy = start()
+    _, tidy = host_library.start()
     texts = node_texts(sys.modules["membrane"].NODE_CLASS_MAPPINGS)
     tidy()
     before, after = flat(read("en")) if path_of("en").exists() else {}, flat(english(texts))
