@@ -4,6 +4,7 @@ import contextlib
 import os
 import uuid
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -31,7 +32,7 @@ def write_whole(path, data):
 
 
 def save_whole(tensors, path, metadata):
-    """Writes a safetensors file of {name: tensor} and a map of strings.
+    """Writes a safetensors file of {name: tensor}, on any device and in any layout, and a map of strings.
 
     Raises OSError where there is no room or no permission.
     """
@@ -39,7 +40,12 @@ def save_whole(tensors, path, metadata):
         with open(temporary, "wb"):
             mode = os.stat(temporary).st_mode  # what new files get here; safetensors makes them private
         try:
-            save_file(tensors, temporary, metadata)
+            save_file({key: _own(tensor) for key, tensor in tensors.items()}, temporary, metadata)
         except SafetensorError as error:  # what it makes of a full disk
             raise OSError(str(error)) from error
         os.chmod(temporary, mode)
+
+
+def _own(tensor):
+    """A contiguous copy on the CPU; safetensors writes no two tensors that share memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -2,8 +2,6 @@
 
 import json
 
-import torch
-
 from ..adapters.adapter import Card
 from ..errors import ErasureError
 
@@ -62,8 +60,3 @@ def require_bounded(name, concepts):
             f'"{name}" names {len(concepts)} concepts of up to {longest} characters; expected at most {MOST_CONCEPTS} '
             f"of {LONGEST_CONCEPT}, the file is damaged, get it again."
         )
-
-
-def own(tensor):
-    """A contiguous copy on the CPU; safetensors writes no two tensors that share memory."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -55,3 +55,11 @@ def test_no_folder(tmp_path):
     for make in (write, save):
         with pytest.raises(OSError):
             make(str(tmp_path / "nowhere" / "a"))
+
+
+def test_tensors_of_any_layout_and_with_shared_memory(tmp_path):
+    x = torch.arange(6.0).view(2, 3)
+    files.save_whole({"x": x, "again": x, "turned": x.T, "part": x[:, 1:]}, str(tmp_path / "a"), {})
+    with safe_open(str(tmp_path / "a"), framework="pt") as file:
+        assert torch.equal(file.get_tensor("again"), x) and torch.equal(file.get_tensor("turned"), x.T)
+        assert file.get_tensor("part").tolist() == [[1.0, 2.0], [4.0, 5.0]]

@@ -21,7 +21,7 @@ import time
 import types
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -125,7 +125,7 @@ BITS = {
     "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
 }  # fmt: skip
 WORDS = (
-    "text_map.a text_map.b text_map.concept pooled_map.a low_rank.x.up low_rank.x.down low_rank.x.alpha low_rank..up "
+    "text_map.a text_map.b text_map.concept pooled_map.a map.t5.a map.llama.3.normed map. low_rank.x.up low_rank.x.down low_rank.x.alpha low_rank..up "
     "low_rank.x.bias mask.x.bits mask.x.shape mask.x.kept lora_unet_x.lora_up.weight lora_unet_x.lora_down.weight "
     "lora_unet_x.lora_mid.weight lora_unet_x.alpha lora_unet_x.diff_b lora_te_x.lora_up.weight unet.x.lora_A.weight "
     "unet.x.lora_B.weight unet.x.lora.down.weight unet.x.alpha base_model.model. unet.unet. x.hada_w1_a x.lokr_w1 "
@@ -328,6 +328,7 @@ def native_seeds():
         saved(ErasureAdapter(card, {"map": {"text": words}})),
         saved(ErasureAdapter(card, {"map": {"text": words, "pooled": words}, "low_rank": layer})),
         saved(ErasureAdapter(card, {"mask": masks})),
+        saved(ErasureAdapter(card, {"map": {"llama.3": words, "t5": replace(words, normed=True)}, "low_rank": layer})),
     ]
 
 
@@ -444,8 +445,9 @@ def parsers(folder):
 
     both = load(registry.load, labels.label)
     own = {"formats.factors": ("gather", "low_rank", "_numbers", "_flat", "_alpha", "_with_core")}
-    mask = ("load", "recognises", "parse", "_by_layer", "_masks", "_mask", "_mask_shape", "_text_map", "_check_header")
-    lora = ("recognises", "parse", "_split", "_card", "_leco_prompts")
+    maps = ("load", "recognises", "parse", "card", "_by_layer", "_maps", "_text_map", "_check_header")
+    mask = (*maps, "_require_known_kinds", "_masks", "_mask", "_mask_shape")
+    lora = ("recognises", "parse", "_split", "card", "_leco_prompts")
     return [
         Parser("native", {"formats.native": mask, "formats.card": ("read_card",)}, native_seeds(), both, tensors),
         Parser("kohya", {"formats.kohya": lora, **own}, lora_seeds(), both, tensors),
@@ -465,7 +467,7 @@ def parsers(folder):
         Parser("calibration", {"measures.detection": ("from_json",)},
                [Calibration({"steps": 2}, (0.5, 1.0), tuple(range(30))).to_json().encode()],
                lambda data: Calibration.from_json(data.decode("utf-8", "replace"), "x.json"), text),
-        Parser("measures.record", {"evaluation.record": ("from_json",)}, [RECORD.encode()],
+        Parser("evaluation record", {"measures.record": ("from_json",)}, [RECORD.encode()],
                lambda data: Record.from_json(data.decode("utf-8", "replace")), text),
     ]  # fmt: skip
 
