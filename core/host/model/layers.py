@@ -1,25 +1,20 @@
 """The layers of the host's model and the names that adapters know them by."""
 
 import comfy.lora
-import comfy.model_management
 import comfy.ops
 import torch
 
 from ...errors import ErasureError
 from ...families.sites import site
 from ...families.table import family_of
+from ..compat import ensure_uncompiled
 
 NETWORK, WEIGHT = "diffusion_model.", ".weight"
 
 
 def denoiser(model):
-    """The network of a MODEL as its layers are named.
-
-    Hosts of 2024 put a torch.compile wrapper in its place for as long as the compiled MODEL is loaded; every name
-    below it is another one then, also for the host's own LoRA loader. Unloading puts the network back.
-    """
-    if hasattr(model.model.diffusion_model, "_orig_mod"):
-        comfy.model_management.unload_all_models()
+    """The network of a MODEL as its layers are named."""
+    ensure_uncompiled(model)
     return model.model.diffusion_model
 
 
@@ -88,7 +83,7 @@ def reads_pooled(model):
 def layer_keys(model):
     """{site: key} for every spelling the host's own LoRA loader knows; a key is that of a weight, or the host's
     tuple of it and the part of it that the name stands for, where the host fuses layers."""
-    denoiser(model)
+    ensure_uncompiled(model)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     return {site(name): key for name, key in names.items() if plain_key(key).endswith(WEIGHT)}
 

@@ -2,45 +2,26 @@
 
 from collections.abc import Mapping
 
-import comfy.lora
-import comfy.model_patcher
 import torch
 
 from ...erasers.extract import BaseLayer
 from ...families.sites import site
 from ...formats.weights import EditedWeights
-from .layers import NETWORK, denoiser, layer_keys, model_family, readers
-
-try:  # a function of its own since August 2024, a method of the patcher before
-    from comfy.lora import calculate_weight
-except ImportError:
-    calculate_weight = None
+from ..compat import calculate_weight, ensure_uncompiled, key_patches, stored_weight
+from .layers import NETWORK, layer_keys, model_family, readers
 
 
 def effective_weight(model, key, patches):
     """Weight of one layer with its patches applied, float32 on the CPU; patches: get_key_patches()[key]."""
     weight, *rest = patches
-    if isinstance(weight, tuple):  # newer hosts: the stored weight and how to turn it into numbers
-        stored, convert = weight
-        weight = convert(stored, inplace=False) if callable(convert) else stored
-    weight = weight.detach().to("cpu", torch.float32, copy=True)
-    if not rest:
-        return weight
-    if calculate_weight is None:
-        return model.calculate_weight(rest, weight, key)
-    return calculate_weight(rest, weight, key)
+    weight = stored_weight(weight).detach().to("cpu", torch.float32, copy=True)
+    return calculate_weight(model, rest, weight, key) if rest else weight
 
 
 def _key_patches(model):
     """{key: stored weight and its patches} of the denoiser's weights and biases, as get_key_patches() means it."""
-    network = denoiser(model)
-    if hasattr(comfy.model_patcher, "get_key_weight"):
-        return model.get_key_patches(NETWORK)
-    # get_key_patches of older hosts breaks a model whose own patches are in place: it takes the patched
-    # weights for plain ones and leaves them behind, so that the next load patches them once more
-    stored = {f"{NETWORK}{name}": p for name, p in network.named_parameters()}
-    backups = {key: model.backup.get(key, parameter) for key, parameter in stored.items()}
-    return {key: [getattr(backup, "weight", backup), *model.patches.get(key, ())] for key, backup in backups.items()}
+    ensure_uncompiled(model)
+    return key_patches(model, NETWORK)
 
 
 def weight_of(model, key):
