@@ -125,15 +125,16 @@ BITS = {
     "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
 }  # fmt: skip
 WORDS = (
-    "text_map.a text_map.b text_map.concept pooled_map.a map.t5.a map.llama.3.normed map. low_rank.x.up low_rank.x.down low_rank.x.alpha low_rank..up "
-    "low_rank.x.bias mask.x.bits mask.x.shape mask.x.kept lora_unet_x.lora_up.weight lora_unet_x.lora_down.weight "
-    "lora_unet_x.lora_mid.weight lora_unet_x.alpha lora_unet_x.diff_b lora_te_x.lora_up.weight unet.x.lora_A.weight "
-    "unet.x.lora_B.weight unet.x.lora.down.weight unet.x.alpha base_model.model. unet.unet. x.hada_w1_a x.lokr_w1 "
-    "x.dora_scale x.diff x.oft_diag attention_gate.0 lora_gloce_x layers.0.attention.to_q.lora_down.weight "
-    "a.down.bias a.down.weight controlnet_x text_model.x emb_params <x> up_blocks.0.attn2.to_k.weight conv_in.weight "
-    "conv_out.weight input_blocks.0.0.weight out.2.weight .weight .bias .. ../../../etc/passwd C:\\x \u2028 \ud7ff "
-    "membrane.format membrane.version membrane.concepts membrane.settings erasure_adapter lora prompts rank alpha "
-    "ss_leco_prompt_count ss_leco_preview lora_adapter_metadata -> {} {{}} a->a ->"
+    "text_map.a text_map.b text_map.concept pooled_map.a map.t5.a map.llama.3.normed map. low_rank.x.up "
+    "low_rank.x.down low_rank.x.alpha low_rank..up low_rank.x.bias mask.x.bits mask.x.shape mask.x.kept "
+    "lora_unet_x.lora_up.weight lora_unet_x.lora_down.weight lora_unet_x.lora_mid.weight lora_unet_x.alpha "
+    "lora_unet_x.diff_b lora_te_x.lora_up.weight unet.x.lora_A.weight unet.x.lora_B.weight unet.x.lora.down.weight "
+    "unet.x.alpha base_model.model. unet.unet. x.hada_w1_a x.lokr_w1 x.dora_scale x.diff x.oft_diag attention_gate.0 "
+    "lora_gloce_x layers.0.attention.to_q.lora_down.weight a.down.bias a.down.weight controlnet_x text_model.x "
+    "emb_params <x> up_blocks.0.attn2.to_k.weight conv_in.weight conv_out.weight input_blocks.0.0.weight out.2.weight "
+    ".weight .bias .. ../../../etc/passwd C:\\x \u2028 \ud7ff membrane.format membrane.version membrane.concepts "
+    "membrane.settings erasure_adapter lora prompts rank alpha ss_leco_prompt_count ss_leco_preview "
+    "lora_adapter_metadata -> {} {{}} a->a ->"
 ).split()  # fmt: skip
 JSON = (
     '[] {} null true NaN -Infinity 1e999 "" "\\ud800" "\\u0000" [[]] {"a":[]} 1e-400 '
