@@ -16,9 +16,12 @@ from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, PairSampler, Samplin
 from ..core.host.text.vision import class_vectors, image_vectors
 from ..core.measures import distances
 from ..core.measures.compare import built_in, by_pictures, by_vectors, compare, demo_judge, zero_shot_judge
-from ..core.measures.record import EMPTY, ERASE, NEIGHBOUR, UNRELATED, Record, summarise
-from ..core.measures.report import grid, page, report
+from ..core.measures.record import EMPTY, ERASE, NEIGHBOUR, UNRELATED, Record
+from ..core.measures.render_grid import grid
+from ..core.measures.render_page import page
+from ..core.measures.render_text import report
 from ..core.measures.scores import Prompt, parse_prompt
+from ..core.measures.summary import summarise
 from ..core.text.concepts import parse_lines
 
 log = logging.getLogger("membrane")

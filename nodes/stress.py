@@ -13,7 +13,7 @@ from ..core.host.text.encode import encode
 from ..core.host.text.vocabulary import words_near
 from ..core.measures.attack import Search, derived_vectors, search_prompts, search_target
 from ..core.measures.distances import rms
-from ..core.measures.report import attack_sheet
+from ..core.measures.render_grid import attack_sheet
 from ..core.text.concepts import fill, parse_templates
 from .evaluate import CLASSIFIERS, MODEL_INPUTS, NONE, SAMPLING_INPUTS, TEXT, classes_of, judge_of, whole
 
