@@ -105,7 +105,7 @@ class Record:
             whole = whole and all(name in picture for picture in found.pictures for name in ("stratum", "prompt"))
             kinds = (found.configuration, dict), (found.rows, list), (found.pictures, list)
             return found if whole and all(isinstance(*kind) for kind in kinds) else None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
 

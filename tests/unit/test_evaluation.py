@@ -96,7 +96,8 @@ def test_json_and_going_on():
     run(part, pairs=pairs)
     assert part == whole and pairs.asked == ["a heart", "two hearts", "three hearts, in all"]
     assert Record({"a": 2}).fingerprint() != whole.fingerprint()
-    for damaged in ("", "{}", '{"format": "other"}', text[:100], "[]"):
+    huge = text.replace("[[0.5]]", f"[[{10**400}]]")
+    for damaged in ("", "{}", '{"format": "other"}', text[:100], "[]", huge):
         assert Record.from_json(damaged) is None
 
 
