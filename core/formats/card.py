@@ -9,7 +9,7 @@ LONGEST_CONCEPT, MOST_CONCEPTS = 2000, 10_000  # characters, concepts
 
 
 def card_metadata(card):
-    """What every file of an adapter says about it, as safetensors' map of strings; modelspec.* is for LoRA browsers."""
+    """What every file says about its adapter, as a map of strings; modelspec.* is what LoRA browsers read."""
     return {
         "membrane.method": card.method,
         "membrane.concepts": json.dumps(card.concepts),

@@ -67,7 +67,7 @@ def card(contents):
     return Card("LoRA", ())
 
 
-FORMAT = Format("LoRA (kohya)", recognises, parse, card)  # an export needs the model it is for, see below
+FORMAT = Format("LoRA (kohya)", recognises, parse, card)  # the exports below need the model they are for
 
 
 def save(adapter, weights, path, names):

@@ -25,7 +25,12 @@ def suspicious(traces, calibration, most):
 
 
 def rows(traces, calibration=None, endings=None, words=None):
-    """[{...}] of each prompt in their order, as the JSON output holds them."""
+    """A dictionary for each prompt, in their order, as the JSON output holds them.
+
+    traces: Trace of each prompt; endings: bright ending of each, or None; words: {place of a prompt: its words with
+    their influence}. Each has prompt, score, by_seed and curve; with a calibration z and memorised; and bright_ending
+    and words where they were measured.
+    """
     found = []
     for i, trace in enumerate(traces):
         row = {"prompt": trace.prompt, "score": trace.score, "by_seed": trace.by_seed, "curve": trace.curve}
