@@ -94,15 +94,15 @@ def detection_table(rows):
 
 def paint(model, clip, captions, first_seed):
     """Sprites (captions, 16, 16, 3) in [0, 1], a noise of its own for each caption."""
+    from membrane.core.host.runs.batching import join
     from membrane.core.host.runs.sampling import Sampling, conditioning, preview_pictures, sample
-    from membrane.core.host.runs.steps import together
 
     settings = Sampling(quality.STEPS, quality.CFG, "euler", "normal", quality.SIZE, quality.SIZE)
     pictures = []
     with torch.inference_mode():
         empty = conditioning(clip, "")
         for at in range(0, len(captions), PAINTED):
-            texts = together([conditioning(clip, caption) for caption in captions[at : at + PAINTED]])
+            texts = join([conditioning(clip, caption) for caption in captions[at : at + PAINTED]])
             seeds = [first_seed + at + i for i in range(len(texts[0][0]))]
             pictures.append(preview_pictures(model, sample(model, texts, empty, seeds, settings)))
     return torch.cat(pictures).numpy()

@@ -13,6 +13,17 @@ from ..adapters.deltas.mask import Mask
 from ..errors import ErasureError
 
 
+def base_for(prompts, base):
+    """As many base prompts as prompts, of a list of those given, or of one or none (the empty prompt) repeated."""
+    lines = base or [""]
+    if len(lines) not in (1, len(prompts)):
+        raise ErasureError(
+            f"There are {len(prompts)} prompts and {len(lines)} base prompts; expected one base prompt for each, or "
+            "one for all, or none."
+        )
+    return lines if len(lines) == len(prompts) else lines * len(prompts)
+
+
 def squares(hidden):
     """sum_r h_rj^2 / ||h_r||^2, (in,) float64, over rows h_r of hidden (..., in): the square of Wanda's column norm of
     rows that are scaled to length 1, as the published code scales them. Rows of zeros count as zeros."""

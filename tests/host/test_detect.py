@@ -10,8 +10,10 @@ import pytest
 import torch
 from membrane.core.errors import ErasureError
 from membrane.core.host.model.layers import modules
+from membrane.core.host.runs.attention import EndAttention
+from membrane.core.host.runs.gradients import token_influence
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, seeded_noise
-from membrane.core.host.runs.steps import EndAttention, encoded, guided_steps, measure, token_influence
+from membrane.core.host.runs.steps import encoded, guided_steps, measure
 
 pytestmark = pytest.mark.slow
 MEMORISED, PLAIN = "portrait of captain bolt", "a red star on snow"

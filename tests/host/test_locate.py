@@ -220,8 +220,11 @@ def test_another_checkpoint_gets_a_warning(node, demo, plain, caplog, apply_to):
         model, stack = node("MembraneDemoModel", variant=variant)[0], node("MembraneStack", adapter=adapter)[0]
         caplog.clear()
         with caplog.at_level("WARNING", logger="membrane"):
-            node("MembraneApply", model=model, clip=demo[1], stack=stack, apply_to=apply_to)
+            found = node("MembraneApply", model=model, clip=demo[1], stack=stack, apply_to=apply_to)
         assert ("located on another checkpoint" in caplog.text) == expected
+        assert len(found) == 1
+        said = found.ui["text"] if found.ui else []
+        assert [sentence in caplog.text for sentence in said] == [True] * expected
 
 
 @pytest.mark.parametrize("sample", [None, 3, {}, {"nothing": [1.0]}, {"": []}, {"x": ["y"]}])

@@ -98,3 +98,26 @@ def test_nothing_forbidden_in_what_is_shipped(path):
     text = path.read_text(encoding="utf-8")
     for word in ("torch.load(", "pickle", "eval(", "exec(", "subprocess", ".cuda(", "os.system", "urllib", "requests"):
         assert word not in text, f"{name(path)} contains {word}"
+
+
+NODES = sorted((ROOT / "nodes").glob("*.py"))
+LONGEST = 25  # lines of a node's method, without its head
+
+
+@pytest.mark.parametrize("path", [path for path in NODES if path.name != "__init__.py"], ids=name)
+def test_no_node_imports_another_node(path):
+    """What several share is in nodes/inputs.py, which imports none of them."""
+    others = {other.stem for other in NODES} - {"__init__"}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    assert found & others <= ({"inputs"} if path.stem != "inputs" else set())
+
+
+@pytest.mark.parametrize("path", NODES, ids=name)
+def test_nodes_are_thin(path):
+    """A node says what it is and hands its work to core; what it lists as its inputs may be long."""
+    functions = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
+    lines = {f.name: f.body[-1].end_lineno - f.body[0].lineno + 1 for f in functions if f.name != "INPUT_TYPES"}
+    assert {found: count for found, count in lines.items() if count > LONGEST} == {}
