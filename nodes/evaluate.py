@@ -14,7 +14,8 @@ from ..core.measures import distances
 from ..core.measures.evaluation import evaluate, prompts_of, same, seeds_from
 from ..core.measures.judges import CLASSIFIERS, NONE, classes_of, distances_of, judge_of
 from ..core.measures.record import Record
-from ..core.measures.report import grid, report
+from ..core.measures.render_grid import grid
+from ..core.measures.render_text import report
 from . import inputs
 
 log = logging.getLogger("membrane")

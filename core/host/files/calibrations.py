@@ -7,8 +7,8 @@ import os
 import folder_paths
 
 from ...errors import ErasureError
+from ...files import write_whole
 from ...measures.detection import FEWEST, Calibration
-from ...measures.record import write_whole
 from ..model.layers import family
 from ..runs.sampling import conditioning, probe, probe_point
 from .folders import CATEGORY, not_saved
