@@ -202,6 +202,10 @@ export const SCENARIOS = {
         await area.fill(text.replace(",, ", ""));
         same(await entries(page), [{ adapter: "a.safetensors" }], "after mending it");
         check(!(await problem.isVisible()), "the sentence is gone");
+        // a workflow that begins meanwhile does not stumble over rows whose text is malformed again
+        await area.fill(text);
+        await api(page, async () => (await import("/scripts/api.js")).api.dispatchEvent(new CustomEvent("execution_start", { detail: {} })));
+        await area.fill(text.replace(",, ", ""));
         await page.reload({ waitUntil: "domcontentloaded" });
         await ready(page);
         await fresh(page, { text: '{"membrane_stack": 9}' });
@@ -323,6 +327,34 @@ export const SCENARIOS = {
         await until(async () => (await row(page, 0).locator(".membrane-gate b").allTextContents()).join() === "1.00,1.00", "the openings in the subgraph");
     },
 
+    async the_editor_speaks_the_language_of_the_page(page) {
+        await needs(page, () => typeof app.extensionManager?.setting?.get("Comfy.Locale") === "string", "languages");
+        const search = () => page.locator(".membrane-stack .membrane-search").first().getAttribute("aria-label");
+        const shows = (language, label) => until(async () => (await search()) === label, `the editor in ${language}`);
+        const text = stack(facilitated(STAR), { adapter: "gone.safetensors" }, 7);
+        try {
+            await fresh(page, { text });
+            same(await search(), "Search rows", "the search box in English");
+            // an open page makes its nodes anew
+            await setting(page, "Comfy.Locale", "ja");
+            await shows("Japanese", "\u884c\u3092\u691c\u7d22");
+            await setting(page, "Comfy.Locale", "zh");
+            await shows("Chinese", "\u641c\u7d22\u884c");
+            await page.reload({ waitUntil: "domcontentloaded" });
+            await ready(page);
+            await fresh(page, { text });
+            await shows("Chinese after a reload", "\u641c\u7d22\u884c");
+            await speaksChineseEverywhere(page);
+            same(JSON.parse(await stackText(page)).entries[0], facilitated(STAR), "the entry, which no language changes");
+            await setting(page, "Comfy.Locale", "zh-TW"); // has no translation of its own
+            await shows("general Chinese", "\u641c\u7d22\u884c");
+            await setting(page, "Comfy.Locale", "fr");
+            await shows("English for want of French", "Search rows");
+        } finally {
+            await setting(page, "Comfy.Locale", "en");
+        }
+    },
+
     async nodes_2_shows_the_same_editor(page) {
         await needs(page, () => typeof app.extensionManager?.setting?.get("Comfy.VueNodes.Enabled") === "boolean", "Nodes 2.0");
         await fresh(page, { text: THREE });
@@ -361,6 +393,29 @@ export const SCENARIOS = {
         }
     },
 };
+
+/** Looks for English in whatever the editor says of a stack of a row, a missing file and a number. */
+async function speaksChineseEverywhere(page) {
+    const editor = page.locator(".membrane-stack");
+    await until(async () => (await editor.locator(".membrane-note").allInnerTexts()).every((note, i) => (i ? /[\u4e00-\u9fff]/ : /^$/).test(note)), "the notes of the rows");
+    await until(async () => (await editor.locator(".membrane-prompt").innerText()).includes("\u6587\u5b57"), "the line below the rows");
+    await row(page, 0).locator('[data-do="more"]').click();
+    const said = await editor.evaluate((root) => {
+        const own = (element) => [...element.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data);
+        const attributes = ["title", "placeholder", "aria-label"];
+        const elements = [...root.querySelectorAll("*")].filter((element) => element.tagName !== "STYLE");
+        return elements.flatMap((element) => [...own(element), ...attributes.map((name) => element.getAttribute(name))]);
+    });
+    const names = /\S+\.safetensors|SPM|Alt|automatic|fixed|facilitated transport|reference|route/g;
+    const english = said.filter((text) => text && /[a-z]{2}/i.test(text.replace(names, "")));
+    same(english, [], "texts that are left in English");
+    await row(page, 0).locator('[data-do="info"]').click();
+    await until(async () => (await editor.locator("dt").allInnerTexts()).join() === "\u6982\u5ff5,\u65b9\u6cd5,\u7cfb\u5217,\u5927\u5c0f,\u8bb8\u53ef\u8bc1", "the information");
+    await page.keyboard.press("Escape");
+    await editor.locator('[data-do="add"]').click();
+    same(await editor.locator('[role="combobox"]').getAttribute("placeholder"), "\u641c\u7d22\u9002\u914d\u5668", "the chooser");
+    await page.keyboard.press("Escape");
+}
 
 /** Leaves a scenario out where the page lacks what it is about. */
 async function needs(page, action, what) {

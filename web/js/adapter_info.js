@@ -3,6 +3,7 @@
 
 import { ask, stayMounted, whileInGraph } from "./host.js";
 import { styleElement } from "./stack_style.js";
+import { t } from "./strings.js";
 
 /** The information of a file; raises an Error with the host's sentence. */
 export const adapterInfo = (name) => ask(`/membrane/adapter?name=${encodeURIComponent(name)}`);
@@ -16,17 +17,17 @@ export function infoList(info) {
         info.surrogates[i] ? `${concept} \u2192 ${info.surrogates[i]}` : concept,
     );
     const facts = [
-        ["Concepts", pairs.join(", ") || "not in the file"],
-        ["Method", info.method || "not in the file"],
-        ["Family", info.family || "not in the file"],
-        ["Size", size(info.size)],
-        ["Licence", info.licence || "not in the file"],
+        [t("info.concepts"), pairs.join(", ")],
+        [t("info.method"), info.method],
+        [t("info.family"), info.family],
+        [t("info.size"), size(info.size)],
+        [t("info.licence"), info.licence],
     ];
     const list = document.createElement("dl");
     for (const [term, text] of facts) {
         list.append(
             Object.assign(document.createElement("dt"), { textContent: term }),
-            Object.assign(document.createElement("dd"), { textContent: text }),
+            Object.assign(document.createElement("dd"), { textContent: text || t("info.absent") }),
         );
     }
     return list;
@@ -55,7 +56,7 @@ export function addInfo(node) {
         const name = choice.value;
         if (name === shown) return;
         shown = name;
-        let content = "Choose a file.";
+        let content = t("info.choose");
         if (name) content = await adapterInfo(name).then(infoList, (error) => error.message);
         if (name === shown) body.replaceChildren(content);
     };

@@ -4,8 +4,11 @@
 import { addInfo } from "./adapter_info.js";
 import { canvasItems, nodeItems, addToOldMenus } from "./erase_here.js";
 import { executionIds, promptTexts } from "./graph.js";
-import { adapterNames, api, app, ask, graphChanged, passCanvasGestures, stayMounted, undoRedo, whileInGraph } from "./host.js";
+import {
+    adapterNames, api, app, ask, graphChanged, passCanvasGestures, stayMounted, translations, undoRedo, whileInGraph,
+} from "./host.js";
 import { StackEditor } from "./stack_editor.js";
+import { speak } from "./strings.js";
 
 const WIDGET = "MEMBRANE_STACK";
 const editors = new Map(); // of the nodes that are in a graph of the page
@@ -92,7 +95,14 @@ app.registerExtension({
         if (node.comfyClass === "MembraneLoadAdapter") addInfo(node);
     },
 
-    refreshComboInNodes() {
+    // before any node is made
+    async init() {
+        speak(await translations());
+    },
+
+    // also when the page's language has changed, after which the page makes the nodes anew
+    async refreshComboInNodes() {
+        speak(await translations());
         for (const editor of editors.values()) editor.refreshNames();
     },
 
