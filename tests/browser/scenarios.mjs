@@ -203,6 +203,7 @@ export const SCENARIOS = {
         same(await entries(page), [{ adapter: "a.safetensors" }], "after mending it");
         check(!(await problem.isVisible()), "the sentence is gone");
         // a workflow that begins meanwhile does not stumble over rows whose text is malformed again
+        await page.click('.membrane-stack [data-do="text"]');
         await area.fill(text);
         await api(page, async () => (await import("/scripts/api.js")).api.dispatchEvent(new CustomEvent("execution_start", { detail: {} })));
         await area.fill(text.replace(",, ", ""));
@@ -331,7 +332,7 @@ export const SCENARIOS = {
         await needs(page, () => typeof app.extensionManager?.setting?.get("Comfy.Locale") === "string", "languages");
         const search = () => page.locator(".membrane-stack .membrane-search").first().getAttribute("aria-label");
         const shows = (language, label) => until(async () => (await search()) === label, `the editor in ${language}`);
-        const text = stack(facilitated(STAR), { adapter: "gone.safetensors" }, 7);
+        const text = stack(facilitated(STAR), { adapter: HEART });
         try {
             await fresh(page, { text });
             same(await search(), "Search rows", "the search box in English");
@@ -344,8 +345,13 @@ export const SCENARIOS = {
             await ready(page);
             await fresh(page, { text });
             await shows("Chinese after a reload", "\u641c\u7d22\u884c");
+            same(await stackText(page), text, "the text, which no language changes");
+            await row(page, 1).locator('[data-field="permeability.negative"]').evaluate((select) => {
+                select.selectedIndex = 2;
+                select.dispatchEvent(new Event("input", { bubbles: true }));
+            });
+            same((await entries(page))[1].permeability, { negative: "off" }, "a choice, which no language changes");
             await speaksChineseEverywhere(page);
-            same(JSON.parse(await stackText(page)).entries[0], facilitated(STAR), "the entry, which no language changes");
             await setting(page, "Comfy.Locale", "zh-TW"); // has no translation of its own
             await shows("general Chinese", "\u641c\u7d22\u884c");
             await setting(page, "Comfy.Locale", "fr");
@@ -394,11 +400,10 @@ export const SCENARIOS = {
     },
 };
 
-/** Looks for English in whatever the editor says of a stack of a row, a missing file and a number. */
+/** Looks for English in whatever the editor says of a stack, of a file and of rows that are not as they should be. */
 async function speaksChineseEverywhere(page) {
     const editor = page.locator(".membrane-stack");
-    await until(async () => (await editor.locator(".membrane-note").allInnerTexts()).every((note, i) => (i ? /[\u4e00-\u9fff]/ : /^$/).test(note)), "the notes of the rows");
-    await until(async () => (await editor.locator(".membrane-prompt").innerText()).includes("\u6587\u5b57"), "the line below the rows");
+    await until(async () => (await editor.locator(".membrane-prompt").innerText()).includes(`\u4f1a\u6253\u5f00\uff1a${STAR} 1\uff1b1 \u884c`), "the line below the rows");
     await row(page, 0).locator('[data-do="more"]').click();
     const said = await editor.evaluate((root) => {
         const own = (element) => [...element.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data);
@@ -415,6 +420,14 @@ async function speaksChineseEverywhere(page) {
     await editor.locator('[data-do="add"]').click();
     same(await editor.locator('[role="combobox"]').getAttribute("placeholder"), "\u641c\u7d22\u9002\u914d\u5668", "the chooser");
     await page.keyboard.press("Escape");
+    await editor.locator('[data-do="text"]').click();
+    await editor.locator("textarea").fill('{"membrane_stack": 1, "entries": [{"adapter": "gone.safetensors"}, 7]}');
+    await editor.locator('[data-do="text"]').click();
+    const notes = "\u627e\u4e0d\u5230\u6587\u4ef6,\u65e0\u6cd5\u8bc6\u522b\uff0c\u539f\u6837\u4fdd\u7559";
+    await until(async () => (await editor.locator(".membrane-note").allInnerTexts()).join() === notes, "the notes of the rows");
+    await editor.locator('[data-do="text"]').click();
+    await editor.locator("textarea").fill("7");
+    await until(async () => (await editor.locator(".membrane-problem").innerText()).startsWith("\u5806\u6808\u6587\u672c\u7f3a\u5c11"), "the sentence about the text");
 }
 
 /** Leaves a scenario out where the page lacks what it is about. */
