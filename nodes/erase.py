@@ -3,17 +3,18 @@
 import hashlib
 
 from ..core.adapters.stack import Entry, ErasureStack
-from ..core.erasers.closed_form.job import METHODS, TOKENS, Job, erase
+from ..core.erasers.closed_form.groups import TOKENS
+from ..core.erasers.closed_form.job import METHODS, Job, erase
 from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
 from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
 from ..core.host.files.folders import input_text_file, input_text_files
-from ..core.host.model.layers import cross_attention_layers, family, reads_pooled
+from ..core.host.model.layers import cross_attention_layers, family
 from ..core.host.model.weights import cross_attention_gram
 from ..core.host.page.progress import Progress
 from ..core.host.patches.on_weights import on_layers
 from ..core.host.patches.stack import apply_stack
-from ..core.host.text.encode import encode_for, fingerprint
+from ..core.host.text.encode import behind_norm, encode_entries, fingerprint
 from ..core.text.concepts import parse_concepts, parse_lines, parse_templates
 from . import inputs
 
@@ -66,7 +67,7 @@ class MembraneErase:
                     "what you erase. The empty prompt is always kept.",
                 ),
                 "method": inputs.choice(
-                    METHODS, METHODS[0], "UCE: one edit, gentle. RECE: adds rounds that look for text vectors which "
+                    METHODS, "UCE", "UCE: one edit, gentle. RECE: adds rounds that look for text vectors which "
                     "still bring the concept back and erases those too; harder on the rest. SPEED, Double Projections: "
                     "protect what you preserve and edit in the space beside it.",
                 ),
@@ -163,16 +164,16 @@ class MembraneErase:
             settings = {"templates": PRESETS[preset].templates, **published(preset, method, len(preserved))}
         parsed = tuple(parse_concepts(concepts, replace_with))
         safe_anchor = not any(concept.surrogate for concept in parsed)
-        job = Job(parsed, preserved, method=method, safe_anchor=safe_anchor, **settings)
-        epochs, prompts = job.epochs, job.prompts()
-        count = len(list(cross_attention_layers(model))) if method == "RECE" else 0
-        progress = Progress(len(prompts) + count + epochs)
-        encoded = encode_for(model, clip, prompts, progress.at, pooled == EDIT and reads_pooled(model))
+        job = Job.of(parsed, preserved, method=method, safe_anchor=safe_anchor, **settings)
+        prompts, needs_gram = job.prompts(), METHODS[method].needs_gram
+        count = len(list(cross_attention_layers(model))) if needs_gram else 0
+        progress = Progress(len(prompts) + count + job.rounds)
+        entries = encode_entries(model, clip, prompts, progress.at, pooled == EDIT)
         progress.next_phase(len(prompts))
-        gram = cross_attention_gram(model, progress.at) if method == "RECE" else None
+        gram = cross_attention_gram(model, progress.at) if needs_gram else None
         progress.next_phase(count)
-        adapter = erase(job, encoded, family(model), fingerprint(clip), gram, progress.at)
-        progress.next_phase(epochs)
+        adapter = erase(job, entries, family(model), fingerprint(clip), gram, progress.at, behind_norm(model))
+        progress.next_phase(job.rounds)
         if layers != BOTH:
             adapter = on_layers(model, adapter, LAYERS[layers])
         return apply_stack(model, ErasureStack((Entry(adapter, strength),))), adapter

@@ -10,6 +10,7 @@ from ..core.host.patches.stack import concepts_for
 from ..core.host.text.encode import encode, encode_for
 from ..core.measures.chart import bar_chart
 from ..core.measures.impact import impacts, report
+from ..core.text.similarity import matches
 from . import inputs
 
 MOST_BARS = 60
@@ -80,7 +81,7 @@ class MembranePreview:
         progress = Progress(len(lines))
         encoded = encode(clip, lines, progress.at)
         concepts = concepts_for(stack, clip)
-        score = concepts.match(encoded.vectors, [frozenset(ids) for ids in encoded.ids]) if concepts else None
+        score = matches(concepts, encoded)
         rows = openings(stack, lines, score, concepts.names if concepts else ())
         bars = [(f"{opening.prompt}: {opening.adapter}", opening.value) for opening in rows]
         title = "How far adapters open" + (f" ({MOST_BARS} of {len(bars)})" if len(bars) > MOST_BARS else "")

@@ -23,7 +23,7 @@ def texts_of(encoded, pairs, preserved):
     preserved prompts; their tensors are not inference tensors if this is called outside inference mode."""
 
     def row(prompt):
-        return encoded.row(prompt).clone()
+        return encoded[prompt].rows.clone()
 
     anchors = torch.stack([row(prompt) for prompt in preserved]) if preserved else None
     return [Texts(row(text), row(other), row(""), anchors) for text, other in pairs]

@@ -1,5 +1,7 @@
 """What differs between releases of ComfyUI, from March 2024 on; the rest of core/host is written for today's."""
 
+import inspect
+
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
@@ -65,3 +67,12 @@ def show_text(server, text, node):
     """Shows a line of text on a node while it runs; hosts before 2025 have no place for it."""
     if hasattr(server, "send_progress_text"):
         server.send_progress_text(text, node)
+
+
+def encode_with_extras(clip, tokens):
+    """{"cond", "pooled_output", and what else the encoder gives} of a tokenized text; hosts of March 2024 give no more
+    than the two."""
+    if "return_dict" in inspect.signature(clip.encode_from_tokens).parameters:
+        return clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
+    vectors, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    return {"cond": vectors, "pooled_output": pooled}

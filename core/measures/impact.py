@@ -8,6 +8,7 @@ from ..adapters.gates import gate_values
 from ..adapters.plan import make_plan
 from ..errors import ErasureError
 from ..families.unet import TEXT
+from ..text.rows import counted
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,17 @@ def impacts(stack, encoded, weight_gram, concepts=None, entry=TEXT):
             f"The adapter {other.describe()} changes layers inside the model, not the text, so its impact cannot be "
             "seen before sampling; take it out of the stack that goes into the preview."
         )
-    plan = make_plan(stack, {entry: encoded.vectors.shape[-1]}, concepts)
+    plan = make_plan(stack, {entry: encoded.width}, concepts)
     part = plan.maps.get(entry.name)
     found = []
-    for prompt in encoded.prompts:
-        ids = encoded.id_row(prompt)
-        rows = encoded.row(prompt)[1 : ids.index(encoded.end, 1) + 1]
+    for prompt in encoded:
+        rows = counted(prompt)
         gates = None
         if plan.gates:
-            score = concepts.match(encoded.row(prompt)[None], [frozenset(ids)]) if concepts else None
+            score = concepts.match(prompt.rows[None], [frozenset(prompt.ids)]) if concepts else None
             gates = gate_values(plan.gates, score)
         delta = part.delta(rows[None], gates)[0] if part else torch.zeros_like(rows)
-        found.append(Impact(prompt, relative_change(delta, rows, weight_gram)))
+        found.append(Impact(prompt.prompt, relative_change(delta, rows, weight_gram)))
     return sorted(found, key=lambda impact: -impact.change)
 
 

@@ -45,9 +45,9 @@ def uce_on_every_layer(demo, concept="star", surrogate="circle", preserve=("hear
     kept = list(dict.fromkeys(["", *preserve, *(fill(t, w) for w in preserve for t in templates)]))
     encoded = encode(clip, [*old, *new, *kept])
     places = (1, 3, 3)  # of the concept's token in the three templates
-    c = torch.cat([encoded.row(p)[i:] for p, i in zip(old, places)]).double()
-    n = torch.cat([encoded.row(p)[i:] for p, i in zip(new, places)]).double()
-    r = torch.cat([encoded.row(p) for p in kept]).double()
+    c = torch.cat([encoded[p].rows[i:] for p, i in zip(old, places)]).double()
+    n = torch.cat([encoded[p].rows[i:] for p, i in zip(new, places)]).double()
+    r = torch.cat([encoded[p].rows for p in kept]).double()
     inverse = torch.linalg.inv(0.5 * torch.eye(c.shape[1], dtype=torch.float64) + c.T @ c + r.T @ r)
     deltas = {}
     for key, layer in cross_attention_layers(model):
@@ -375,7 +375,7 @@ def test_null_space_methods_leave_the_preserved_subject_alone(node, demo, method
     model, clip, _ = demo
     adapter = erase(node, demo, preserve="heart", templates="{}", method=method, tau=0.0)[1]
     encoded = encode(clip, ["star", "circle", "heart"])
-    star, circle, heart = (encoded.row(word)[1] for word in encoded.prompts)
+    star, circle, heart = (encoded[word].rows[1] for word in encoded.prompts)
     e = adapter.maps["text"].matrix()
     assert (e @ heart).norm() < 1e-4 * heart.norm()
     assert (star + e @ star - circle).norm() < 0.2 * (star - circle).norm()

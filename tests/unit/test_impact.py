@@ -32,7 +32,7 @@ def adapter(seed):
 
 def encoded():
     vectors = torch.randn(2, 6, D, generator=torch.Generator().manual_seed(2))
-    return Encoded(
+    return Encoded.of_contexts(
         ("one word", "three words here"), ([49, 1, END, END, END, END], [49, 1, 2, 3, END, END]), vectors, END
     )
 
@@ -50,7 +50,7 @@ def test_impacts_count_words_and_the_end_token_and_are_sorted():
     e = 0.5 * adapter(5).maps["text"].matrix() + 2.0 * adapter(6).maps["text"].matrix()
     expected = {}
     for prompt, rows in (("one word", slice(1, 3)), ("three words here", slice(1, 5))):
-        c = encoded().row(prompt)[rows]
+        c = encoded()[prompt].rows[rows]
         expected[prompt] = relative_change(c @ e.T, c, gram())
     found = impacts(stack, encoded(), gram())
     assert [i.prompt for i in found] == sorted(expected, key=expected.get, reverse=True)

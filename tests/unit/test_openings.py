@@ -19,7 +19,9 @@ TRANSPORT = Permeability("facilitated transport")
 def encoded(*words):
     g = torch.Generator().manual_seed(2)
     ids = tuple([8, *w, *[END] * (5 - len(w))] for w in words)
-    return Encoded(tuple(" ".join(map(str, w)) for w in words), ids, torch.rand(len(words), 6, 4, generator=g), END)
+    return Encoded.of_contexts(
+        tuple(" ".join(map(str, w)) for w in words), ids, torch.rand(len(words), 6, 4, generator=g), END
+    )
 
 
 def lora(concepts):
@@ -38,7 +40,7 @@ PROMPTS = encoded((1, 4), (5,))
 
 
 def matched():
-    return CONCEPTS.match(PROMPTS.vectors, [frozenset(ids) for ids in PROMPTS.ids])
+    return CONCEPTS.match(PROMPTS.vectors, [frozenset(prompt.ids) for prompt in PROMPTS])
 
 
 def test_one_bar_for_an_adapter_and_one_for_each_concept_of_a_map():

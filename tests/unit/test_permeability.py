@@ -28,7 +28,7 @@ def row(*words):
 def encoded(*words):
     """Encoded concepts, given by their token ids, and the empty prompt."""
     prompts = tuple(" ".join(map(str, w)) for w in words) + ("",)
-    return Encoded(prompts, tuple(row(*w) for w in words) + (row(),), vectors(1, len(words) + 1), END)
+    return Encoded.of_contexts(prompts, tuple(row(*w) for w in words) + (row(),), vectors(1, len(words) + 1), END)
 
 
 CONCEPTS = Concepts.of(encoded((1, 2), (3,), (4, 4, 5), ()))

@@ -12,7 +12,6 @@ import logging
 from dataclasses import replace
 
 import comfy.lora
-import torch
 
 from ...adapters.beside import Bypass, Changes, Rows
 from ...adapters.deltas.delta import KINDS, OPEN
@@ -21,9 +20,10 @@ from ...adapters.gates import gated, wanted_concepts
 from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
-from ...text.similarity import Concepts
+from ...text.similarity import concepts_of
 from ..model.layers import layer_keys, layer_weight, modules, plain_key, readers, require_fit, text_entries
 from ..text.encode import encode
+from ..text.known_tokens import PROMPTS
 from .conditioning import EXTRA_CONDS, ErasedConditioning
 from .places import foreign
 from .steps import APPLY_MODEL, ErasedSteps
@@ -48,15 +48,16 @@ def concepts_for(stack, clip, known=None):
     missing = [name for name in names if known is None or name not in known.names]
     if not missing:
         return known
-    fresh = Concepts.of(encode(clip, (*missing, "")))
+    PROMPTS.want()
+    fresh = concepts_of(encode(clip, (*missing, "")))
     if known is None:
         return fresh
-    if known.vectors.shape[1:] != fresh.vectors.shape[1:]:
+    if known.shape != fresh.shape:
         raise ErasureError(
-            f"The erasures already on this model compare texts of shape {tuple(known.vectors.shape[1:])}, the "
-            f"connected CLIP gives {tuple(fresh.vectors.shape[1:])}; connect the CLIP that belongs to the model."
+            f"The erasures already on this model compare texts of shape {known.shape}, the "
+            f"connected CLIP gives {fresh.shape}; connect the CLIP that belongs to the model."
         )
-    return Concepts(known.names + fresh.names, torch.cat([known.vectors, fresh.vectors]), known.tokens + fresh.tokens)
+    return known + fresh
 
 
 def plan_for(model, stack, concepts=None):
