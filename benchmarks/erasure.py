@@ -20,7 +20,6 @@ on (--fresh starts anew). --workers processes share the tasks.
 
 import argparse
 import datetime
-import importlib
 import json
 import re
 import subprocess
@@ -31,13 +30,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import erasure_quality as quality  # noqa: E402
-import training  # noqa: E402
-
-from tools.in_process import start  # noqa: E402
+from membrane.benchmarks import erasure_quality as quality
+from membrane.benchmarks import training
+from membrane.tools import ROOT
+from membrane.tools.host_library import start
+from membrane.tools.run import bench
 
 classifier, world = quality.classifier, quality.world
 FOLDER = ROOT / "output" / "erasure"
@@ -139,9 +136,8 @@ def esd_x(rate):
     """
 
     def make(bench, attribute, pairs):
-        sys.path[:0] = [str(ROOT / "tools" / "pixel_world")]
-        from evaluate import load_unet
         from membrane.core.erasers.spm import alphas_cumprod, ddim_step, rollout_timesteps
+        from membrane.tools.pixel_world.evaluate import load_unet
 
         begin = time.process_time()
         file = ROOT / "assets" / "pixel_world" / "day.safetensors"
@@ -249,8 +245,8 @@ class Bench:
 
     def words_for(self, attribute, pairs):
         """The prompts that the search over words finds for a task's first concept; for all methods the same."""
-        from membrane.core.host.model.attack import words_near
         from membrane.core.host.text.encode import encode
+        from membrane.core.host.text.vocabulary import words_near
         from membrane.core.measures.attack import Search, search_prompts, search_target
 
         concept = pairs[0][0]
@@ -329,7 +325,7 @@ class Task:
 
     def attacks(self, edit):
         """How often the first concept comes back."""
-        from membrane.core.host.model.attack import attack_grams
+        from membrane.core.host.patches.opened import attack_grams
         from membrane.core.measures.attack import derived_vectors
 
         bench = self.bench
@@ -481,8 +477,7 @@ def plot(rows, file):
 
 def machine():
     """What kind of machine this is, in words."""
-    found = sys.modules.get("run") or importlib.import_module("run")
-    kind = found.machine()
+    kind = bench.machine()
     return f"{kind['cores']} cores of {kind['cpu']}"
 
 
@@ -548,7 +543,8 @@ def main():
     else:
         again = [*sys.argv[1:], "--workers", str(args.workers)]
         again = [a for a in again if a not in ("--fresh",)]
-        workers = [subprocess.Popen([sys.executable, __file__, *again, "--part", str(i)]) for i in range(args.workers)]
+        command = [sys.executable, "-m", "benchmarks.erasure", *again]
+        workers = [subprocess.Popen([*command, "--part", str(i)], cwd=ROOT) for i in range(args.workers)]
         try:
             codes = [worker.wait() for worker in workers]
         finally:

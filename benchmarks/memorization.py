@@ -20,21 +20,15 @@ Memory is measured on a Stable Diffusion 1.5 network of full size with random we
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 
-import memorization_detection as detection
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tools" / "pixel_world")]
-import closed_form  # noqa: E402
-import gates  # noqa: E402
-
-from tools.in_process import start  # noqa: E402
+from membrane.benchmarks import closed_form, gates
+from membrane.benchmarks import memorization_detection as detection
+from membrane.tools import ROOT
+from membrane.tools.host_library import start
 
 quality, world, classifier = detection.quality, detection.world, detection.classifier
 CAPTIONS, HALF, SEEDS = world.MEMORISED_CAPTIONS, 6, 4
@@ -220,7 +214,7 @@ def prune(unet, masks):
 
 def published_way(here, prompts):
     """(rows that went through the network, seconds) of all steps of both sets, one prompt at a time, with guidance."""
-    from membrane.core.host.patches.stack import APPLY_MODEL
+    from membrane.core.host.patches.steps import APPLY_MODEL
     from membrane.core.host.runs.sampling import Sampling, conditioning, sample
 
     settings = Sampling(50, 7.5, "euler", "normal", quality.SIZE, quality.SIZE)

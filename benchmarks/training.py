@@ -13,16 +13,12 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import erasure_quality as quality  # noqa: E402
-from gates import FULL, sd15  # noqa: E402
-
-from tools.in_process import start  # noqa: E402
+from membrane.benchmarks import erasure_quality as quality
+from membrane.benchmarks.gates import FULL, sd15
+from membrane.tools import ROOT
+from membrane.tools.host_library import start
 
 classifier, world = quality.classifier, quality.world
 STORE = ROOT / "output" / "training"
@@ -232,8 +228,9 @@ def cost_figures(full, size):
     """Both ways in turn, each in a fresh process, so that their peaks of memory are their own."""
     found = {}
     for way in ("ours", "published"):
-        command = [sys.executable, __file__, "--one", way, "--size", str(size), *(["--full"] if full else [])]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, "-m", "benchmarks.training", "--one", way, "--size", str(size)]
+        command += ["--full"] if full else []
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         found[way] = json.loads(out.strip().splitlines()[-1])
         print(f"{'SD 1.5' if full else 'demo model'}, latents {size} x {size}, {way}: {found[way]}", flush=True)
     return found

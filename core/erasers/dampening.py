@@ -4,7 +4,7 @@ for those to retain is scaled down, not pruned. Foster et al. wrote it for class
 
 import torch
 
-from ..adapters.adapter import Mask
+from ..adapters.deltas.mask import Mask
 from ..errors import ErasureError
 
 LARGEST_SHARE = 0.05  # of one layer's weights; more empties it

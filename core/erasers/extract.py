@@ -10,9 +10,10 @@ from statistics import median
 
 import torch
 
-from ..adapters.adapter import Card, ErasureAdapter, LowRank
+from ..adapters.adapter import Card, ErasureAdapter
+from ..adapters.deltas.low_rank import LowRank
 from ..errors import ErasureError
-from ..families.sites import group
+from ..families.table import by_text_width, role
 from ..formats.factors import balanced
 
 ROUNDING = 5e-4  # relative size of what storing a layer in float16 changes at most
@@ -24,7 +25,6 @@ EXACT = 1e-10  # the same as a share of the weights, for numbers that were not r
 KEPT = 0.3  # share of numbers that training in low precision leaves as they were, at least
 EQUAL = 0.5  # share of a whole U-Net's layers that an edit leaves as they were, at least
 
-FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 TEXT_READERS = ("cross_attention.key", "cross_attention.value")
 
 
@@ -85,7 +85,7 @@ def extract(base, edited, concepts=(), family="", energy=0.999, max_rank=128, on
     settings = {"extracted_from": edited.name, "energy": energy, "max_rank": max_rank}
     card = Card(edited.source, tuple(concepts), family=family, settings=settings)
     unknown = [layer for layer in layers if layer not in base]
-    return ErasureAdapter(card, low_rank=changes), _report(edited, found, unknown, max_rank, text)
+    return ErasureAdapter(card, {"low_rank": changes}), _report(edited, found, unknown, max_rank, text)
 
 
 class _OneMap:
@@ -98,7 +98,7 @@ class _OneMap:
         self.size = self.noise = self.difference = 0.0
 
     def add(self, site, weight, delta, noise):
-        if group(site) not in TEXT_READERS or (self.gram is not None and self.gram.shape[0] != weight.shape[1]):
+        if role(site) not in TEXT_READERS or (self.gram is not None and self.gram.shape[0] != weight.shape[1]):
             self.others += 1
             return
         weight, delta = weight.double(), delta.double()
@@ -178,8 +178,8 @@ def _described(layer, tensor):
     """A shape in words, with the family it tells of."""
     if tensor is None:
         return "missing"
-    family = FAMILIES.get(tensor.shape[-1]) if group(layer) in TEXT_READERS else None
-    return " x ".join(map(str, tensor.shape)) + (f" ({family})" if family else "")
+    family = by_text_width(tensor.shape[-1]) if role(layer) in TEXT_READERS else None
+    return " x ".join(map(str, tensor.shape)) + (f" ({family.title})" if family else "")
 
 
 def _delta(old, new):

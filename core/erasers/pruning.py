@@ -9,8 +9,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..adapters.adapter import Mask
+from ..adapters.deltas.mask import Mask
 from ..errors import ErasureError
+
+
+def base_for(prompts, base):
+    """As many base prompts as prompts, of a list of those given, or of one or none (the empty prompt) repeated."""
+    lines = base or [""]
+    if len(lines) not in (1, len(prompts)):
+        raise ErasureError(
+            f"There are {len(prompts)} prompts and {len(lines)} base prompts; expected one base prompt for each, or "
+            "one for all, or none."
+        )
+    return lines if len(lines) == len(prompts) else lines * len(prompts)
 
 
 def squares(hidden):

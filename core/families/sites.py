@@ -5,8 +5,6 @@ down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k (diffusers) or
 input_blocks_1_1_transformer_blocks_0_attn2_to_k (LDM, the host's own). A model knows its layers by both.
 """
 
-import re
-
 # of a denoiser inside a checkpoint, a pipeline, a PEFT wrapper, or of a program's flat LoRA names
 PREFIXES = (
     "base_model.model.",
@@ -19,16 +17,6 @@ PREFIXES = (
     "lycoris_",
 )
 PARAMETERS = (".weight", ".bias")
-
-ATTENTION = re.compile(r"(?:^|_)attn([12])_to_(q|k|v|out_0)$")
-ATTENTIONS = {"1": "self_attention", "2": "cross_attention"}
-PROJECTIONS = {"q": "query", "k": "key", "v": "value", "out_0": "out"}
-ENDINGS = {
-    "ff_net_0_proj": "feed_forward.up",
-    "ff_net_2": "feed_forward.down",
-    "proj_in": "proj_in",
-    "proj_out": "proj_out",
-}
 
 
 def site(name):
@@ -43,12 +31,3 @@ def site(name):
     name = name.replace(".processor.", ".").replace(".", "_")
     # the output of an attention is a list of a linear layer and a dropout; some programs name only the list
     return name + "_0" if name.endswith("_to_out") else name
-
-
-def group(site):
-    """What a layer does: self_attention or cross_attention .query, .key, .value or .out, feed_forward.up or .down,
-    proj_in, proj_out, or other."""
-    found = ATTENTION.search(site)
-    if found:
-        return f"{ATTENTIONS[found[1]]}.{PROJECTIONS[found[2]]}"
-    return next((name for ending, name in ENDINGS.items() if f"_{site}".endswith(f"_{ending}")), "other")

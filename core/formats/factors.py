@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from ..adapters.adapter import LowRank
+from ..adapters.deltas.low_rank import LowRank
 from ..errors import ErasureError
 from ..families.sites import site
 

@@ -10,8 +10,9 @@ import logging
 import torch
 
 from ..adapters.adapter import Card, ErasureAdapter
-from ..adapters.low_rank import compact, layer_factors
+from ..adapters.deltas.text_map import on_weights
 from ..errors import ErasureError
+from ..families.table import architecture
 from .factors import balanced, gather, low_rank
 from .files import card_metadata, own, read_card, require_bounded, save_whole, title
 
@@ -27,14 +28,6 @@ PARTS = {
 FORMAT = "lora"
 SPM_METADATA = ("prompts", "rank", "alpha")
 
-# (start of the host's family name, kohya's ss_base_model_version, modelspec's architecture), the first that fits
-FAMILIES = (
-    ("SDXLRefiner", "", "stable-diffusion-xl-v1-refiner"),
-    ("SDXL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-    ("SD2", "sd_v2", "stable-diffusion-v2-512"),
-    ("SD1", "sd_v1", "stable-diffusion-v1"),
-)
-
 
 def recognises(contents):
     """Whether a file has kohya's keys."""
@@ -45,7 +38,7 @@ def parse(contents):
     """Adapter of such a file; raises ErasureError for a damaged one."""
     layers = gather(contents, _split)
     changes = {layer: low_rank(contents.name, layer, parts) for layer, parts in layers.items()}
-    return ErasureAdapter(_card(contents), None, contents.name, changes)
+    return ErasureAdapter(_card(contents), {"low_rank": changes}, contents.name)
 
 
 def save(adapter, weights, path, names):
@@ -55,10 +48,9 @@ def save(adapter, weights, path, names):
     generator. names: {key: lora_unet_... name}. Each layer gets lora_up (out, k), lora_down (k, d) and
     alpha = k, so that a loader's scale alpha / k is 1; the loader's strength scales the erasure linearly.
     """
-    a, b = compact(adapter.text_map.a, adapter.text_map.b)
     tensors, rank = {}, 1
-    for key, weight in weights:
-        up, down = balanced(*layer_factors(weight.cpu(), a, b))
+    for key, change in on_weights(adapter.maps["text"], weights):
+        up, down = balanced(change.up, change.down)
         rank = max(rank, len(down))
         tensors |= _layer(names[key], up, down, len(down))
     comment = f"closed-form concept erasure ({adapter.card.method}), computed, not trained"
@@ -175,10 +167,7 @@ def _spm_metadata(card, rank, alpha):
 
 def _metadata(card, rank, alpha, comment):
     concepts = ", ".join(card.concepts)
-    version, architecture = next(
-        ((version, name) for start, version, name in FAMILIES if card.family.startswith(start)),
-        ("", card.family or "unknown"),
-    )
+    version, kind = architecture(card.family)
     return card_metadata(card) | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
@@ -186,7 +175,7 @@ def _metadata(card, rank, alpha, comment):
         "ss_base_model_version": version,
         "ss_output_name": title(card),
         "ss_training_comment": comment,
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": f"{kind}/lora",
         "modelspec.description": f"Erases ({card.method}): {concepts}" if concepts else title(card),
         "modelspec.usage_hint": "No trigger words; strength 1 is the erasure as computed on the model it is for.",
         "modelspec.license": card.licence,

@@ -3,25 +3,31 @@
 Version 1 has a text map: text_map.a, .b, .concept. Version 2 has more or other things: changes of layers as
 low_rank.<site>.up, .down, .alpha and, where a layer's bias changes, .bias; a map of the pooled vector as pooled_map.*.
 Version 3 has masks as well: mask.<site>.bits, the packed bits deflated by zlib, .shape (out, in) and, where something
-is left of the marked weights, .kept.
+is left of the marked weights, .kept. Version 4 has text maps by entry, map.<entry>.a, .b, .concept and, where the rows
+were taken after a norm, .normed; and other kinds of deltas as <kind>.<site>.<part>. A file gets the oldest version that
+can hold it, so that older releases read what they can.
 """
 
 import zlib
+from functools import partial
 
 import torch
 
-from ..adapters.adapter import ErasureAdapter, Mask, TextMap
+from ..adapters.adapter import ErasureAdapter
+from ..adapters.deltas.delta import KINDS
+from ..adapters.deltas.mask import Mask
+from ..adapters.deltas.text_map import TextMap
 from ..errors import ErasureError
 from . import containers
 from .factors import low_rank
 from .files import card_metadata, own, read_card, save_whole
 
 FORMAT = "erasure_adapter"
-TEXT_MAP_VERSION, LAYERS_VERSION, VERSION = 1, 2, 3
-TEXT_MAP, POOLED_MAP = (
-    tuple(f"{name}.{part}" for part in ("a", "b", "concept")) for name in ("text_map", "pooled_map")
-)
-LOW_RANK, MASK = "low_rank.", "mask."
+TEXT_MAP_VERSION, LAYERS_VERSION, MASKS_VERSION, VERSION = 1, 2, 3, 4
+MAP_PARTS = ("a", "b", "concept")
+OLD_MAPS = {"text": "text_map", "pooled": "pooled_map"}  # names of versions 1 to 3
+TEXT_MAP, POOLED_MAP = (tuple(f"{name}.{part}" for part in MAP_PARTS) for name in OLD_MAPS.values())
+MAP = "map."
 MASK_PARTS = {"bits": (torch.uint8, 1), "shape": (torch.int64, 1), "kept": (torch.float16, 1)}  # type, dimensions
 LARGEST_LAYER, LARGEST_MODEL = 2**28, 2**33  # weights; bound what a few deflated bytes may grow to
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -29,29 +35,24 @@ INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 def save(adapter, path):
     """Writes an adapter; the file appears whole or not at all. Factors of layers keep their number types."""
-    card, tensors = adapter.card, {}
-    for keys, found in ((TEXT_MAP, adapter.text_map), (POOLED_MAP, adapter.pooled_map)):
-        if found is not None:
-            owners = torch.tensor(found.concept, dtype=torch.int32)
-            tensors |= dict(zip(keys, (own(found.a.float()), own(found.b.float()), owners)))
-    for layer, change in adapter.low_rank.items():
-        name = LOW_RANK + layer
-        tensors[f"{name}.up"], tensors[f"{name}.down"] = own(change.up), own(change.down)
-        tensors[f"{name}.alpha"] = torch.tensor(change.alpha, dtype=torch.float64)
-        if change.bias is not None:
-            tensors[f"{name}.bias"] = own(change.bias)
-    for layer, mask in adapter.masks.items():
-        name = MASK + layer
-        deflated = zlib.compress(mask.bits.contiguous().numpy().tobytes(), 9)
-        tensors[f"{name}.bits"] = torch.frombuffer(bytearray(deflated), dtype=torch.uint8)
-        tensors[f"{name}.shape"] = torch.tensor(mask.shape)
-        if mask.kept is not None:
-            tensors[f"{name}.kept"] = own(mask.kept).half()
+    card, version, tensors = adapter.card, _version(adapter), {}
+    for entry, found in adapter.maps.items():
+        prefix = MAP + entry if version == VERSION else OLD_MAPS[entry]
+        owners = torch.tensor(found.concept, dtype=torch.int32)
+        tensors |= {
+            f"{prefix}.a": own(found.a.float()),
+            f"{prefix}.b": own(found.b.float()),
+            f"{prefix}.concept": owners,
+        }
+        if found.normed:
+            tensors[f"{prefix}.normed"] = torch.tensor(1, dtype=torch.uint8)
+    for kind, layer, delta in adapter.of_layers:
+        parts = WRITERS.get(kind, type(delta).parts)(delta)
+        tensors |= {f"{kind}.{layer}.{part}": tensor for part, tensor in parts.items()}
     what = f" for: {', '.join(card.concepts)}" if card.concepts else ""
     metadata = card_metadata(card) | {
         "membrane.format": FORMAT,
-        # files that older releases can read keep the version those know
-        "membrane.version": str(_version(adapter)),
+        "membrane.version": str(version),
         "modelspec.architecture": card.family or "unknown",
         "modelspec.description": f"Erasure adapter ({card.method}){what}",
     }
@@ -59,9 +60,29 @@ def save(adapter, path):
 
 
 def _version(adapter):
-    if adapter.masks:
+    """The oldest version that can hold an adapter."""
+    maps = adapter.maps
+    if set(maps) - OLD_MAPS.keys() or any(found.normed for found in maps.values()):
         return VERSION
-    return LAYERS_VERSION if adapter.low_rank or adapter.pooled_map else TEXT_MAP_VERSION
+    if set(adapter.deltas) - {"map", "low_rank", "mask"}:
+        return VERSION
+    if adapter.masks:
+        return MASKS_VERSION
+    return LAYERS_VERSION if adapter.low_rank or "pooled" in maps else TEXT_MAP_VERSION
+
+
+def _low_rank_parts(change):
+    parts = {"up": own(change.up), "down": own(change.down), "alpha": torch.tensor(change.alpha, dtype=torch.float64)}
+    return parts if change.bias is None else {**parts, "bias": own(change.bias)}
+
+
+def _mask_parts(mask):
+    deflated = zlib.compress(mask.bits.contiguous().numpy().tobytes(), 9)
+    parts = {"bits": torch.frombuffer(bytearray(deflated), dtype=torch.uint8), "shape": torch.tensor(mask.shape)}
+    return parts if mask.kept is None else {**parts, "kept": own(mask.kept).half()}
+
+
+WRITERS = {"low_rank": _low_rank_parts, "mask": _mask_parts}  # other kinds say it themselves
 
 
 def load(path):
@@ -79,15 +100,38 @@ def parse(contents):
     name, tensors = contents.name, contents.tensors
     _check_header(contents)
     card = read_card(name, contents.metadata)
-    text_map, pooled_map = (
-        _text_map(name, tensors, card, keys) if any(key in tensors for key in keys) else None
-        for keys in (TEXT_MAP, POOLED_MAP)
-    )
-    changes = {layer: low_rank(name, layer, parts) for layer, parts in _by_layer(tensors, LOW_RANK).items()}
-    masks = _masks(name, _by_layer(tensors, MASK))
-    if text_map is None and not changes and not masks:
+    deltas = {"map": _maps(name, tensors, card)}
+    for kind, cls in KINDS.items():
+        if not cls.of_text:
+            deltas[kind] = READERS.get(kind, partial(_of_kind, cls))(name, _by_layer(tensors, f"{kind}."))
+    if not any(deltas.values()):
         raise ErasureError(f'"{name}" lacks {", ".join(TEXT_MAP)}; it is damaged, save the adapter again.')
-    return ErasureAdapter(card, text_map, name, changes, pooled_map, masks)
+    return ErasureAdapter(card, deltas, name)
+
+
+def _maps(name, tensors, card):
+    """{entry: TextMap} under the names of all versions."""
+    found = {entry: old for entry, old in OLD_MAPS.items() if any(f"{old}.{part}" in tensors for part in MAP_PARTS)}
+    found |= {place: MAP + place for place in _by_layer(tensors, MAP)}
+    return {entry: _text_map(name, tensors, card, prefix) for entry, prefix in found.items()}
+
+
+def _changes(name, layers):
+    return {layer: low_rank(name, layer, parts) for layer, parts in layers.items()}
+
+
+def _of_kind(cls, name, layers):
+    """{layer: delta} of a kind that reads itself."""
+    found = {}
+    for layer, parts in layers.items():
+        try:
+            found[layer] = cls.of_parts(parts)
+        except (ErasureError, KeyError, RuntimeError, ValueError) as error:
+            raise ErasureError(
+                f'"{name}" holds a change of {layer} ({cls.kind}) that does not fit together ({error}); it is damaged, '
+                "save the adapter again."
+            ) from error
+    return found
 
 
 def _by_layer(tensors, prefix):
@@ -149,7 +193,11 @@ def _mask(name, layer, shape, parts):
         raise _damaged_mask(name, layer, "that does not fit together") from error
 
 
-def _text_map(name, tensors, card, keys):
+READERS = {"low_rank": _changes, "mask": _masks}  # other kinds say it themselves
+
+
+def _text_map(name, tensors, card, prefix):
+    keys = tuple(f"{prefix}.{part}" for part in MAP_PARTS)
     missing = set(keys) - tensors.keys()
     if missing:
         raise ErasureError(f'"{name}" lacks {", ".join(sorted(missing))}; it is damaged, save the adapter again.')
@@ -171,7 +219,7 @@ def _text_map(name, tensors, card, keys):
             f'"{name}" has terms for concept number {max(owners)} but names {len(card.concepts)} concepts; '
             "it is damaged, save the adapter again."
         )
-    return TextMap(a, b, owners)
+    return TextMap(a, b, owners, f"{prefix}.normed" in tensors)
 
 
 def _check_header(contents):

@@ -41,7 +41,7 @@ def parse(contents):
             rank = next(iter(parts["down"].shape), 1)
             parts["alpha"] = torch.tensor(_alpha(contents.name, settings, layer, rank))
         changes[layer] = low_rank(contents.name, layer, parts)
-    return ErasureAdapter(Card("LoRA", ()), None, contents.name, changes)
+    return ErasureAdapter(Card("LoRA", ()), {"low_rank": changes}, contents.name)
 
 
 def _split(key):

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ErasureError
-from ..families.sites import PARAMETERS, group, site
+from ..families.sites import PARAMETERS, site
+from ..families.table import role
 from .containers import TORCH
 
 log = logging.getLogger("membrane")
@@ -103,7 +104,7 @@ def _source(contents, layers, roots):
     """The method that writes files with such layers, as far as they tell."""
     if contents.outer & PARTS_OF_A_MODEL:
         return "Concept Ablation"
-    groups = {group(layer) for layer in layers}
+    groups = {role(layer) for layer in layers}
     if groups == {"cross_attention.value"}:
         return "SPEED" if contents.container == TORCH else "OCE"
     bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in contents.tensors.values())

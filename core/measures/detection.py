@@ -68,6 +68,15 @@ class Trace:
 # ---------------------------------------------------------------- calibration
 
 
+def require_enough(prompts):
+    """Raises ErasureError for a number of benign prompts that says nothing of what is normal."""
+    if prompts < FEWEST:
+        raise ErasureError(
+            f"A calibration needs at least {FEWEST} different benign prompts, one per line, but there are {prompts}; "
+            "add ordinary prompts like those you will test, 100 or more are better."
+        )
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Scores of ordinary prompts on one model under one set of settings.
@@ -80,11 +89,7 @@ class Calibration:
     scores: tuple
 
     def __post_init__(self):
-        if len(self.scores) < FEWEST:
-            raise ErasureError(
-                f"A calibration needs at least {FEWEST} different benign prompts, one per line, but there are "
-                f"{len(self.scores)}; add ordinary prompts like those you will test, 100 or more are better."
-            )
+        require_enough(len(self.scores))
 
     @property
     def mean(self):
@@ -98,6 +103,11 @@ class Calibration:
     def p99(self):
         """The score that 1 % of ordinary prompts exceed."""
         return float(np.quantile(self.scores, 0.99))
+
+    @property
+    def summary(self):
+        """How many prompts there were, and what is normal, as JSON."""
+        return {"prompts": len(self.scores), "mean": self.mean, "std": self.std, "p99": self.p99}
 
     def z(self, score):
         """How many standard deviations a score lies above the mean."""
@@ -118,9 +128,8 @@ class Calibration:
         """The text of a calibration file."""
         return json.dumps(
             {
-                "format": FORMAT, "version": VERSION, "settings": self.settings, "prompts": len(self.scores),
-                "mean": self.mean, "std": self.std, "p99": self.p99, "scores": list(self.scores),
-                "probe": list(self.probe),
+                "format": FORMAT, "version": VERSION, "settings": self.settings, **self.summary,
+                "scores": list(self.scores), "probe": list(self.probe),
             }
         )  # fmt: skip
 
@@ -155,12 +164,56 @@ def bright_ending(deltas, attention):
     return lengths.mean(dim=0) / attention.flatten(1).mean(dim=1).clamp(min=1e-12)
 
 
+def end_attention(layers, ends, size):
+    """Attention (B, h, w) of the places of a picture to each row's end token, the mean over heads and layers (Chen et
+    al. 2025): softmax(q k^T / sqrt(d)) at the end token, brought to the latents' size.
+
+    layers: [(queries (B, n, heads d), keys (B, T, heads d), heads)]; ends: B places in the text; size: (h, w) of the
+    latents. Raises ErasureError where a layer has other rows or places than the latents.
+    """
+    found = []
+    for q, k, heads in layers:
+        if len(q) != len(ends):
+            raise ErasureError(
+                f"A layer got {len(q)} rows for {len(ends)} pictures; another node splits the batch inside the "
+                "network, detect on the model before it or switch bright_ending off."
+            )
+        q, k = (y.float().unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k))
+        rows = []
+        for row, end in enumerate(ends):
+            logits = q[row] @ k[row].transpose(-1, -2) * q.shape[-1] ** -0.5
+            rows.append(logits.softmax(dim=-1)[..., end].mean(dim=0))
+        plane = torch.stack(rows).unflatten(-1, _plane(rows[0].numel(), size))
+        found.append(torch.nn.functional.interpolate(plane[:, None], size, mode="bilinear")[:, 0])
+    return torch.stack(found).mean(dim=0)
+
+
+def _plane(tokens, size):
+    """(height, width) of so many tokens, in a network that halves latents of a size and rounds up."""
+    height, width = size
+    while height * width > tokens:
+        height, width = math.ceil(height / 2), math.ceil(width / 2)
+    if height * width != tokens:
+        raise ErasureError(
+            f"A layer works on {tokens} places of latents {size[0]} x {size[1]}; another node changes the sizes inside "
+            "the network, detect on the model before it or switch bright_ending off."
+        )
+    return height, width
+
+
 def heat_map(attention, height, width):
     """Attention (h, w) as a picture's mask (height, width): least 0, most 1."""
     size = (height, width)
     large = torch.nn.functional.interpolate(attention[None, None], size, mode="bilinear", align_corners=False)[0, 0]
     low, high = large.min(), large.max()
     return (large - low) / (high - low).clamp(min=1e-12)
+
+
+def gradient_lengths(delta, vectors):
+    """Lengths (rows, T) of the gradient of a text part's length ||delta|| (rows, C, h, w) with respect to each of the
+    text vectors (rows, T, d): how much the text part depends on a token (Wen et al. 2024, section 4.1)."""
+    (gradient,) = torch.autograd.grad(magnitude(delta.float()).sum(), vectors)
+    return gradient.float().norm(dim=-1)
 
 
 @dataclass(frozen=True)

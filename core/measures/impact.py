@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapters.permeability import gate_values
+from ..adapters.gates import gate_values
 from ..adapters.plan import make_plan
 from ..errors import ErasureError
+from ..families.unet import TEXT
+from ..text.rows import counted
 
 
 @dataclass(frozen=True)
@@ -29,30 +31,30 @@ def relative_change(delta, vectors, weight_gram):
     return torch.sqrt(changed.clamp(min=0) / whole).item()
 
 
-def impacts(stack, encoded, weight_gram, concepts=None):
-    """Impact of a stack's text maps on each encoded prompt, the most changed first.
+def impacts(stack, encoded, weight_gram, concepts=None, entry=TEXT):
+    """Impact of a stack's maps of a text entry on each encoded prompt, the most changed first.
 
     Counted are the rows from the first word to the first end token: the start token is the same for every prompt,
     and padding repeats the end token. Time ranges do not count, every entry is taken to act. concepts: what gates
     that follow the text need. Raises ErasureError when an adapter changes layers, which the text does not show.
     """
-    other = next((e.adapter for e in stack.entries if e.acts and e.adapter.text_map is None), None)
+    other = next((e.adapter for e in stack.entries if e.acts and entry.name not in e.adapter.maps), None)
     if other is not None:
         raise ErasureError(
             f"The adapter {other.describe()} changes layers inside the model, not the text, so its impact cannot be "
             "seen before sampling; take it out of the stack that goes into the preview."
         )
-    plan = make_plan(stack, encoded.vectors.shape[-1], concepts)
+    plan = make_plan(stack, {entry: encoded.width}, concepts)
+    part = plan.maps.get(entry.name)
     found = []
-    for prompt in encoded.prompts:
-        ids = encoded.id_row(prompt)
-        rows = encoded.row(prompt)[1 : ids.index(encoded.end, 1) + 1]
+    for prompt in encoded:
+        rows = counted(prompt)
         gates = None
-        if plan.channels:
-            score = concepts.match(encoded.row(prompt)[None], [frozenset(ids)]) if concepts else None
-            gates = gate_values(plan.channels, score)
-        delta = plan.text.delta(rows[None], gates)[0] if plan.text else torch.zeros_like(rows)
-        found.append(Impact(prompt, relative_change(delta, rows, weight_gram)))
+        if plan.gates:
+            score = concepts.match(prompt.rows[None], [frozenset(prompt.ids)]) if concepts else None
+            gates = gate_values(plan.gates, score)
+        delta = part.delta(rows[None], gates)[0] if part else torch.zeros_like(rows)
+        found.append(Impact(prompt.prompt, relative_change(delta, rows, weight_gram)))
     return sorted(found, key=lambda impact: -impact.change)
 
 

@@ -69,26 +69,3 @@ def parse_templates(text):
 def fill(template, word):
     """The template with the word in it; an empty word leaves no double spaces."""
     return " ".join(template.replace("{}", word).split())
-
-
-def last_subject_token(prompt_ids, word_ids, end):
-    """Index of the last token of the word in the prompt.
-
-    prompt_ids: token ids of the whole context, start, end and padding included; word_ids: those of the
-    word alone; end: id of the end token. For an empty word, and for one that the prompt does not hold,
-    the token before the first end token (the published rule, attention-mask sum minus 2).
-    """
-    n = len(word_ids)
-    for start in range(len(prompt_ids) - n, -1, -1):
-        if n and prompt_ids[start : start + n] == word_ids:
-            return start + n - 1
-    return prompt_ids.index(end, 1) - 1
-
-
-def aligned_rows(target, replacement, first_target, first_replacement):
-    """Rows of both embeddings from the last subject token on, as many of each (UCE's published alignment).
-
-    target, replacement: (T, d). With f the later of the two places, T - f rows are taken from each.
-    """
-    count = len(target) - max(first_target, first_replacement)
-    return target[first_target : first_target + count], replacement[first_replacement : first_replacement + count]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from membrane.core.adapters.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.errors import ErasureError
 from membrane.core.formats import native
 from membrane.core.host.files import calibrations, folders
@@ -47,7 +48,7 @@ def everything(folder):
 
 
 def adapter():
-    return ErasureAdapter(Card("UCE", ("star",)), TextMap(torch.ones(4, 1), torch.ones(1, 4), (0,)))
+    return ErasureAdapter(Card("UCE", ("star",)), {"map": {"text": TextMap(torch.ones(4, 1), torch.ones(1, 4), (0,))}})
 
 
 @pytest.mark.parametrize("prefix", OUT)

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +15,8 @@ from membrane.core.measures.compare import built_in, by_pictures, compare, demo_
 from membrane.core.measures.record import Record, decoded_picture, encoded_picture, summarise
 from membrane.core.measures.report import attack_sheet, drift_map, grid, page, report
 from membrane.core.measures.scores import Prompt
+from membrane.tools.pixel_world import world
 from PIL import Image
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "tools" / "pixel_world")]
-import world  # noqa: E402
 
 
 class Shifted:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.errors import ErasureError
 from membrane.core.formats import kohya, native
 from membrane.core.formats.registry import load, load_weights
@@ -72,7 +73,7 @@ def test_spm(put):
     }
     adapter = load(put(tensors, SPM))
     assert adapter.card == Card("SPM", ("mickey", "mickey mouse")) and adapter.name == "x.safetensors"
-    assert adapter.text_map is None
+    assert adapter.maps.get("text") is None
     assert set(adapter.low_rank) == {SITE, "down_blocks_0_attentions_0_proj_in"}
     change = adapter.low_rank[SITE]
     assert change.alpha == 0.5 and change.rank == 1
@@ -503,7 +504,7 @@ def low_rank(rank=1, alpha=1.0, dtype=torch.float32):
 
 def export(tmp_path, changes, concepts=("star", "red heart"), **more):
     path = str(tmp_path / "out.safetensors")
-    adapter = ErasureAdapter(Card("SPM", concepts, family="SD15", licence="MIT"), None, "", changes)
+    adapter = ErasureAdapter(Card("SPM", concepts, family="SD15", licence="MIT"), {"low_rank": changes})
     kohya.save_low_rank(adapter, path, {layer: f"lora_unet_{layer}" for layer in changes}, **more)
     return path, adapter
 
@@ -550,7 +551,7 @@ def test_an_export_of_several_ranks_is_a_plain_lora(tmp_path):
 
 
 def test_an_export_for_another_model(tmp_path):
-    adapter = ErasureAdapter(Card("SPM", ("star",)), None, "", low_rank())
+    adapter = ErasureAdapter(Card("SPM", ("star",)), {"low_rank": low_rank()})
     with pytest.raises(ErasureError, match="lacks 3 of the 3 layers that star changes"):
         kohya.save_low_rank(adapter, str(tmp_path / "out.safetensors"), {})
     assert not os.listdir(tmp_path)
@@ -559,11 +560,11 @@ def test_an_export_for_another_model(tmp_path):
 def test_layers_may_share_a_factor(tmp_path):
     shared = randn(1, 6)
     changes = {name: LowRank(randn(8, 1), shared, 1.0) for name in ("a", "b")}
-    native.save(ErasureAdapter(Card("SPM", ("star",)), None, "", changes), str(tmp_path / "x.safetensors"))
+    native.save(ErasureAdapter(Card("SPM", ("star",)), {"low_rank": changes}), str(tmp_path / "x.safetensors"))
     assert set(load(str(tmp_path / "x.safetensors")).low_rank) == set(load(export(tmp_path, changes)[0]).low_rank)
 
 
 def test_registry_reads_native_files(tmp_path):
     path = str(tmp_path / "x.safetensors")
-    native.save(ErasureAdapter(Card("SPM", ("star",)), None, "", low_rank()), path)
+    native.save(ErasureAdapter(Card("SPM", ("star",)), {"low_rank": low_rank()}), path)
     assert set(load(path).low_rank) == set(low_rank())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from membrane.core.adapters.adapter import Mask
+from membrane.core.adapters.deltas.mask import Mask
 from membrane.core.erasers.pruning import Activity, locate, marks, overlap, report, squares, union
 from membrane.core.errors import ErasureError
 

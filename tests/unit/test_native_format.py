@@ -5,7 +5,9 @@ import os
 
 import pytest
 import torch
-from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.errors import ErasureError
 from membrane.core.formats import files, native
 from safetensors import safe_open
@@ -23,7 +25,7 @@ def adapter(width=16, concepts=("star", "heart, red")):
     card = Card(
         "UCE", tuple(concepts), tuple("x" * len(concepts)), "SD15", "abcd", {"anchor": 0.5, "templates": ["{}"]}
     )
-    return ErasureAdapter(card, text_map)
+    return ErasureAdapter(card, {"map": {"text": text_map}})
 
 
 def rewrite(path, change_tensors=None, change_metadata=None):
@@ -49,8 +51,10 @@ def test_round_trip(path):
     original, loaded = adapter(), native.load(path)
     assert loaded.card == original.card
     assert loaded.name == "star.safetensors"
-    assert torch.equal(loaded.text_map.a, original.text_map.a) and torch.equal(loaded.text_map.b, original.text_map.b)
-    assert loaded.text_map.concept == (0, 0, 1, 1)
+    assert torch.equal(loaded.maps["text"].a, original.maps["text"].a) and torch.equal(
+        loaded.maps["text"].b, original.maps["text"].b
+    )
+    assert loaded.maps["text"].concept == (0, 0, 1, 1)
 
 
 def test_metadata_is_what_model_browsers_read(path):
@@ -87,7 +91,7 @@ def put(key, value):
     ("tensors", "metadata", "message"),
     [
         (None, drop("membrane.format"), "is not a Membrane erasure adapter"),
-        (None, put("membrane.version", "4"), "format version 4, and this pack reads up to 3; update"),
+        (None, put("membrane.version", "5"), "format version 5, and this pack reads up to 4; update"),
         (None, put("membrane.version", "x"), "format version x"),
         (None, put("membrane.version", "\u00b2"), "format version"),
         (None, put("membrane.version", "9" * 5000), "format version 9"),
@@ -141,10 +145,10 @@ def layers():
 def test_changes_of_layers_round_trip(tmp_path, with_text_map, concepts):
     if with_text_map and not concepts:
         return
-    path, text_map = str(tmp_path / "x.safetensors"), adapter(concepts=concepts).text_map if with_text_map else None
-    native.save(ErasureAdapter(Card("ESD", concepts), text_map, "", layers()), path)
+    path, maps = str(tmp_path / "x.safetensors"), adapter(concepts=concepts).maps if with_text_map else {}
+    native.save(ErasureAdapter(Card("ESD", concepts), {"map": maps, "low_rank": layers()}), path)
     loaded = native.load(path)
-    assert loaded.card == Card("ESD", concepts) and (loaded.text_map is not None) == with_text_map
+    assert loaded.card == Card("ESD", concepts) and (loaded.maps.get("text") is not None) == with_text_map
     assert loaded.low_rank.keys() == layers().keys()
     for name, change in layers().items():
         found = loaded.low_rank[name]
@@ -158,7 +162,7 @@ def test_only_what_older_releases_cannot_read_is_version_two(path, tmp_path):
         assert file.metadata()["membrane.version"] == "1"
         assert set(file.keys()) == {"text_map.a", "text_map.b", "text_map.concept"}
     other = str(tmp_path / "layers.safetensors")
-    native.save(ErasureAdapter(Card("SPM", ("star",)), None, "", layers()), other)
+    native.save(ErasureAdapter(Card("SPM", ("star",)), {"low_rank": layers()}), other)
     with safe_open(other, framework="pt") as file:
         assert file.metadata()["membrane.version"] == "2"
         assert "low_rank.conv_in.bias" in file.keys() and "low_rank.down_blocks_0_attn2_to_k.alpha" in file.keys()
@@ -180,7 +184,7 @@ def test_only_what_older_releases_cannot_read_is_version_two(path, tmp_path):
 )
 def test_damaged_layers_are_named(tmp_path, change, message):
     path = str(tmp_path / "x.safetensors")
-    native.save(ErasureAdapter(Card("SPM", ("star",)), None, "", layers()), path)
+    native.save(ErasureAdapter(Card("SPM", ("star",)), {"low_rank": layers()}), path)
     rewrite(path, change)
     with pytest.raises(ErasureError, match=message):
         native.load(path)

@@ -5,14 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from membrane.core.demo.world import ASSETS
 from membrane.scripts.sweep import Server, Sweep, file_name, jobs_of
-from membrane.tools import comfy_server
+from membrane.tools.run import comfy_server
 
-pytestmark = [
-    pytest.mark.workflow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.workflow
 
 
 def test_one_of_two_servers_is_killed(server, server_host, tmp_path):

@@ -79,18 +79,25 @@ export async function adapterNames() {
 /** True when nodes are drawn as elements of the page (Nodes 2.0) and not on the canvas. */
 export const drawsNodesAsElements = () => globalThis.LiteGraph?.vueNodesMode === true;
 
+/** Does something whenever a method of an object has been called, which it may have or not. */
+export function after(object, method, action) {
+    const before = object[method];
+    object[method] = function (...args) {
+        const result = before?.apply(this, args);
+        action();
+        return result;
+    };
+}
+
 /** Does something now and then as long as a node is in a graph, soon after it got there first. */
 export function whileInGraph(node, action, milliseconds) {
     const timers = [];
-    const { onAdded, onRemoved } = node;
-    node.onAdded = function (...args) {
-        onAdded?.apply(this, args);
+    after(node, "onAdded", () => {
         timers.push(setInterval(action, milliseconds), setTimeout(action, 0), setTimeout(action, 100));
-    };
-    node.onRemoved = function (...args) {
+    });
+    after(node, "onRemoved", () => {
         for (const timer of timers.splice(0)) clearInterval(timer); // which ends a timeout as well
-        onRemoved?.apply(this, args);
-    };
+    });
 }
 
 /**

@@ -1,10 +1,13 @@
 """Double Projections (CVPR 2026): the concept is projected on what is safe, the update on what is not preserved."""
 
+from dataclasses import dataclass
+
 import torch
 
+from .groups import SUBJECT, preserved_rows, safe_surrogates, token_groups
+from .method import Method
 from .solver import (
     RANK_TOLERANCE,
-    by_concept,
     group_sizes,
     outside,
     protected_basis,
@@ -57,6 +60,25 @@ def double_projection_of(groups, retained, **settings):
     return text_map(double_projection_terms(groups, retained, **settings), group_sizes(groups), width)
 
 
-def double_projection(targets, anchors, retained, concept, count, **settings):
-    """TextMap of stacked rows: targets, anchors (N, d); concept (N,) long, owner; see double_projection_of()."""
-    return double_projection_of(by_concept(targets, anchors, concept, count), retained, **settings)
+@dataclass(frozen=True)
+class Settings:
+    """tau: for preserve lists with as many vectors as the text is wide; safe_anchor: replace by what the preserved
+    vectors and the surrogates can express of the concept (published) instead of by the surrogate; tokens: as for
+    SPEED."""
+
+    tau: float = 0.1
+    safe_anchor: bool = True
+    tokens: str = SUBJECT
+
+
+def solve(job, encoded, weight_gram=None, on_round=None):
+    """TextMap of a job, see Method."""
+    groups, retained = token_groups(job, encoded), preserved_rows(job, encoded, job.captions())
+    safe = torch.cat([retained, *safe_surrogates(job, groups)]) if job.settings.safe_anchor else None
+    names = [concept.text for concept in job.concepts]
+    return double_projection_of(groups, retained, safe=safe, tau=job.settings.tau, names=names)
+
+
+PRESET = {"tau": 0.1, "tokens": SUBJECT}  # no kinds are published
+PRESETS = dict.fromkeys(("object", "style", "person", "nudity"), PRESET)
+DOUBLE_PROJECTIONS = Method("Double Projections", Settings, solve, presets=PRESETS, finds_surrogate=True)

@@ -4,11 +4,15 @@ The published loop edits every cross-attention matrix; with W_l -> W_l P for all
 needs P and the Gram matrix S of the original weights.
 """
 
+from dataclasses import asdict, dataclass
+
 import torch
 
 from ...errors import ErasureError
-from .solver import by_concept, cross_gram, gram, group_sizes, ridge, runs, shared, solve_rows, stacked, text_map
-from .uce import target_rows, uce_solver, uce_terms
+from .groups import aligned_groups, whole_groups
+from .method import Method
+from .solver import cross_gram, gram, group_sizes, ridge, runs, shared, solve_rows, stacked, text_map
+from .uce import PRESET, Scales, target_rows, uce_of, uce_solver, uce_terms
 
 PENALTIES = ("length", "outputs", "distance", "both", "replacement")  # what the penalty is on, see Derivation
 
@@ -211,22 +215,25 @@ def rece_of(groups, full_groups, preserve, weight_gram, *, epochs=1, **settings)
     return text_map(terms, sizes, len(weight_gram))
 
 
-def rece(
-    targets,
-    replacements,
-    preserve,
-    concept,
-    full_targets,
-    full_replacements,
-    full_concept,
-    weight_gram,
-    count,
-    **settings,
-):
-    """TextMap of stacked rows: targets, replacements (E, d), full_targets, full_replacements (M, d).
+@dataclass(frozen=True)
+class Settings(Scales):
+    """UCE's scales; epochs, penalty, penalty_on: RECE's rounds, and the weight and object of the penalty on its derived
+    embeddings."""
 
-    concept (E,) and full_concept (M,): long, owner of each row; count: number of concepts; see rece_of().
-    """
-    groups = by_concept(targets, replacements, concept, count)
-    full_groups = by_concept(full_targets, full_replacements, full_concept, count)
-    return rece_of(groups, full_groups, preserve, weight_gram, **settings)
+    epochs: int = 1
+    penalty: float = 0.1
+    penalty_on: str = PENALTIES[0]
+
+
+def solve(job, encoded, weight_gram=None, on_round=None):
+    """TextMap of a job, see Method; without a weight_gram, which embeddings are derived from, its UCE part."""
+    groups, preserve = aligned_groups(job, encoded), [encoded[p].rows for p in job.preserved()]
+    settings = asdict(job.settings)
+    if weight_gram is None:
+        return uce_of(groups, preserve, **{name: settings[name] for name in asdict(Scales())})
+    return rece_of(groups, whole_groups(job, encoded), preserve, weight_gram, on_epoch=on_round, **settings)
+
+
+OBJECT = PRESET | {"penalty_on": PENALTIES[0], "epochs": 1, "penalty": 0.1}  # of the published scripts
+PRESETS = {"object": OBJECT, "style": OBJECT | {"penalty": 0.001}, "person": OBJECT, "nudity": OBJECT | {"epochs": 3}}
+RECE = Method("RECE", Settings, solve, True, PRESETS, by_preserved=True, rounds=lambda settings: settings.epochs)

@@ -7,7 +7,7 @@ needed does not grow with the number of preserved prompts.
 import numpy as np
 import torch
 
-from ...adapters.adapter import TextMap
+from ...adapters.deltas.text_map import TextMap
 from ...errors import ErasureError
 
 RANK_TOLERANCE = 1e-7  # of the largest singular value; float32 storage cannot hold less

@@ -6,10 +6,14 @@ instead of W D, so that one map serves every layer (the paper's ablation finds e
 nearly as good), and directed prior augmentation is left out, because it draws along singular vectors of each W.
 """
 
+from dataclasses import asdict, dataclass
+
 import torch
 
 from ...errors import ErasureError
-from .solver import batches, by_concept, gram, group_sizes, outside, protected_basis, require_outside, stacked, text_map
+from .groups import ALL, SUBJECT, preserved_rows, token_groups
+from .method import Method
+from .solver import batches, gram, group_sizes, outside, protected_basis, require_outside, stacked, text_map
 
 CENTROIDS = 3  # of the empty prompt's rows after the start token, as published
 KMEANS_ROUNDS = 25
@@ -118,6 +122,33 @@ def speed_of(groups, retained, empty, **settings):
     return text_map(terms, group_sizes(groups), retained.shape[1])
 
 
-def speed(targets, anchors, retained, empty, concept, count, **settings):
-    """TextMap of stacked rows: targets, anchors (N, d); concept (N,) long, owner of each; see speed_of()."""
-    return speed_of(by_concept(targets, anchors, concept, count), retained, empty, **settings)
+@dataclass(frozen=True)
+class Settings:
+    """tau: the mean square from which a direction of the preserved vectors is protected; rho: the ridge; lam: slack of
+    what the start token and the empty prompt keep; prior_filter: protect only what the erasure would disturb; tokens:
+    the vector of the last "subject" token of each prompt, or of "all" tokens but the start token."""
+
+    tau: float = 0.1
+    rho: float = 1.0
+    lam: float = 0.0
+    prior_filter: bool = True
+    tokens: str = SUBJECT
+
+
+def solve(job, encoded, weight_gram=None, on_round=None):
+    """TextMap of a job, see Method."""
+    settings = {name: value for name, value in asdict(job.settings).items() if name != "tokens"}
+    retained = preserved_rows(job, encoded, job.retained_captions())
+    names = [concept.text for concept in job.concepts]
+    return speed_of(token_groups(job, encoded), retained, encoded[""].rows, **settings, names=names)
+
+
+# of the published script
+OBJECT = {"tau": 0.1, "rho": 1.0, "lam": 0.0, "prior_filter": True, "tokens": SUBJECT}
+PRESETS = {
+    "object": OBJECT,
+    "style": OBJECT,
+    "person": OBJECT | {"tau": 1e-4, "rho": 0.05, "prior_filter": False},
+    "nudity": OBJECT | {"rho": 0.7, "lam": 0.5, "tokens": ALL},
+}
+SPEED = Method("SPEED", Settings, solve, presets=PRESETS)

@@ -1,6 +1,10 @@
 """Unified Concept Editing (Gandikota et al., WACV 2024) in its weight-free form."""
 
-from .solver import by_concept, gram, group_sizes, ridge, runs, stacked, text_map
+from dataclasses import asdict, dataclass
+
+from .groups import aligned_groups
+from .method import Method
+from .solver import gram, group_sizes, ridge, runs, stacked, text_map
 
 
 def target_rows(groups):
@@ -37,9 +41,20 @@ def uce_of(groups, preserve, *, erase_scale=1.0, **scales):
     return text_map(uce_terms(groups, solve, erase_scale), group_sizes(groups), len(base))
 
 
-def uce(targets, replacements, preserve, concept, count, **scales):
-    """TextMap of UCE of stacked rows: targets, replacements (E, d), preserve (F, d).
+@dataclass(frozen=True)
+class Scales:
+    """The weights of UCE's three terms."""
 
-    concept: (E,) long, which concept a target row belongs to; count: how many there are.
-    """
-    return uce_of(by_concept(targets, replacements, concept, count), preserve, **scales)
+    erase_scale: float = 1.0
+    preserve_scale: float = 1.0
+    anchor: float = 0.5
+
+
+def solve(job, encoded, weight_gram=None, on_round=None):
+    """TextMap of a job, see Method."""
+    return uce_of(aligned_groups(job, encoded), [encoded[p].rows for p in job.preserved()], **asdict(job.settings))
+
+
+PRESET = {"erase_scale": 1.0, "anchor": 0.5}
+PRESETS = dict.fromkeys(("object", "style", "person", "nudity"), PRESET)
+UCE = Method("UCE", Scales, solve, presets=PRESETS, by_preserved=True)

@@ -6,7 +6,6 @@ text transformer (hosts of March 2024 fix CLIP's vocabulary in code).
 
 import comfy.latent_formats
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...demo.world import ASSETS, LATENT_RGB_FACTORS, TextTransformer, load_config, taesd_state_dict
 from ...errors import ErasureError
+from ..compat import embedding_class, load_weights, patcher_class
 
 VARIANTS = ("day", "night")
 _REINSTALL = "install Membrane again to restore the demo model"
@@ -46,8 +46,7 @@ class _TextModel(TextTransformer):
 
     def __init__(self, config, dtype, device, operations):
         class Operations(operations):
-            # hosts of March 2024 cast every kind of layer but embeddings
-            Embedding = getattr(operations, "Embedding", torch.nn.Embedding)
+            Embedding = embedding_class(operations)
 
         super().__init__(config["text"], Operations, dtype=dtype, device=device)
 
@@ -145,15 +144,9 @@ def _model(variant, disable_dynamic):
     out = model.diffusion_model.out
     channels = sizes["model_channels"] * sizes["channel_mult"][0]
     out[2] = type(out[2])(channels, sizes["out_channels"], 3, padding=1, dtype=dtype, device=offload)
-    plain = comfy.model_patcher.ModelPatcher
-    make = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
-    patcher = make(model, load_device=device, offload_device=offload)
+    patcher = patcher_class(not disable_dynamic)(model, load_device=device, offload_device=offload)
     _require(model.diffusion_model.state_dict(), weights, "U-Net", variant)
-    weights = {k: w.to(dtype) for k, w in weights.items()}
-    if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
-        model.load_model_weights(weights, "", assign=True)
-    else:
-        model.load_model_weights(weights, "")
+    load_weights(patcher, {k: w.to(dtype) for k, w in weights.items()})
     return patcher
 
 

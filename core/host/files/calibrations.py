@@ -5,30 +5,24 @@ import json
 import os
 
 import folder_paths
-import torch
 
 from ...errors import ErasureError
-from ...measures.detection import Calibration
+from ...measures.detection import FEWEST, Calibration
 from ...measures.record import write_whole
 from ..model.layers import family
-from ..runs.sampling import conditioning, denoised, seeded_noise
+from ..runs.sampling import conditioning, probe, probe_point
 from .folders import CATEGORY, not_saved
 
 PROBED = ("", "a photo of a dog", "an oil painting of a city at night")
-NUMBERS = 256  # of each answer
+NUMBERS, DIGITS = 256, 6  # of each answer
 LARGEST = 1 << 24  # bytes of a calibration
 
 
-def probe(model, clip, settings):
-    """Numbers of what a MODEL makes of one noise for some texts: weights, LoRAs, erasures, text encoder and clip skip
-    all show in them."""
-    _, noise = seeded_noise(model, [0], settings)
-    sigma = torch.tensor([float(model.model.model_sampling.percent_to_sigma(0.4))])
-    found = []
-    for text in PROBED:
-        seen = denoised(model, conditioning(clip, text), [(noise * sigma, sigma)])[0].flatten()
-        found += [round(float(v), 6) for v in seen[:: max(1, len(seen) // NUMBERS)][:NUMBERS]]
-    return tuple(found)
+def model_probe(model, clip, settings):
+    """Numbers of what a MODEL makes of one noise for some texts, by which it is known again."""
+    point = probe_point(model, settings)
+    found = [probe(model, conditioning(clip, text), point, NUMBERS, DIGITS) for text in PROBED]
+    return tuple(sum(found, []))
 
 
 def _folder():
@@ -76,6 +70,26 @@ def find(model, settings, numbers):
     if damage is not None:
         raise damage
     return None, None
+
+
+def calibrate(detector, prompts, on_evaluations=lambda done: None):
+    """(Calibration, where it is) of benign prompts under a Detector's settings, stored for later."""
+    ordinary = detector.measure(detector.texts(prompts), on_evaluations=on_evaluations)
+    numbers = model_probe(detector.model, detector.clip, detector.settings)
+    found = Calibration(detector.said, numbers, tuple(trace.score for trace in ordinary.traces))
+    return found, f"stored as calibration/{store(detector.model, found)}"
+
+
+def calibration_for(detector):
+    """(Calibration, where it is) that fits a Detector's model and settings, or (None, what to do about it)."""
+    numbers = model_probe(detector.model, detector.clip, detector.settings)
+    found, name = find(detector.model, detector.said, numbers)
+    if found is not None:
+        return found, f"calibration/{name}"
+    return None, (
+        "this model has no calibration for these settings. Write ordinary prompts into benign_prompts once "
+        f"({FEWEST} or more, better 100)."
+    )
 
 
 def store(model, calibration):

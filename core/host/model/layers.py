@@ -1,25 +1,26 @@
 """The layers of the host's model and the names that adapters know them by."""
 
 import comfy.lora
-import comfy.model_management
 import comfy.ops
 import torch
 
 from ...errors import ErasureError
 from ...families.sites import site
+from ...families.table import family_of
+from ..compat import ensure_uncompiled
 
-WEIGHT = ".weight"
+NETWORK, WEIGHT = "diffusion_model.", ".weight"
 
 
 def denoiser(model):
-    """The network of a MODEL as its layers are named.
-
-    Hosts of 2024 put a torch.compile wrapper in its place for as long as the compiled MODEL is loaded; every name
-    below it is another one then, also for the host's own LoRA loader. Unloading puts the network back.
-    """
-    if hasattr(model.model.diffusion_model, "_orig_mod"):
-        comfy.model_management.unload_all_models()
+    """The network of a MODEL as its layers are named."""
+    ensure_uncompiled(model)
     return model.model.diffusion_model
+
+
+def model_family(model):
+    """The Family of a MODEL, by the host's configuration of it."""
+    return family_of([kind.__name__.lstrip("_") for kind in type(model.model.model_config).__mro__])
 
 
 def family(model):
@@ -27,26 +28,51 @@ def family(model):
     return type(model.model.model_config).__name__.lstrip("_")
 
 
+def text_entries(model):
+    """{TextEntry: width of its vectors, None where the model does not say} of a MODEL.
+
+    Raises ErasureError for a model whose text no map can act on.
+    """
+    return {
+        entry: None if entry.pooled else _width(model, entry) for entry in (model_family(model).text, *_others(model))
+    }
+
+
+def _others(model):
+    """The entries beside the main one that the model has."""
+    return [entry for entry in model_family(model).entries[1:] if next(readers(model, entry), None)]
+
+
 def context_width(model):
-    """Width of the text vectors a MODEL reads; raises for models without text cross-attention."""
-    width = getattr(model.model.model_config, "unet_config", {}).get("context_dim")
-    if isinstance(width, (list, tuple)):
-        width = width[0]
-    reads = next((module.in_features for _, module in cross_attention_layers(model)), None)
-    if width is None or reads != width:
+    """Width of the text vectors a MODEL reads first; raises ErasureError for a model whose text no map can act on."""
+    return _width(model, model_family(model).text)
+
+
+def _width(model, entry):
+    found = next((module.in_features for _, module in readers(model, entry)), None)
+    if entry.width:
+        stated = getattr(model.model.model_config, "unet_config", {}).get(entry.width)
+        stated = stated[0] if isinstance(stated, (list, tuple)) else stated
+        found = found if found == stated else None
+    if found is None:
         raise ErasureError(
             f"The model {type(model.model).__name__} has no cross-attention that reads the text directly "
-            "(no matching attn2.to_k layers were found); "
+            f"(no matching {entry.readers[0]} layers were found); "
             "closed-form erasure needs a Stable Diffusion 1, 2 or XL type U-Net."
         )
-    return int(width)
+    return int(found)
+
+
+def readers(model, entry):
+    """(key of the weight, module) of the layers of a MODEL that read a text entry first, in the network's order."""
+    for name, module in denoiser(model).named_modules():
+        if entry.reads(name) and hasattr(module, "in_features"):
+            yield f"{NETWORK}{name}{WEIGHT}", module
 
 
 def cross_attention_layers(model):
-    """(key of the weight, module) of the key and value layers that read the text, in the U-Net's order."""
-    for name, module in denoiser(model).named_modules():
-        if name.endswith(("attn2.to_k", "attn2.to_v")):
-            yield f"diffusion_model.{name}.weight", module
+    """The same for the main text entry."""
+    return readers(model, model_family(model).text)
 
 
 def reads_pooled(model):
@@ -57,7 +83,7 @@ def reads_pooled(model):
 def layer_keys(model):
     """{site: key} for every spelling the host's own LoRA loader knows; a key is that of a weight, or the host's
     tuple of it and the part of it that the name stands for, where the host fuses layers."""
-    denoiser(model)
+    ensure_uncompiled(model)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     return {site(name): key for name, key in names.items() if plain_key(key).endswith(WEIGHT)}
 
@@ -70,7 +96,7 @@ def plain_key(key):
 def modules(model):
     """{key of the weight: module} of the denoiser's layers."""
     named = denoiser(model).named_modules()
-    return {f"diffusion_model.{name}{WEIGHT}": module for name, module in named if hasattr(module, "weight")}
+    return {f"{NETWORK}{name}{WEIGHT}": module for name, module in named if hasattr(module, "weight")}
 
 
 def layer_weight(module, like):
@@ -88,16 +114,14 @@ def parameter_count(model):
     return sum(parameter.numel() for parameter in denoiser(model).parameters())
 
 
-def require_fit(model, stack, keys):
+def require_fit(model, stack):
     """Checks the changes of layers of a stack against a MODEL; returns how many of them the model has no layer for.
 
     Raises ErasureError when an adapter has no layer in common with the model or a change has another shape.
     """
-    layers, missing = modules(model), 0
-    for entry in stack.entries:
-        adapter = entry.adapter
-        if not adapter.sites:
-            continue
+    adapters = [entry.adapter for entry in stack.entries if entry.adapter.sites]
+    layers, keys, missing = (modules(model), layer_keys(model), 0) if adapters else ({}, {}, 0)
+    for adapter in adapters:
         known = [name for name in adapter.sites if name in keys]
         if not known:
             made_for = f" (made for {adapter.card.family})" if adapter.card.family else ""
@@ -113,14 +137,17 @@ def require_fit(model, stack, keys):
 
 
 def _require_shape(model, adapter, name, key, layer):
-    wanted, change = _shape(layer, key), adapter.low_rank.get(name)
-    if change is not None and wanted is not None:
-        found = (len(change.up), *change.down.shape[1:])
-        if found != wanted and (*found, 1, 1) != wanted:
+    wanted = _shape(layer, key)
+    for _, place, delta in adapter.of_layers:
+        if place != name:
+            continue
+        found = delta.shape
+        # a change of low rank fits a 1x1 convolution and part of a fused layer as well
+        low_rank = delta.low_rank() is not None
+        if low_rank and (wanted is None or found == wanted or (*found, 1, 1) == wanted):
+            continue
+        if low_rank or found != wanted or not isinstance(key, str):
             raise _other_shape(model, adapter, name, found, wanted)
-    mask = adapter.masks.get(name)
-    if mask is not None and (mask.shape != wanted or not isinstance(key, str)):
-        raise _other_shape(model, adapter, name, mask.shape, wanted)
 
 
 def _other_shape(model, adapter, name, found, wanted):

@@ -6,6 +6,8 @@ import latent_preview
 import torch
 from server import PromptServer
 
+from ..compat import show_text
+
 
 class Progress:
     """A progress bar of `total` steps over several phases; raises when the user has pressed Cancel."""
@@ -29,8 +31,8 @@ class Progress:
     def say(self, text, node):
         """Shows a line of text on a node, where the host can."""
         server = getattr(PromptServer, "instance", None)
-        if node is not None and hasattr(server, "send_progress_text"):
-            server.send_progress_text(text, node)
+        if node is not None:
+            show_text(server, text, node)
 
     def next_phase(self, finished):
         """A phase of `finished` steps is over."""

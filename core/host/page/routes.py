@@ -11,7 +11,7 @@ import json
 from server import PromptServer, web
 
 from ...adapters.adapter import ErasureAdapter
-from ...adapters.row_openings import openings_by_words
+from ...adapters.gates import openings_by_words
 from ...adapters.stack_json import from_json, names
 from ...errors import ErasureError
 from ...formats.labels import label
@@ -91,12 +91,7 @@ def _openings(stack_json, text):
     stack = from_json(stack_json, card_only, "")
     return {
         "rows": [
-            {
-                "index": opening.row.index,
-                "adapter": opening.row.adapter.name,
-                "mode": opening.row.mode,
-                "value": round(opening.value, 4),
-            }
-            for opening in openings_by_words(stack, text)
+            {"index": row.index, "adapter": row.adapter.name, "mode": row.mode, "value": round(value, 4)}
+            for row, value in ((stack.entries[n], v) for n, v in openings_by_words(stack, text).items())
         ]
     }

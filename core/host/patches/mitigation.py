@@ -1,76 +1,56 @@
-"""Mitigations while sampling that need no gradients: guidance that waits until the picture is under way, and attention
-that leans on the start token instead of the end tokens.
-"""
+"""Puts the mitigations of core/erasers/mitigation.py on a MODEL: they act while it samples."""
 
-import copy
 import logging
 import weakref
 
 import comfy.conds
 import torch
 
+from ...adapters.patch import Patch
+from ...erasers.mitigation import LEAVE, Transition, pull, reweighted_attention, switched, token_codes
 from ...errors import ErasureError
 from ..model.layers import context_width, cross_attention_layers
 from ..text.known_tokens import PROMPTS
-from .stack import APPLY_MODEL, EXTRA_CONDS, ErasedConditioning, ErasedSteps
+from .conditioning import EXTRA_CONDS
+from .places import put_below
+from .steps import APPLY_MODEL
 
 log = logging.getLogger("membrane")
 TOKENS = "membrane_tokens"
-LEAVE, START, PADDING = 0.0, 1.0, 2.0  # what is done to a token
-SAME = 1e-5  # relative difference below which two noise levels are one
-
-
-class Run:
-    """What GuidanceSwitch has seen of one sampling, for each picture (B,)."""
-
-    def __init__(self, mark, like):
-        self.mark = mark
-        self.lowest, self.last, self.before = (torch.full_like(like, torch.inf) for _ in range(3))
-        self.open = torch.zeros_like(like, dtype=torch.bool)
-
-    def see(self, sigma, length):
-        """Opens pictures whose text part has grown since the noise level before, which was a local minimum."""
-        fresh = sigma < self.lowest * (1 - SAME)
-        counts = fresh | (sigma <= self.lowest * (1 + SAME))  # not on the way back up, as restarts and churn go
-        self.before = torch.where(fresh, self.last, self.before)
-        self.last = torch.where(counts, length, self.last)
-        self.lowest = torch.minimum(self.lowest, sigma)
-        self.open = self.open | (counts & (self.last > self.before))
 
 
 class GuidanceSwitch:
     """A post-CFG function: another guidance scale until a transition, for each picture of the batch.
 
-    Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause Memorization", CVPR 2025.
-    until: part of the sampling (0 to 1), or None for the first local minimum of the text part's length ||D_c - D_u|| /
-    sigma. strength: 1 takes the prediction at the other scale, 0 the usual one.
+    until: part of the sampling (0 to 1), or None for the Transition that each picture shows. strength: 1 takes the
+    prediction at the other scale, 0 the usual one.
     """
 
     def __init__(self, scale, until, strength):
         self.scale, self.until, self.strength = scale, until, strength
-        self.run = None
+        self.sampling, self.transition = None, None
 
     def __call__(self, args):
         usual, conditional, unconditional = args["denoised"], args["cond_denoised"], args["uncond_denoised"]
         if args["uncond"] is None or unconditional is None:  # a guider without a negative side
             return usual
-        part = conditional - unconditional
-        waits = self._waits(args, part)
-        other = unconditional + self.scale * part
-        if self.strength != 1:
-            other = usual + self.strength * (other - usual)
-        return torch.where(waits.view(-1, *[1] * (usual.dim() - 1)), other, usual)
+        return switched(usual, conditional, unconditional, self._waits(args), self.scale, self.strength)
 
-    def _waits(self, args, part):
+    def _waits(self, args):
         """Which pictures (B,) are before their transition."""
-        sigma = args["sigma"].float().expand(len(part))
+        conditional = args["cond_denoised"]
+        sigma = args["sigma"].float().expand(len(conditional))
         if self.until is not None:
             return sigma > float(args["model"].model_sampling.percent_to_sigma(self.until))
-        run = self.run
-        if run is None or run.mark() is not _mark(args["cond"]) or len(run.lowest) != len(sigma):
-            run = self.run = Run(weakref.ref(_mark(args["cond"])), sigma)
-        run.see(sigma, part.float().flatten(1).norm(dim=1) / sigma)
-        return ~run.open
+        transition = self._transition(_mark(args["cond"]), sigma)
+        transition.see(sigma, pull(conditional, args["uncond_denoised"], sigma))
+        return ~transition.open
+
+    def _transition(self, mark, sigma):
+        """The Transition of the sampling under way, a new one for another sampling."""
+        if self.sampling is None or self.sampling() is not mark or len(self.transition.lowest) != len(sigma):
+            self.sampling, self.transition = weakref.ref(mark), Transition(sigma)
+        return self.transition
 
     def __deepcopy__(self, memo):
         return type(self)(self.scale, self.until, self.strength)
@@ -100,16 +80,14 @@ class Rows:
         self.codes = None
 
 
-class TokenCodes:
+class TokenCodes(Patch):
     """Stands in for the base model's `extra_conds`: tells start token and padding of each positive conditioning."""
 
-    def __init__(self, base, previous):
-        self.base, self.previous = base, previous
+    function = EXTRA_CONDS
 
     def __call__(self, **kwargs):
-        original = self.previous or type(self.base).extra_conds.__get__(self.base)
         text = kwargs.pop("membrane_text", kwargs.get("cross_attn"))
-        out = original(**kwargs)
+        out = self.original(**kwargs)
         if text is not None:
             # repeated along with the text where the host evens out lengths
             codes = comfy.conds.CONDCrossAttn(
@@ -130,58 +108,37 @@ class TokenCodes:
                     "token re-weighting leaves it as it is"
                 )
                 continue
-            at = 0
-            for length, end in contexts:
-                codes[row, at] = START
-                codes[row, at + end + 1 : at + length] = PADDING
-                at += length
+            codes[row] = token_codes(contexts)[:, None]
         return codes
 
-    def __deepcopy__(self, memo):
-        return self
 
-
-class TokenSteps:
+class TokenSteps(Patch):
     """Stands in for the base model's `apply_model`: lends the codes of the rows to the attention for one call."""
 
-    def __init__(self, base, rows, previous):
-        self.base, self.rows, self.previous = base, rows, previous
+    function = APPLY_MODEL
+
+    def __init__(self, base, rows):
+        super().__init__(base)
+        self.rows = rows
 
     def __call__(self, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
-        original = self.previous or type(self.base).apply_model.__get__(self.base)
         codes, before = kwargs.pop(TOKENS, None), self.rows.codes
         try:
             self.rows.codes = None if codes is None else codes[..., 0]
-            return original(x, t, c_concat, c_crossattn, *args, **kwargs)
+            return self.original(x, t, c_concat, c_crossattn, *args, **kwargs)
         finally:
             self.rows.codes = before
 
-    def __deepcopy__(self, memo):
-        return self
-
 
 class Reweighted:
-    """Cross-attention softmax(q k^T / sqrt(d)) v with start token logits times a factor and padding left out.
-
-    Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention",
-    ECCV 2024, section 5. strength: between the usual attention and that.
-    """
+    """Stands in for cross-attention: reweighted_attention() by the codes of the rows in the network."""
 
     def __init__(self, rows, factor, strength):
-        self.rows, self.strength = rows, strength
-        self.factor = 1 + strength * (factor - 1)
+        self.rows, self.factor, self.strength = rows, factor, strength
 
     def __call__(self, q, k, v, options):
-        heads, codes = options["n_heads"], self.rows.codes
-        if codes is None:
-            codes = k.new_full((1, 1), LEAVE)
-        codes = codes.to(k.device).repeat_interleave(len(k) // len(codes), dim=0)
-        codes = torch.nn.functional.pad(codes, (0, k.shape[1] - codes.shape[1]), value=LEAVE)  # tokens others appended
-        k = torch.where((codes == START)[..., None], k * self.factor, k)
-        weight = torch.where(codes == PADDING, 1 - self.strength, 1.0).to(q.dtype)
-        q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
-        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=weight.log()[:, None, None])
-        return found.transpose(1, 2).flatten(2)
+        codes = k.new_full((1, 1), LEAVE) if self.rows.codes is None else self.rows.codes
+        return reweighted_attention(q, k, v, options["n_heads"], codes, self.factor, self.strength)
 
     def __deepcopy__(self, memo):
         return self
@@ -204,8 +161,8 @@ def reweight_tokens(model, factor, strength):
             "one can do; choose another method, or take the other node away."
         )
     patched, base, rows = model.clone(), model.model, Rows()
-    _below(patched, EXTRA_CONDS, ErasedConditioning, TokenCodes(base, None))
-    _below(patched, APPLY_MODEL, ErasedSteps, TokenSteps(base, rows, None))
+    put_below(patched, EXTRA_CONDS, TokenCodes(base))
+    put_below(patched, APPLY_MODEL, TokenSteps(base, rows))
     attention = Reweighted(rows, factor, strength)
     for block in blocks(model):
         patched.set_model_attn2_replace(attention, *block)
@@ -220,15 +177,3 @@ def blocks(model):
         name = part.split("_")[0]
         found[name, 0 if name == "middle" else int(number)] = None
     return list(found)
-
-
-def _below(patched, name, ours, patch):
-    """Puts a patch in a place of the base model, below an erasure, which may be exchanged later for another."""
-    erasure = patched.object_patches.get(name)
-    if isinstance(erasure, ours):
-        patch.previous, erasure = erasure.previous, copy.copy(erasure)
-        erasure.previous = patch
-        patched.add_object_patch(name, erasure)
-    else:
-        patch.previous = erasure
-        patched.add_object_patch(name, patch)

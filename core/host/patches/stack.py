@@ -1,191 +1,34 @@
-"""Puts a plan on a clone of the host's MODEL.
+"""Puts a stack on a clone of the host's MODEL.
 
-The text part acts on each conditioning when the host prepares it (`extra_conds` of the base model), so it costs
-nothing per step. The gates of each conditioning are computed there too and travel with it, so the host puts them
-into the batch in whatever order it uses; `apply_model` receives them and publishes them to the gated layers for
-the duration of one call. All are object patches, which every host from March 2024 on undoes by itself when it
-switches to another clone. What is not gated goes to the host's own patch list.
+A map of the text acts on each conditioning when the host prepares it (`extra_conds` of the base model), so it costs
+nothing per step; behind a norm it acts on the input of the layers that read the text. The gates of each conditioning
+are computed there too and travel with it, so the host puts them into the batch in whatever order it uses;
+`apply_model` receives them and lends them to the gated layers for the duration of one call. All are object patches,
+which every host from March 2024 on undoes by itself when it switches to another clone. What is not gated goes to the
+host's own patch list.
 """
 
 import logging
-import weakref
+from dataclasses import replace
 
-import comfy.conds
 import comfy.lora
-import torch
 
-from ...adapters.bypass import Bypass, Part, Pruning, Rows
-from ...adapters.permeability import OFF, SAME, Concepts, gate_values
-from ...adapters.plan import joined, make_plan, wanted_concepts
+from ...adapters.beside import Bypass, Changes, Rows
+from ...adapters.deltas.delta import KINDS, OPEN
+from ...adapters.deltas.low_rank import Part
+from ...adapters.gates import gated, wanted_concepts
+from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
-from ..model.layers import context_width, layer_keys, layer_weight, modules, plain_key, require_fit
-from ..page.live import publish
+from ...text.similarity import concepts_of
+from ..model.layers import layer_keys, layer_weight, modules, plain_key, readers, require_fit, text_entries
 from ..text.encode import encode
 from ..text.known_tokens import PROMPTS
+from .conditioning import EXTRA_CONDS, ErasedConditioning
+from .places import foreign
+from .steps import APPLY_MODEL, ErasedSteps
 
 log = logging.getLogger("membrane")
-EXTRA_CONDS, APPLY_MODEL = "extra_conds", "apply_model"
-GATES = "membrane_gates"
-
-
-class Runs:
-    """What the samplings that are under way know of each other's conditionings.
-
-    A sampling is told by its noise tensor, which the host hands to every conditioning and keeps until the end.
-    """
-
-    def __init__(self):
-        self.under_way = []
-
-    def of(self, noise):
-        """{"positive": gates or None, "active": set of channels} of a sampling."""
-        self.under_way = [(ref, state) for ref, state in self.under_way if ref() is not None]
-        found = next((state for ref, state in self.under_way if ref() is noise), None)
-        if found is None:
-            found = {"positive": None, "active": set()}
-            if noise is not None:
-                self.under_way.append((weakref.ref(noise), found))
-        return found
-
-    def active(self, count):
-        """Channels that some conditioning opens, in order; all of them when no sampling is known."""
-        states = [state for ref, state in self.under_way if ref() is not None]
-        return tuple(sorted(set().union(*(s["active"] for s in states)))) if states else tuple(range(count))
-
-
-class ErasedConditioning:
-    """Stands in for the base model's `extra_conds`: erases from each conditioning's text once, and sets its gates.
-
-    Clones may share it: what it learns belongs to one sampling. `previous` is what another pack had put there.
-    """
-
-    def __init__(self, base, stack, plan, previous):
-        self.base, self.stack, self.plan, self.previous = base, stack, plan, previous
-        self.runs = Runs()
-
-    def __call__(self, **kwargs):
-        original = self.previous or type(self.base).extra_conds.__get__(self.base)
-        text, plan = kwargs.get("cross_attn"), self.plan
-        gates = self.gates(text, kwargs.get("prompt_type"), kwargs.get("noise")) if plan.channels else None
-        if text is not None and plan.text is not None and not plan.timed_text:
-            # a ControlNet reads the same text but is not part of what was edited
-            if "control" in kwargs and kwargs.get("cross_attn_controlnet") is None:
-                kwargs["cross_attn_controlnet"] = text
-            kwargs["cross_attn"] = (text.float() + plan.text.delta(text, gates)).to(text.dtype)
-        pooled = kwargs.get("pooled_output")
-        if pooled is not None and plan.pooled is not None and pooled.shape[-1] == plan.pooled.a.shape[0]:
-            rows = pooled[:, None]
-            kwargs["pooled_output"] = (rows.float() + plan.pooled.delta(rows, gates))[:, 0].to(pooled.dtype)
-        if self.previous is not None:
-            kwargs["membrane_text"] = text  # whose tokens are known, unlike those of the erased text
-        out = original(**kwargs)
-        if plan.in_steps:
-            out[GATES] = comfy.conds.CONDRegular(gates.to(kwargs.get("device", "cpu")))
-        return out
-
-    def gates(self, text, prompt_type, noise):
-        """Values (rows, K) of the plan's gates for a conditioning's text (rows, T, d) or None."""
-        channels, concepts = self.plan.channels, self.plan.concepts
-        score = None
-        if concepts is not None:
-            if text is None:
-                score = torch.zeros(1, len(concepts.names))
-            else:
-                score = concepts.match(text, PROMPTS.recall(text))
-        values = gate_values(channels, score)
-        run = self.runs.of(noise)
-        if prompt_type == "negative":
-            values = _negative(channels, values, run["positive"])
-        else:
-            run["positive"] = values if run["positive"] is None else _stronger(run["positive"], values)
-        run["active"].update(values.ne(0).any(dim=0).nonzero().flatten().tolist())
-        publish(self.stack, concepts, score, prompt_type, run)
-        return values
-
-    def __deepcopy__(self, memo):
-        return self
-
-
-def _negative(channels, own, positive):
-    """Gates of the negative prompt: as the positive prompt's, its own or none, as each channel says."""
-    if positive is not None and len(positive) != len(own):
-        rows = max(len(positive), len(own))
-        positive, own = (x.repeat(-(-rows // len(x)), 1)[:rows] for x in (positive, own))
-    values = own.clone()
-    for k, channel in enumerate(channels):
-        if channel.permeability.negative == OFF:
-            values[:, k] = 0.0
-        elif channel.permeability.negative == SAME and positive is not None:
-            values[:, k] = positive[:, k]
-    return values
-
-
-def _stronger(x, y):
-    """The value further from 0 of two gates (rows, K): of several positive prompts the one that opens most counts."""
-    if len(x) != len(y):
-        x, y = x[x.abs().argmax(dim=0), range(x.shape[1])][None], y[y.abs().argmax(dim=0), range(y.shape[1])][None]
-    return torch.where(x.abs() >= y.abs(), x, y)
-
-
-class ErasedSteps:
-    """Stands in for the base model's `apply_model`: takes the gates of the rows in the batch off the call, closes
-    those out of their time range, and lends them to the gated layers until the call is over."""
-
-    def __init__(self, base, plan, conditioning, rows, parts, previous):
-        self.base, self.plan, self.conditioning, self.previous = base, plan, conditioning, previous
-        self.rows, self.parts = rows, parts
-        self.text = plan.text if plan.timed_text else None
-        self.timed = {}
-        for k, channel in enumerate(plan.channels):
-            if not channel.always:
-                self.timed.setdefault((channel.start_percent, channel.end_percent), []).append(k)
-
-    def __call__(self, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
-        original = self.previous or type(self.base).apply_model.__get__(self.base)
-        gates = kwargs.pop(GATES, None)
-        if gates is None:  # not prepared by this model's extra_conds: only what needs no text can act
-            gates = gate_values([c for c in self.plan.channels if not c.reads_text], None).to(x.device)
-            gates = _spread(gates, [k for k, c in enumerate(self.plan.channels) if not c.reads_text], self.plan)
-        if self.timed:
-            gates = self._in_range(gates, t)
-        if self.text is not None and c_crossattn is not None:
-            self.text = self.text.to(c_crossattn.device)
-            delta = self.text.delta(c_crossattn, gates)
-            c_crossattn = (c_crossattn.float() + delta).to(c_crossattn.dtype)
-        before = self.rows.gates, self.rows.active
-        active = self.conditioning.runs.active(len(self.plan.channels))
-        dtype = getattr(self.base, "manual_cast_dtype", None) or self.base.get_dtype()
-        for part in self.parts:
-            part.prepare(active, x.device, dtype)
-        try:
-            self.rows.active, self.rows.gates = active, gates[:, list(active)]
-            return original(x, t, c_concat, c_crossattn, *args, **kwargs)
-        finally:
-            self.rows.gates, self.rows.active = before
-
-    def _in_range(self, gates, t):
-        sampling = self.base.model_sampling
-        gates = gates.expand(max(len(gates), len(t)), -1).clone()
-        for (start, end), columns in self.timed.items():
-            on = (t <= sampling.percent_to_sigma(start)) & (t >= sampling.percent_to_sigma(end))  # stays on the device
-            gates[:, columns] *= on.to(gates).view(-1, 1)
-        return gates
-
-    def __deepcopy__(self, memo):
-        return self
-
-
-def _spread(values, columns, plan):
-    gates = values.new_zeros(1, len(plan.channels))
-    gates[:, columns] = values
-    return gates
-
-
-def _foreign(model, name, ours):
-    """What another pack has put in a place of the base model, below our own patch of class `ours`; or None."""
-    patch = model.object_patches.get(name)
-    return patch.previous if isinstance(patch, ours) else patch
 
 
 def applied(model):
@@ -205,15 +48,37 @@ def concepts_for(stack, clip, known=None):
     missing = [name for name in names if known is None or name not in known.names]
     if not missing:
         return known
-    fresh = Concepts.of(encode(clip, (*missing, "")))
+    PROMPTS.want()
+    fresh = concepts_of(encode(clip, (*missing, "")))
     if known is None:
         return fresh
-    if known.vectors.shape[1:] != fresh.vectors.shape[1:]:
+    if known.shape != fresh.shape:
         raise ErasureError(
-            f"The erasures already on this model compare texts of shape {tuple(known.vectors.shape[1:])}, the "
-            f"connected CLIP gives {tuple(fresh.vectors.shape[1:])}; connect the CLIP that belongs to the model."
+            f"The erasures already on this model compare texts of shape {known.shape}, the "
+            f"connected CLIP gives {fresh.shape}; connect the CLIP that belongs to the model."
         )
-    return Concepts(known.names + fresh.names, torch.cat([known.vectors, fresh.vectors]), known.tokens + fresh.tokens)
+    return known + fresh
+
+
+def plan_for(model, stack, concepts=None):
+    """Plan of a stack on a MODEL; raises ErasureError when they do not fit."""
+    of_text = any(entry.adapter.maps for entry in stack.entries)
+    of_layers = any(entry.adapter.sites for entry in stack.entries)
+    return make_plan(stack, text_entries(model) if of_text else {}, concepts, layer_keys(model) if of_layers else {})
+
+
+def static_changes(model, stack):
+    """{key: LowRank} of what in a stack is the same for every text and step, for the host's own patch list.
+
+    Of the stack that is added only: what was on the model before is in the list already.
+    """
+    always = (entry for entry in stack.entries if not gated(entry) and entry.adapter.sites)
+    stack = ErasureStack(tuple(replace(e, adapter=replace(e.adapter, deltas=_of_layers(e.adapter))) for e in always))
+    return plan_for(model, stack).static
+
+
+def _of_layers(adapter):
+    return {kind: places for kind, places in adapter.deltas.items() if not KINDS[kind].of_text}
 
 
 def apply_stack(model, stack, clip=None):
@@ -221,21 +86,16 @@ def apply_stack(model, stack, clip=None):
 
     clip: needed when permeability follows the text.
     """
-    before = applied(model)
-    whole = applied_stack(model) + stack
-    has_text = any(entry.adapter.text_map is not None for entry in whole.entries)
-    width = context_width(model) if has_text else None
-    has_layers = any(entry.adapter.sites for entry in whole.entries)
-    keys = layer_keys(model) if has_layers else {}
-    missing = require_fit(model, stack, keys)
-    plan = make_plan(whole, width, concepts_for(whole, clip, before and before.plan.concepts), keys)
-    static = joined(stack, keys)
-    if not plan and not static:
+    before, whole = applied(model), applied_stack(model) + stack
+    missing = require_fit(model, stack)
+    plan = plan_for(model, whole, concepts_for(whole, clip, before and before.plan.concepts))
+    static = static_changes(model, stack)
+    if not (plan.maps or plan.running or static):
         return model
     patched = model.clone()
     if static:
-        add_joined(patched, static)
-    if plan:
+        add_low_rank(patched, static)
+    if plan.maps or plan.running:
         _put(patched, model, whole, plan)
     count = sum(entry.acts for entry in whole.entries)
     log.info("Membrane: %d erasure adapter(s) on %s", count, type(model.model).__name__)
@@ -247,20 +107,35 @@ def apply_stack(model, stack, clip=None):
 
 def _put(patched, model, whole, plan):
     base, rows = model.model, Rows()
-    conditioning = ErasedConditioning(base, whole, plan, _foreign(model, EXTRA_CONDS, ErasedConditioning))
+    entries = [entry for entry in text_entries(model) if entry.name in plan.maps] if plan.maps else []
+    inside = [entry for entry in entries if entry.norm]
+    timed = [entry for entry in entries if not entry.norm and plan.timed(entry.name)]
+    early = [entry for entry in entries if entry not in inside and entry not in timed]
+    follows = plan.follows or any((plan.maps[entry.name].gate != OPEN).any() for entry in inside)
+    travels = bool(timed) or follows
+    previous = foreign(model, EXTRA_CONDS)
+    conditioning = ErasedConditioning(base, whole, plan, early, travels, previous)
     patched.add_object_patch(EXTRA_CONDS, conditioning)
-    layers, parts = modules(model), {}
-    for key, layer in plan.layers.items():
-        parts.setdefault(plain_key(key), []).append(Part(layer, _outputs(key)))
-    if plan.in_steps:
-        every = [part for of_layer in parts.values() for part in of_layer]
-        steps = ErasedSteps(base, plan, conditioning, rows, every, _foreign(model, APPLY_MODEL, ErasedSteps))
+    parts = _put_on_layers(patched, model, plan, inside, rows)
+    if travels:
+        steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
         patched.add_object_patch(APPLY_MODEL, steps)
-    for key in dict.fromkeys((*parts, *plan.masks)):
+
+
+def _put_on_layers(patched, model, plan, inside, rows):
+    """Puts a Bypass on every layer that needs one; returns all their Parts. inside: entries behind a norm."""
+    layers, parts = modules(model), {}
+    changes = {plain_key(key): layer.on_weight for key, layer in plan.running.items() if layer.on_weight}
+    for key, layer in plan.running.items():
+        if layer.beside is not None:
+            parts.setdefault(plain_key(key), []).append(Part(layer.beside, _outputs(key)))
+    texts = {key: plan.maps[entry.name] for entry in inside for key, _ in readers(model, entry)}
+    for key in dict.fromkeys((*parts, *changes, *texts)):
         name = key.removesuffix(".weight") + ".forward"
-        pruning = Pruning(plan.masks[key], layer_weight) if key in plan.masks else None
-        bypass = Bypass(layers[key], parts.get(key, ()), rows, _foreign(model, name, Bypass), pruning)
+        on_weight = Changes(changes[key], layer_weight) if key in changes else None
+        bypass = Bypass(layers[key], parts.get(key, ()), rows, foreign(model, name), on_weight, texts.get(key))
         patched.add_object_patch(name, bypass)
+    return [part for of_layer in parts.values() for part in of_layer]
 
 
 def _outputs(key):
@@ -275,8 +150,11 @@ def _outputs(key):
     return key[1][1:]
 
 
-def add_joined(patched, changes):
-    """Adds {key: Joined} to the host's own patch list, one low-rank entry a layer."""
+def add_low_rank(patched, changes):
+    """Adds {key: LowRank} to the host's own patch list, one entry a layer.
+
+    They go through the host's reader of LoRA files, which is the one form that all hosts since March 2024 take.
+    """
     lora, keys, biases = {}, {}, {}
     for i, (key, change) in enumerate(changes.items()):
         lora[f"{i}.lora_up.weight"], lora[f"{i}.lora_down.weight"] = change.up, change.down
@@ -284,15 +162,3 @@ def add_joined(patched, changes):
         if change.bias is not None:
             biases[plain_key(key).removesuffix("weight") + "bias"] = ("diff", (change.bias,))
     patched.add_patches(comfy.lora.load_lora(lora, keys) | biases, 1.0)
-
-
-def without_stack(model):
-    """A clone of a MODEL without the stack that acts on its text; another pack's patches stay."""
-    clone = model.clone()
-    for name, patch in list(clone.object_patches.items()):
-        if isinstance(patch, ErasedConditioning | ErasedSteps | Bypass):
-            if patch.previous is None:
-                clone.object_patches.pop(name)
-            else:
-                clone.object_patches[name] = patch.previous
-    return clone

@@ -2,19 +2,25 @@
 much its weights matter there.
 """
 
+import contextlib
+from dataclasses import replace
+
 import comfy.model_management
-import comfy.sample
 import torch
 
+from ...adapters.patch import Patch
 from ...erasers.dampening import importance
 from ...erasers.pruning import Activity
 from ...errors import ErasureError
-from ...families.sites import group, site
+from ...families.sites import site
+from ...families.table import role
 from ..model.layers import family, modules
 from ..model.weights import base_layers
-from ..patches.stack import APPLY_MODEL
-from .sampling import conditioning, seeded_noise
-from .training import HostDenoiser, refuse_pooled
+from ..patches.steps import APPLY_MODEL
+from .batching import fitting, join
+from .gradients import refuse_pooled
+from .sampling import Listeners, conditioning, run
+from .training import HostDenoiser
 
 FEED_FORWARD = ("feed_forward.down",)
 TEXT = ("cross_attention.key", "cross_attention.value")
@@ -23,8 +29,8 @@ CONDITIONAL = 0  # in the host's cond_or_uncond
 
 
 def linear_layers(model, groups=FEED_FORWARD):
-    """{site: module} of a MODEL's linear layers in some of sites.group()'s groups, in the network's order."""
-    found = {site(key): m for key, m in modules(model).items() if group(site(key)) in groups and _linear(m)}
+    """{site: module} of a MODEL's linear layers in some roles, in the network's order."""
+    found = {site(key): m for key, m in modules(model).items() if role(site(key)) in groups and _linear(m)}
     if not found:
         raise ErasureError(
             f"The {family(model)} model has no {' or '.join(groups)} layers as Stable Diffusion has; locating needs a "
@@ -45,42 +51,17 @@ def layer_weights(model, layers):
         yield name, known[name].read()[0].to(comfy.model_management.get_torch_device())
 
 
-SAMPLED = 64  # weights of a layer
-OTHER = 0.1  # relative distance of weights; rounding to fp8 makes 0.03, training on with few pictures 0.05
-
-
-def weight_sample(layer):
-    """Some effective weights of a BaseLayer, evenly spread: what tells its checkpoint from others."""
-    weight = layer.read()[0].reshape(-1)
-    return [float(f"{v:.5g}") for v in weight[:: max(1, len(weight) // SAMPLED)][:SAMPLED]]
-
-
-def distance_of_weights(model, adapter):
-    """(site, distance of its weights in a MODEL from those that a located adapter was made on, relative to these).
-
-    (None, 0.0) when the adapter does not say, or the layer is not one that can be compared.
-    """
-    sample = adapter.card.settings.get("weight_sample")
-    name, values = next(iter(sample.items()), (None, None)) if isinstance(sample, dict) else (None, None)
-    numbers = isinstance(values, list) and values and all(type(v) in (int, float) for v in values)
-    layer = base_layers(model).get(name) if numbers else None
-    if layer is None:
-        return None, 0.0
-    found, expected = torch.tensor(weight_sample(layer)), torch.tensor(values, dtype=torch.float32)
-    if found.shape != expected.shape or not expected.norm() > 0:
-        return None, 0.0
-    return name, ((found - expected).norm() / expected.norm()).item()
-
-
-class Watched:
+class Watched(Patch):
     """Stands in for `apply_model`: keeps the noise level of a call and which of its rows are wanted."""
 
+    function = APPLY_MODEL
+
     def __init__(self, base, previous, both):
-        self.base, self.previous, self.both = base, previous, both
+        super().__init__(base, previous)
+        self.both = both
         self.sigma, self.rows, self.evaluations = None, None, 0
 
     def __call__(self, x, t, *args, **kwargs):
-        original = self.previous or type(self.base).apply_model.__get__(self.base)
         kinds = (kwargs.get("transformer_options") or {}).get("cond_or_uncond")
         if not kinds or len(x) % len(kinds):
             raise ErasureError(
@@ -91,12 +72,9 @@ class Watched:
         self.sigma, self.rows = float(t.flatten()[0]), wanted.repeat_interleave(len(x) // len(kinds))
         self.evaluations += len(x)
         try:
-            return original(x, t, *args, **kwargs)
+            return self.original(x, t, *args, **kwargs)
         finally:
             self.sigma = self.rows = None
-
-    def __deepcopy__(self, memo):
-        return self
 
 
 class Watcher:
@@ -125,25 +103,29 @@ class Watcher:
         return found
 
     def _run(self, found, prompts, times, cfg):
+        texts = [conditioning(self.clip, prompt) for prompt in prompts]
+        if len({vectors.shape[1] for (vectors, _), *_ in texts}) > 1:
+            raise ErasureError(
+                "Some prompts are longer than one context of the text encoder and some are not; shorten them to 75 "
+                "tokens."
+            )
+        for rows in fitting(texts):
+            self._watch(found, join([texts[i] for i in rows]), len(rows), times, cfg)
+            self.done += len(rows)
+            self.on_prompts(self.done)
+
+    def _watch(self, found, positive, rows, times, cfg):
+        """Adds what so many rows, all from the same noise, do in the first steps; each counts so many times."""
         model = self.model.clone()
         watched = Watched(model.model, model.object_patches.get(APPLY_MODEL), self.both)
         model.add_object_patch(APPLY_MODEL, watched)
-        hooks = [m.register_forward_pre_hook(_hook(found, name, watched, times)) for name, m in self.layers.items()]
-        empty, noise = seeded_noise(model, [self.seed], self.settings)
-        empty, noise = (x.repeat(len(prompts), 1, 1, 1) for x in (empty, noise))
-        settings = self.settings
-        try:
-            comfy.sample.sample(
-                model, noise, settings.steps, cfg, settings.sampler, settings.scheduler,
-                _together(self.clip, prompts), _together(self.clip, [""]), empty,
-                last_step=self.first_steps, disable_pbar=True, seed=self.seed,
-            )  # fmt: skip
-        finally:
-            for hook in hooks:
-                hook.remove()
+        settings, empty = replace(self.settings, cfg=cfg), conditioning(self.clip, "")
+        with contextlib.ExitStack() as hooks:
+            for name, module in self.layers.items():
+                hook = module.register_forward_pre_hook(_hook(found, name, watched, times))
+                hooks.callback(hook.remove)
+            run(model, positive, empty, settings, [self.seed] * rows, steps=self.first_steps)
         self.evaluations += watched.evaluations
-        self.done += len(prompts)
-        self.on_prompts(self.done)
 
 
 def _hook(found, layer, watched, times):
@@ -159,19 +141,6 @@ def _hook(found, layer, watched, times):
         found.add(layer, watched.sigma, hidden[rows.repeat_interleave(len(hidden) // len(rows))], times)
 
     return see
-
-
-def _together(clip, prompts):
-    """One CONDITIONING of several prompts, a row each; raises when they fill different numbers of contexts."""
-    parts = [conditioning(clip, prompt)[0] for prompt in prompts]
-    if len({part[0].shape[1] for part in parts}) > 1:
-        raise ErasureError(
-            "Some prompts are longer than one context of the text encoder and some are not; shorten them to 75 tokens."
-        )
-    rest, pooled = {}, [part[1].get("pooled_output") for part in parts]
-    if pooled[0] is not None:
-        rest["pooled_output"] = torch.cat(pooled)
-    return [[torch.cat([part[0] for part in parts]), rest]]
 
 
 def importances(model, clip, layers, prompts, settings, first_steps, seed, on_sample=lambda: None):
@@ -202,18 +171,13 @@ def importances(model, clip, layers, prompts, settings, first_steps, seed, on_sa
 
 def _states(model, clip, prompt, settings, first_steps, seed):
     """[(x (1, C, h, w) as the network sees it, t (1,))] of the first steps of sampling a prompt, on the CPU."""
-    found, sampling, watched = [], model.model.model_sampling, model.clone()
+    found, sampling = [], model.model.model_sampling
 
-    def tell(args):
+    def listen(args):
         x, sigma = args["input"], args["sigma"].flatten()[:1]
         scaled = sampling.calculate_input(sigma, x)
         found.append((scaled.float().cpu(), sampling.timestep(sigma).cpu()))
-        return args["denoised"]
 
-    watched.set_model_sampler_post_cfg_function(tell)
-    empty, noise = seeded_noise(model, [seed], settings)
-    comfy.sample.sample(
-        watched, noise, settings.steps, settings.cfg, settings.sampler, settings.scheduler,
-        conditioning(clip, prompt), conditioning(clip, ""), empty, last_step=first_steps, disable_pbar=True, seed=seed,
-    )  # fmt: skip
+    texts = conditioning(clip, prompt), conditioning(clip, "")
+    run(model, *texts, settings, [seed], Listeners(listen), first_steps)
     return found

@@ -1,9 +1,11 @@
-"""Runs the host's own sampler inside a node: the same noise on several models, and their answers along one trajectory.
+"""Runs the host's own sampler inside a node, and asks models at points of a trajectory.
 
-Everything that acts on a MODEL acts here as in KSampler, because it is the host's sampler that runs.
+Everything that acts on a MODEL acts here as in KSampler, because it is the host's sampler that runs: every sampling of
+the pack goes through run(), every question at given noise levels through ask_at().
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.model_management
 import comfy.sample
@@ -12,6 +14,7 @@ import torch
 
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 SPATIAL = 8  # pixels a latent stands for, where the host does not say
+PROBED_AT = 0.4  # part of the schedule at which models are asked for the numbers they are known again by
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,21 @@ class Sampling:
     scheduler: str = "normal"
     width: int = 512
     height: int = 512
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """What run() calls on the way.
+
+    prediction(args): the host's arguments of a post-CFG function, each time that the network was asked: "input" (B, C,
+    h, w), "sigma" (B,), "denoised", "cond_denoised", "uncond_denoised". both: the last two are made whatever the
+    guidance is; otherwise a guidance of 1 leaves the negative side out. step(number, denoised, x, total): the host's
+    callback after each step.
+    """
+
+    prediction: object = None
+    both: bool = False
+    step: object = None
 
 
 def conditioning(clip, text):
@@ -45,48 +63,82 @@ def seeded_noise(model, seeds, settings):
     return empty, torch.cat([comfy.sample.prepare_noise(empty[:1], seed) for seed in seeds])
 
 
-def sample(model, positive, negative, seeds, settings, on_step=None):
-    """Latents (seeds, C, h, w) on the CPU, as a LATENT holds them.
+def run(model, positive, negative, settings, seeds, listeners=Listeners(), steps=None):
+    """Latents (seeds, C, h, w) that the host's sampler gives, a picture for each seed.
 
-    on_step(x, sigma): called with the noisy latents that the network sees, each time it is asked. Stops between steps
-    when the user presses Cancel.
+    positive, negative: CONDITIONINGs of as many rows as there are seeds, or of one for all; settings: Sampling; steps:
+    only the first of them are run. Stops between steps when the user presses Cancel.
     """
     latents, noise = seeded_noise(model, seeds, settings)
-    if on_step:
-        model = model.clone()
-
-        def tell(args):
-            on_step(args["input"], args["sigma"])
-            return args["denoised"]
-
-        model.set_model_sampler_post_cfg_function(tell)
-    found = comfy.sample.sample(
-        model, noise, settings.steps, settings.cfg, settings.sampler, settings.scheduler, positive, negative, latents,
-        disable_pbar=True, seed=seeds[0],
+    return comfy.sample.sample(
+        _listening(model, listeners), noise, settings.steps, settings.cfg, settings.sampler, settings.scheduler,
+        positive, negative, latents, last_step=steps, callback=listeners.step, disable_pbar=True, seed=seeds[0],
     )  # fmt: skip
-    return found.float().cpu()
 
 
-def denoised(model, positive, points, seed=0):
-    """What a MODEL takes for the clean latents, [(B, C, h, w) on the CPU], at points [(noisy latents x, sigma (B,))].
+def _listening(model, listeners):
+    """The MODEL, or a clone of it whose predictions are listened to."""
+    if listeners.prediction is None:
+        return model
+    model = model.clone()
 
-    Through the host's whole sampling path up to `apply_model` without guidance, so that patches act as in sampling.
+    def tell(args):
+        listeners.prediction(args)
+        return args["denoised"]
+
+    model.set_model_sampler_post_cfg_function(tell, disable_cfg1_optimization=listeners.both)
+    return model
+
+
+def ask_at(model, positive, negative, points, answer, cfg=1.0, seed=0):
+    """[answer(predict)] at points [(noisy latents x (B, C, h, w), sigma (B,))] of a MODEL.
+
+    predict() gives what the model takes for the clean latents there, through the host's whole sampling path up to
+    `apply_model`, so that patches act as in sampling. Stops between points when the user presses Cancel.
     """
     found = []
 
-    def ask(network, x, sigmas, extra_args=None, callback=None, disable=None):
+    def visit(network, x, sigmas, extra_args=None, callback=None, disable=None):
         for point, sigma in points:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            found.append(network(point.to(x), sigma.to(x), **(extra_args or {})).float().cpu())
+            found.append(answer(partial(network, point.to(x), sigma.to(x), **(extra_args or {}))))
         return x
 
-    first = points[0][0]
+    nothing = torch.zeros_like(points[0][0])
     sigmas = torch.stack([sigma[0] for _, sigma in points] + [torch.zeros(())]).float()
     comfy.sample.sample_custom(
-        model, torch.zeros_like(first), 1.0, comfy.samplers.KSAMPLER(ask), sigmas, positive, positive,
-        torch.zeros_like(first), disable_pbar=True, seed=seed,
+        model, nothing, cfg, comfy.samplers.KSAMPLER(visit), sigmas, positive, negative, nothing.clone(),
+        disable_pbar=True, seed=seed,
     )  # fmt: skip
     return found
+
+
+def sample(model, positive, negative, seeds, settings, on_step=None):
+    """Latents (seeds, C, h, w) on the CPU, as a LATENT holds them.
+
+    on_step(x, sigma): called with the noisy latents that the network sees, each time it is asked.
+    """
+    listeners = Listeners(on_step and (lambda args: on_step(args["input"], args["sigma"])))
+    return run(model, positive, negative, settings, seeds, listeners).float().cpu()
+
+
+def denoised(model, positive, points, seed=0):
+    """What a MODEL takes for the clean latents, [(B, C, h, w) on the CPU], at points [(noisy latents x, sigma (B,))],
+    without guidance."""
+    return ask_at(model, positive, positive, points, lambda predict: predict().float().cpu(), seed=seed)
+
+
+def probe_point(model, settings):
+    """(noisy latents (1, C, h, w), sigma (1,)) of one noise at a part of the schedule, where probe() asks."""
+    sigma = torch.tensor([float(model.model.model_sampling.percent_to_sigma(PROBED_AT))])
+    return seeded_noise(model, [0], settings)[1] * sigma, sigma
+
+
+def probe(model, positive, point, numbers, digits):
+    """At most so many numbers, rounded to so many digits, of what a MODEL makes of a point for a text: weights, LoRAs,
+    erasures, text encoder and clip skip all show in them."""
+    seen = denoised(model, positive, [point])[0].flatten()
+    return [round(float(v), digits) for v in seen[:: max(1, len(seen) // numbers)][:numbers]]
 
 
 def decode(vae, latents):
@@ -108,93 +160,6 @@ def preview_pictures(model, latents):
     return ((rgb + 1) / 2).clamp(0, 1)
 
 
-@dataclass
-class Pair:
-    """Pictures of one prompt by both models, in the order of the seeds: latents (n, C, h, w), pictures (n, H, W, 3) or
-    None; drift: [(sigma, [what both models and the empty prompt see there])]."""
-
-    original: torch.Tensor
-    erased: torch.Tensor
-    original_pictures: torch.Tensor | None
-    erased_pictures: torch.Tensor | None
-    drift: list
-
-
-class PairSampler:
-    """Samples the same prompts and noise on two MODELs, `batch` pictures at a time, in the same batches on both.
-
-    levels: how many noise levels of the original's trajectory both are compared at. shift: added to the erased
-    model's seeds, 0 to compare the same noise. vae: None takes the host's preview colours.
-    """
-
-    def __init__(
-        self, original, erased, clip, vae, settings, batch=4, levels=5, shift=0, on_pictures=lambda done: None
-    ):
-        self.models, self.clip, self.vae, self.settings = (original, erased), clip, vae, settings
-        self.batch, self.levels, self.shift, self.on_pictures = batch, levels, shift, on_pictures
-        self.empty, self.done = conditioning(clip, ""), 0
-
-    def pair(self, text, seeds):
-        """Pair of a prompt."""
-        positive = conditioning(self.clip, text)
-        chunks = [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
-        before, after, points = [], [], []
-        for chunk in chunks:
-            seen = []
-            before.append(self._sample(0, positive, chunk, lambda x, s, seen=seen: seen.append((x.cpu(), s.cpu()))))
-            points.append([seen[i] for i in _spread(len(seen), self.levels)])
-        for chunk in chunks:
-            after.append(self._sample(1, positive, [(seed + self.shift) % 2**64 for seed in chunk]))
-        drift = self._drift(positive, points, chunks)
-        pictures = [[self.pictures(x) for x in side] for side in (before, after)]
-        joined = [torch.cat(side) if side[0] is not None else None for side in pictures]
-        return Pair(torch.cat(before), torch.cat(after), *joined, drift)
-
-    def again(self, text, seeds):
-        """(latents, pictures) of the original's first picture once more, computed in a batch of another size."""
-        more = [*seeds[:1], (seeds[0] + 1) % 2**64] if min(self.batch, len(seeds)) == 1 else seeds[:1]
-        latents = self._sample(0, conditioning(self.clip, text), more)[:1]
-        return latents, self.pictures(latents)
-
-    def probe(self, texts):
-        """Some numbers of what both models see in one noise for texts; the same two models give the same numbers."""
-        _, noise = seeded_noise(self.models[0], [0], self.settings)
-        sigma = torch.tensor([float(self.models[0].model.model_sampling.percent_to_sigma(0.4))])
-        found = []
-        for text in texts:
-            for model in self.models:
-                seen = denoised(model, conditioning(self.clip, text), [(noise * sigma, sigma)])[0].flatten()
-                found.append([round(float(v), 5) for v in seen[:: max(1, len(seen) // 16)][:16]])
-        return found
-
-    def pictures(self, latents):
-        """Pictures of latents, or None."""
-        return preview_pictures(self.models[0], latents) if self.vae is None else decode(self.vae, latents)
-
-    def _sample(self, which, positive, seeds, on_step=None):
-        found = sample(self.models[which], positive, self.empty, seeds, self.settings, on_step)
-        self.done += len(seeds)
-        self.on_pictures(self.done)
-        return found
-
-    def _drift(self, positive, points, chunks):
-        if not self.levels:
-            return []
-        levels = {}
-        for seen, chunk in zip(points, chunks):
-            sides = [
-                denoised(model, text, seen, chunk[0])
-                for model, text in (
-                    (self.models[1], positive), (self.models[0], positive), (self.models[0], self.empty),
-                )
-            ]  # fmt: skip
-            for i, (_, sigma) in enumerate(seen):
-                levels.setdefault(i, (float(sigma[0]), []))[1].append([side[i] for side in sides])
-        return [(sigma, [torch.cat(part) for part in zip(*parts)]) for sigma, parts in levels.values()]
-
-
-def _spread(count, wanted):
-    """`wanted` of the indices below count, evenly spread, first and last included."""
-    if wanted <= 1:
-        return [0] * wanted
-    return sorted({round(i * (count - 1) / (wanted - 1)) for i in range(wanted)})
+def drawn(model, vae, latents):
+    """Pictures of latents by a VAE; without one, preview_pictures()."""
+    return preview_pictures(model, latents) if vae is None else decode(vae, latents)

@@ -5,17 +5,15 @@ import contextlib
 import comfy.model_base
 import comfy.model_management
 import torch
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from ...adapters.adapter import LowRank
-from ...adapters.bypass import Bypass, Ready, Rows
+from ...adapters.beside import Bypass, Rows
+from ...adapters.deltas.low_rank import Factors, LowRank
 from ...erasers.spm import alphas_cumprod
 from ...errors import ErasureError
-from ...families.sites import group, site
-from ..model.layers import context_width, layer_keys, modules, plain_key, reads_pooled
-
-CHECKPOINTED = ("BasicTransformerBlock", "ResBlock")
+from ...families.sites import site
+from ...families.table import role
+from ..model.layers import context_width, layer_keys, modules, plain_key
+from .gradients import Differentiable, refuse_pooled
 
 
 class TrainedLayer:
@@ -45,7 +43,7 @@ class TrainedLayer:
         """The factors as Bypass uses them, with a graph to the parameters."""
         channel = torch.zeros(len(self.down), dtype=torch.long, device=like.device)
         up = (self.up.T * self.scale).to(like.dtype)
-        return Ready(self.down.to(like.dtype), up, channel, 0, 1, None, channel[:0])
+        return Factors(up, self.down.to(like.dtype), channel)
 
     def finished(self):
         """The trained change, on the CPU."""
@@ -53,7 +51,7 @@ class TrainedLayer:
 
 
 class HostDenoiser:
-    """A MODEL of the host as the Denoiser of latent_anchoring, inside `with`; what it changes is undone at the end.
+    """A MODEL of the host as the Denoiser of core/erasers/spm.py, inside `with`; what it changes is undone at the end.
 
     sites: {site: module} to put an adapter on; start: {site: LowRank} to go on from.
     """
@@ -66,7 +64,6 @@ class HostDenoiser:
             name: TrainedLayer(module, rank, alpha, generator, start.get(name)) for name, module in sites.items()
         }
         self.alphas = alphas_cumprod().float()
-        self.undo = contextlib.ExitStack()
 
     def parameters(self):
         """All factors, in a fixed order."""
@@ -77,16 +74,11 @@ class HostDenoiser:
         return {name: layer.finished() for name, layer in self.layers.items()}
 
     def __enter__(self):
-        comfy.model_management.load_models_gpu([self.model])
-        network = self.model.model.diffusion_model
-        try:
-            for module in network.modules():
-                self._prepare(module)
+        with contextlib.ExitStack() as entered:
+            network = entered.enter_context(Differentiable(self.model, self.rows))
             for layer in self.layers.values():
-                self._replace(layer.module, Bypass(layer.module, [layer], self.rows))
-        except BaseException:
-            self.undo.close()
-            raise
+                network.replace(layer.module, Bypass(layer.module, [layer], self.rows))
+            self.undo = entered.pop_all()
         return self
 
     def __exit__(self, *error):
@@ -109,108 +101,6 @@ class HostDenoiser:
             return a.sqrt() * out + (1 - a).sqrt() * x
         return out
 
-    def _prepare(self, module):
-        """Makes a module of the host fit for gradients."""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                # made under inference mode they cannot be saved for a backward pass; same memory, other tensor
-                self._restore(module._parameters, name)
-                module._parameters[name] = _alias(parameter)
-        kind = type(module).__name__
-        if isinstance(module, torch.nn.LayerNorm):
-            self._replace(module, _Norm(module))
-        elif all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads")):
-            self._replace(module, _Attention(module))
-        if isinstance(getattr(module, "checkpoint", None), bool):
-            # the checkpointing of older hosts knows only the gradients of the network's own parameters
-            self._restore(module.__dict__, "checkpoint")
-            module.checkpoint = False
-        elif isinstance(getattr(module, "use_checkpoint", None), bool):
-            self._restore(module.__dict__, "use_checkpoint")
-            module.use_checkpoint = False
-        if kind in CHECKPOINTED:
-            self._replace(module, _Checkpointed(module, self.rows))
-
-    def _replace(self, module, forward):
-        self._restore(module.__dict__, "forward")
-        module.forward = forward
-
-    def _restore(self, namespace, name):
-        if name in namespace:
-            self.undo.callback(namespace.__setitem__, name, namespace[name])
-        else:
-            self.undo.callback(namespace.pop, name, None)
-
-
-def _alias(tensor):
-    """An ordinary tensor on the same memory."""
-    tensor = tensor.detach()
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-
-
-class _Norm:
-    """A layer norm that keeps a copy of its input: hosts of 2024 add to the input in place afterwards."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def __call__(self, x):
-        return type(self.module).forward(self.module, x.clone() if x.requires_grad else x)
-
-
-class _Attention:
-    """Attention with gradients, which the memory-saving ways of some hosts do not have."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def __call__(self, x, context=None, value=None, mask=None, **options):
-        module = self.module
-        context = x if context is None else context
-        q = module.to_q(x)
-        k, v = module.to_k(context), module.to_v(context if value is None else value)
-        q, k, v = (y.unflatten(-1, (module.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        return module.to_out(
-            functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        )
-
-
-class _Checkpointed:
-    """A block that is computed again in the backward pass instead of keeping what is in it."""
-
-    def __init__(self, module, rows):
-        self.module, self.rows = module, rows
-
-    def __call__(self, x, *args, **kwargs):
-        forward = type(self.module).forward.__get__(self.module)
-        if not torch.is_grad_enabled():
-            return forward(x, *args, **kwargs)
-
-        lent = self.rows.gates, self.rows.active
-
-        def once(x, *args):
-            before = self.rows.gates, self.rows.active
-            self.rows.gates, self.rows.active = lent  # the call is over when this is computed again
-            try:
-                return forward(x.clone(), *args, **kwargs)  # hosts of 2024 change the input in place
-            finally:
-                self.rows.gates, self.rows.active = before
-
-        return checkpoint(once, x, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def refuse_pooled(model):
-    """Raises ErasureError for a model that HostDenoiser cannot run."""
-    if reads_pooled(model):
-        raise ErasureError(
-            f"The model {type(model.model).__name__} reads pooled text beside the text vectors, which gradients do "
-            "not support yet; use a Stable Diffusion 1 or 2 checkpoint, or a method without gradients."
-        )
-
 
 def resumed(model, adapter, sites):
     """{site of ours: LowRank} of an adapter to go on from, whatever program's names it has for the layers of a MODEL.
@@ -231,7 +121,7 @@ def resumed(model, adapter, sites):
 def trainable_sites(model, groups=()):
     """{site: module} of the linear layers and 1x1 convolutions in the transformers, as SPM adapts them.
 
-    groups: names from sites.group() that count, such as "cross_attention.key"; all when empty.
+    groups: names of roles that count, such as "cross_attention.key"; all when empty.
     Raises ErasureError for a model that cannot be trained against.
     """
     context_width(model)
@@ -242,7 +132,7 @@ def trainable_sites(model, groups=()):
         linear = hasattr(module, "in_features") and "transformer_blocks" in name
         edge = name.endswith(("proj_in", "proj_out")) and getattr(module, "kernel_size", (1, 1)) == (1, 1)
         own = site(name)
-        if (linear or edge) and (not groups or group(own) in groups):
+        if (linear or edge) and (not groups or role(own) in groups):
             found[own] = module
     if not found:
         raise ErasureError(

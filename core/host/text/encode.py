@@ -3,14 +3,17 @@
 import hashlib
 from numbers import Integral
 
+import comfy.model_management
 import torch
 
-from ...erasers.closed_form.job import Encoded
 from ...errors import ErasureError
-from ..model.layers import context_width
+from ...text.encoded import UNKNOWN, WORD, Encoded, EncodedPrompt, Frame
+from ..compat import encode_with_extras
+from ..model.layers import context_width, model_family, text_entries
 
 BATCH = 32  # prompts per forward pass of the text encoder
-EMBEDDING = -1  # stands for a textual-inversion vector among token ids
+CLIP_STREAMS = {"l", "g", "h"}  # what the host calls the encoders whose prompts all fill contexts of one length
+BEFORE = "a"  # a word to tell a tokenizer's frame by, and to see other words behind
 
 
 def _plain(text):
@@ -21,7 +24,7 @@ def _plain(text):
 
 
 def _tokenize(clip, text):
-    """{encoder: [its chunk of (token, weight)]} of a text; raises when it does not fit one context."""
+    """{encoder: [its contexts of (token, weight)]} of a text."""
     if clip is None:
         raise ErasureError(
             "The CLIP input is empty, the checkpoint holds no text encoder; connect the CLIP that belongs to the model."
@@ -32,34 +35,60 @@ def _tokenize(clip, text):
             f"The text encoder {type(clip.cond_stage_model).__name__} tokenises in a way this pack does not know; "
             "use the CLIP of a Stable Diffusion 1, 2 or XL checkpoint."
         )
-    chunks = _first(tokens)
-    if len(chunks) > 1:
-        size = len(chunks[0])
-        raise ErasureError(
-            f'The text "{_shorten(text)}" needs more than the {size - 2} tokens that the text encoder reads '
-            f"at once (it fills {sum(map(len, chunks)) // size} contexts); shorten it."
-        )
     return tokens
 
 
+def _require_one_context(text, tokens):
+    contexts = _first(tokens)
+    if len(contexts) > 1:
+        size = len(contexts[0])
+        raise ErasureError(
+            f'The text "{_shorten(text)}" needs more than the {size - 2} tokens that the text encoder reads '
+            f"at once (it fills {sum(map(len, contexts)) // size} contexts); shorten it."
+        )
+
+
 def _first(tokens):
-    """The chunks of the first encoder."""
+    """The contexts of the first encoder."""
     return next(iter(tokens.values()))
 
 
-def _ids(tokens):
-    """Token ids (T,) of a tokenized text in the first encoder's context."""
-    return [int(token) if isinstance(token, Integral) else EMBEDDING for token, *_ in _first(tokens)[0]]
+def ids_of(contexts):
+    """Token ids of some contexts, one after the other; UNKNOWN for embeddings."""
+    return [int(token[0]) if isinstance(token[0], Integral) else UNKNOWN for one in contexts for token in one]
+
+
+def fills_contexts(tokens):
+    """Whether a tokenized text is one of CLIP encoders alone, whose prompts all fill contexts of one length."""
+    return set(tokens) <= CLIP_STREAMS
 
 
 def encode(clip, prompts, on_progress=None, pooled=False):
-    """Encoded prompts. The prompts of a batch travel as chunks of one long prompt, which every host batches.
+    """Encoded prompts, as the text encoder gives them.
 
-    pooled: with the pooled vector of each as well, which the host gives for one prompt at a time only.
+    Prompts of CLIP encoders are batched; those of all others have different lengths and are encoded one at a time.
+    pooled: with the pooled vector of each as well.
     """
     prompts = tuple(prompts)
     tokenized = [_tokenize(clip, prompt) for prompt in prompts]
-    end = _ids(_tokenize(clip, ""))[1]  # follows the start token of an empty prompt
+    if fills_contexts(_tokenize(clip, "")):
+        return _contexts(clip, prompts, tokenized, on_progress, pooled)
+    frames, found, vectors = {}, [], []
+    for i, (prompt, tokens) in enumerate(zip(prompts, tokenized)):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        given = encode_with_extras(clip, tokens)
+        found.append(_described(clip, prompt, tokens, given["cond"][0].float().cpu(), frames))
+        vectors.append(given.get("pooled_output"))
+        if on_progress:
+            on_progress(i + 1)
+    return Encoded(found, pooled=Encoded.of_pooled(prompts, _given(clip, vectors)) if pooled else None)
+
+
+def _contexts(clip, prompts, tokenized, on_progress, pooled):
+    """Encoded prompts of CLIP encoders, which travel as contexts of one long prompt, as every host batches them."""
+    for prompt, tokens in zip(prompts, tokenized):
+        _require_one_context(prompt, tokens)
+    end = ids_of(_first(_tokenize(clip, "")))[1]  # follows the start token of an empty prompt
     vectors = []
     for start in range(0, len(prompts), BATCH):
         together = tokenized[start : start + BATCH]
@@ -74,32 +103,103 @@ def encode(clip, prompts, on_progress=None, pooled=False):
         vectors.append(batch.reshape(count, -1, batch.shape[-1]).float().cpu())
         if on_progress:
             on_progress(min(start + BATCH, len(prompts)))
-    together = torch.cat([_pooled(clip, tokens) for tokens in tokenized]) if pooled else None
-    return Encoded(prompts, tuple(map(_ids, tokenized)), torch.cat(vectors), end, together)
+    each = [clip.encode_from_tokens(tokens, return_pooled=True)[1] for tokens in tokenized] if pooled else ()
+    ids = [ids_of(_first(tokens)) for tokens in tokenized]
+    return Encoded.of_contexts(prompts, ids, torch.cat(vectors), end, _given(clip, each) if pooled else None)
 
 
-def _pooled(clip, tokens):
-    """Pooled vector (1, p) of one tokenized prompt."""
-    found = clip.encode_from_tokens(tokens, return_pooled=True)[1]
-    if found is None:
+def _given(clip, vectors):
+    """Pooled vectors (n, p) as one tensor; raises ErasureError where the encoder gives none."""
+    if any(vector is None for vector in vectors):
         raise ErasureError(
             f"The text encoder {type(clip.cond_stage_model).__name__} gives no pooled vector; "
             'connect the CLIP of an SDXL checkpoint, or set pooled to "leave".'
         )
-    return found.float().cpu()
+    return torch.cat([vector.float().cpu() for vector in vectors])
+
+
+# ---------------------------------------------------------------- which row is which token
+
+
+def _described(clip, prompt, tokens, rows, frames):
+    """EncodedPrompt of rows (T, d) that an encoder gave for a tokenized prompt; frames: {streams: Frames} so far."""
+    streams, cut = _streams(tokens, len(rows))
+    if not streams:
+        return EncodedPrompt(prompt, rows, (UNKNOWN,) * len(rows), torch.full((len(rows),), WORD))
+    if streams not in frames:
+        empty, other = _tokenize(clip, ""), _tokenize(clip, BEFORE)
+        frames[streams] = [Frame.of(ids_of(empty[name]), ids_of(other[name])) for name in streams]
+    ids = [ids_of(tokens[name]) for name in streams]
+    roles = torch.cat([frame.roles(own) for frame, own in zip(frames[streams], ids)])
+    return EncodedPrompt(prompt, rows, tuple(sum(ids, []))[cut:], roles[cut:], _inside(clip, prompt, streams[-1]))
+
+
+def _streams(tokens, length):
+    """(names of the encoders whose tokens are the rows, how many rows were cut off in front).
+
+    The rows are those of one encoder, or of the first and the last one after the other, as SD3 joins them; language
+    models cut their template off the front.
+    """
+    sizes = {name: sum(map(len, contexts)) for name, contexts in tokens.items()}
+    names = list(sizes)
+    for name in reversed(names):
+        if sizes[name] == length:
+            return (name,), 0
+    if len(names) > 1 and sizes[names[0]] + sizes[names[-1]] == length:
+        return (names[0], names[-1]), 0
+    longer = next((name for name in reversed(names) if sizes[name] > length), None)
+    return ((longer,), sizes[longer] - length) if longer else ((), 0)
+
+
+def _inside(clip, prompt, stream):
+    """Token ids of a prompt's words as they are behind another word."""
+    alone, both = (ids_of(_tokenize(clip, text)[stream]) for text in (BEFORE, f"{BEFORE} {prompt}"))
+    frame = Frame.of(ids_of(_tokenize(clip, "")[stream]), alone)
+    words = [[i for i, role in zip(ids, frame.roles(ids).tolist()) if role == WORD] for ids in (alone, both)]
+    return tuple(words[1][len(words[0]) :]) if words[1][: len(words[0])] == words[0] else ()
+
+
+# ---------------------------------------------------------------- as a model reads it
 
 
 def encode_for(model, clip, prompts, on_progress=None, pooled=False):
-    """Encoded prompts in the width that a MODEL reads; raises when the CLIP belongs to another one."""
-    width = context_width(model)
+    """Encoded prompts as the main text entry of a MODEL reads them; raises when the CLIP belongs to another one."""
+    width, entry = context_width(model), model_family(model).text
     encoded = encode(clip, prompts, on_progress, pooled)
-    found = encoded.vectors.shape[-1]
-    if found != width:
+    if encoded.width != width:
         raise ErasureError(
-            f"The text encoder gives vectors of width {found}, but the model reads vectors of width {width}; "
+            f"The text encoder gives vectors of width {encoded.width}, but the model reads vectors of width {width}; "
             "connect the CLIP that belongs to the model."
         )
-    return encoded
+    return _behind_the_norm(model, entry, encoded) if entry.norm else encoded
+
+
+def encode_entries(model, clip, prompts, on_progress=None, others=False):
+    """{name of a text entry: Encoded prompts as it reads them} of a MODEL, the main entry first; others: those beside
+    it as well."""
+    beside = [entry for entry in text_entries(model) if entry.pooled] if others else []
+    encoded = encode_for(model, clip, prompts, on_progress, bool(beside))
+    return {model_family(model).text.name: encoded, **{entry.name: encoded.pooled for entry in beside}}
+
+
+def behind_norm(model):
+    """Whether the main text entry of a MODEL is read behind a norm."""
+    return bool(model_family(model).text.norm)
+
+
+def _behind_the_norm(model, entry, encoded):
+    """The same prompts, their rows as the norm before a text entry gives them."""
+    comfy.model_management.load_models_gpu([model])
+    network = model.model.diffusion_model
+    norm = next(module for name, module in network.named_modules() if name.endswith(entry.norm))
+    kind = {"device": model.load_device, "dtype": model.model.get_dtype()}
+
+    def read(prompt):
+        rows = norm(prompt.rows[None].to(**kind))[0].float().cpu()
+        return EncodedPrompt(prompt.prompt, rows, prompt.ids, prompt.roles, prompt.inside)
+
+    with torch.no_grad():
+        return Encoded([read(prompt) for prompt in encoded], encoded.contexts, encoded.pooled)
 
 
 def fingerprint(clip):

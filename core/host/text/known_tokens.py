@@ -1,19 +1,24 @@
 """Which tokens a conditioning was made from.
 
 A conditioning that reaches the sampler is vectors only, but Facilitated Transport also compares tokens. So the
-host's CLIP is watched while it encodes: what goes in and comes out is passed on untouched, and the token ids are
-kept under a hash of the vectors, per context of 77 tokens.
+host's CLIP is watched while it encodes: what goes in and comes out is passed on untouched. Until a gate that follows
+the text exists, nothing more than a weak reference to the vectors is kept; then the token ids are kept under a hash of
+the vectors, per context of 77 tokens. This is the pack's one piece of state outside a MODEL; the environment variable
+MEMBRANE_TOKEN_MEMORY=off leaves the CLIP alone, and gates go by the cosine of the texts.
 """
 
 import functools
 import hashlib
-from collections import OrderedDict
+import os
+import weakref
+from collections import OrderedDict, deque
 from numbers import Integral
 
 import comfy.sd
 import torch
 
 LIMIT = 4096  # contexts; about 1 MB
+SWITCH = "MEMBRANE_TOKEN_MEMORY"
 
 
 class Prompts:
@@ -22,6 +27,23 @@ class Prompts:
     def __init__(self, limit=LIMIT):
         self.limit = limit
         self.known = OrderedDict()
+        self.noted, self.wanted = deque(maxlen=limit), False
+
+    def note(self, tokens, vectors):
+        """Vectors (1, n T, d) made of a tokenized text; looked at when somebody asks, at once from then on."""
+        if self.wanted:
+            self.remember(tokens, vectors)
+        else:
+            self.noted.append((tokens, weakref.ref(vectors)))
+
+    def want(self):
+        """There is somebody who asks: what was noted and is still in use is looked at."""
+        self.wanted = True
+        while self.noted:
+            tokens, reference = self.noted.popleft()
+            vectors = reference()
+            if vectors is not None:
+                self.remember(tokens, vectors)
 
     def remember(self, tokens, vectors):
         """Keeps the ids of a tokenized text, {encoder: [contexts of (token, weight)]}, for its vectors (1, n T, d)."""
@@ -38,11 +60,13 @@ class Prompts:
 
     def recall(self, vectors):
         """Distinct token ids of each row of vectors (rows, n T, d); None for a row with a context that is not known."""
+        self.want()
         found = [self._contexts(row) for row in vectors]
         return [frozenset().union(*(ids for _, ids, _ in contexts)) if contexts else None for contexts in found]
 
     def ends(self, vectors):
         """[(length, place of the first end token)] of the contexts of each row of vectors; None as in recall()."""
+        self.want()
         found = [self._contexts(row) for row in vectors]
         return [[(length, end) for length, _, end in contexts] if contexts else None for contexts in found]
 
@@ -74,7 +98,10 @@ PROMPTS = Prompts()
 
 
 def watch(clip_class=comfy.sd.CLIP, prompts=PROMPTS):
-    """Remembers what the host's CLIP encodes from now on; a second call changes nothing."""
+    """Notes what the host's CLIP encodes from now on; a second call changes nothing, and neither does one with the
+    memory switched off."""
+    if os.environ.get(SWITCH, "").lower() == "off":
+        return
     for name in ("encode_from_tokens", "encode_from_tokens_scheduled"):
         method = getattr(clip_class, name, None)
         if method is not None and not hasattr(method, "membrane"):
@@ -87,7 +114,7 @@ def _watched(method, prompts):
         result = method(self, tokens, *args, **kwargs)
         for vectors in _vectors(result):
             if isinstance(tokens, dict) and isinstance(vectors, torch.Tensor):
-                prompts.remember(tokens, vectors)
+                prompts.note(tokens, vectors)
         return result
 
     encode.membrane = True

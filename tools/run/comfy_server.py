@@ -17,7 +17,8 @@ import urllib.request
 import uuid
 from pathlib import Path
 
-ROOT = Path(__file__).absolute().parent.parent
+from .. import ROOT
+
 PACK_NAME = "membrane"
 LOG_LINES_SHOWN = 25
 

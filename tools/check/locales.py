@@ -1,6 +1,6 @@
 """The texts of the nodes and of the page in all languages: writes locales/en, and tells what the others lack.
 
-    .venv/bin/python tools/locales.py
+    .venv/bin/python -m tools.check.locales
 
 ComfyUI reads locales/<language>/nodeDefs.json and main.json. For English the nodes are the truth, and web/js/strings.js
 for what the page says beside them; the other languages are written by hand and have an entry for each of these texts.
@@ -9,9 +9,9 @@ for what the page says beside them; the other languages are written by hand and 
 import json
 import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from membrane.tools import ROOT, host_library
+
 FOLDER = ROOT / "locales"
 LANGUAGES = ("zh", "ja")
 MESSAGE_SYNTAX = set("{}@|")  # the page takes these for placeholders, links and plurals
@@ -91,10 +91,7 @@ def update(name, texts, wanted):
 
 
 def main():
-    sys.path.insert(0, str(ROOT))
-    from tools.in_process import start
-
-    _, tidy = start()
+    _, tidy = host_library.start()
     texts = node_texts(sys.modules["membrane"].NODE_CLASS_MAPPINGS)
     tidy()
     update("nodeDefs.json", english(texts), flat(texts))

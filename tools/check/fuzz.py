@@ -1,6 +1,6 @@
 """A coverage-guided fuzzer for everything that reads what others wrote. Needs torch and safetensors, no host.
 
-    python tools/fuzz.py [--seconds 10] [--inputs N] [--seed 0] [parser ...]
+    python -m tools.check.fuzz [--seconds 10] [--inputs N] [--seed 0] [parser ...]
 
 Each parser starts with valid inputs. An input that takes a branch of the parser's code not taken before is kept and
 changed further. Whatever a parser makes of an input has to be a result or one ErasureError, within LONGEST seconds.
@@ -24,23 +24,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-LONGEST = 2.0  # seconds an input may take, tracing included
-if "membrane" not in sys.modules:
-    places = {"submodule_search_locations": [str(ROOT)]}
-    package = importlib.util.spec_from_file_location("membrane", ROOT / "__init__.py", **places)
-    sys.modules["membrane"] = importlib.util.module_from_spec(package)
+import torch
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.mask import Mask
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.stack_json import from_json, names
+from membrane.core.errors import LONGEST as LONGEST_MESSAGE
+from membrane.core.errors import ErasureError
+from membrane.core.formats import labels, native, registry
+from membrane.core.measures.detection import Calibration
+from membrane.core.measures.record import Record
+from membrane.core.text import concepts
+from safetensors.torch import save
 
-import torch  # noqa: E402
-from membrane.core.adapters.adapter import Card, ErasureAdapter, LowRank, Mask, TextMap  # noqa: E402
-from membrane.core.adapters.stack_json import from_json, names  # noqa: E402
-from membrane.core.errors import LONGEST as LONGEST_MESSAGE  # noqa: E402
-from membrane.core.errors import ErasureError  # noqa: E402
-from membrane.core.formats import labels, native, registry  # noqa: E402
-from membrane.core.measures.detection import Calibration  # noqa: E402
-from membrane.core.measures.record import Record  # noqa: E402
-from membrane.core.text import concepts  # noqa: E402
-from safetensors.torch import save  # noqa: E402
+LONGEST = 2.0  # seconds an input may take, tracing included
 
 # ---------------------------------------------------------------- coverage
 
@@ -327,9 +325,9 @@ def native_seeds():
     layer = {"x": LowRank(random_tensor(3, 2), random_tensor(2, 4), 1.0, random_tensor(3))}
     masks = {"x": Mask.of(torch.eye(3, 4).bool(), torch.full((3, 4), 0.5))}
     return [
-        saved(ErasureAdapter(card, words)),
-        saved(ErasureAdapter(card, words, "", layer, words)),
-        saved(ErasureAdapter(card, None, "", {}, None, masks)),
+        saved(ErasureAdapter(card, {"map": {"text": words}})),
+        saved(ErasureAdapter(card, {"map": {"text": words, "pooled": words}, "low_rank": layer})),
+        saved(ErasureAdapter(card, {"mask": masks})),
     ]
 
 
