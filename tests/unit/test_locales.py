@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
-from membrane.tools.check.locales import LANGUAGES, flat, plain, read
+from membrane.tools.check.locales import LANGUAGES, flat, page_strings, plain, read
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "locales").rglob("*.json"))
@@ -63,6 +63,6 @@ def test_translations_are_in_their_language_and_keep_the_numbers(language):
 
 def test_menu_entries_are_those_of_the_page():
     entry = re.search(r'TITLE = "([^"]+)"', (ROOT / "web" / "js" / "erase_here.js").read_text(encoding="utf-8"))[1]
-    assert read("en", "main.json") == {"contextMenu": {entry: entry}}
+    assert read("en", "main.json") == {"contextMenu": {entry: entry}, "membrane": page_strings()}
     for language in LANGUAGES:
-        assert list(flat(read(language, "main.json"))) == [f"contextMenu.{entry}"]
+        assert list(flat(read(language, "main.json")["contextMenu"])) == [entry]

@@ -1,12 +1,13 @@
-"""The texts of the nodes in the languages of the page: writes locales/en, and tells what the others lack.
+"""The texts of the nodes and of the page in all languages: writes locales/en, and tells what the others lack.
 
     .venv/bin/python -m tools.check.locales
 
-ComfyUI reads locales/<language>/nodeDefs.json. The nodes are the truth for English; the other languages are written by
-hand and have an entry for each of the nodes' texts.
+ComfyUI reads locales/<language>/nodeDefs.json and main.json. For English the nodes are the truth, and web/js/strings.js
+for what the page says beside them; the other languages are written by hand and have an entry for each of these texts.
 """
 
 import json
+import re
 import sys
 
 from membrane.tools import ROOT, host_library
@@ -52,6 +53,12 @@ def english(texts):
     return {k: english(branch) for k, branch in texts.items() if isinstance(branch, dict) or plain(branch)}
 
 
+def page_strings():
+    """{key: text} of what the page's part of the pack says in English."""
+    source = (ROOT / "web" / "js" / "strings.js").read_text(encoding="utf-8")
+    return json.loads(re.search(r"(?s)export const ENGLISH = ({.*?\n});", source)[1])
+
+
 def path_of(language, name="nodeDefs.json"):
     """Where the host looks for a language."""
     return FOLDER / language / name
@@ -67,22 +74,29 @@ def write(language, texts, name="nodeDefs.json"):
     path_of(language, name).write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def update(name, texts, wanted):
+    """Writes a file of locales/en, and says what has changed and what the other languages lack of the wanted texts."""
+    before = flat(read("en", name)) if path_of("en", name).exists() else {}
+    write("en", texts, name)
+    after = flat(texts)
+    for key in sorted(before.keys() & after.keys()):
+        if before[key] != after[key]:
+            print(f"{key} was {before[key]!r}\n  and is now {after[key]!r}; translate it anew")
+    for language in LANGUAGES:
+        there = flat(read(language, name)) if path_of(language, name).exists() else {}
+        for key in wanted.keys() - there.keys():
+            print(f"{language} lacks {key}: {wanted[key]!r}")
+        for key in there.keys() - wanted.keys():
+            print(f"{language} has {key}, which is nowhere in English")
+
+
 def main():
     _, tidy = host_library.start()
     texts = node_texts(sys.modules["membrane"].NODE_CLASS_MAPPINGS)
     tidy()
-    before, after = flat(read("en")) if path_of("en").exists() else {}, flat(english(texts))
-    write("en", english(texts))
-    for key in sorted(before.keys() & after.keys()):
-        if before[key] != after[key]:
-            print(f"{key} was {before[key]!r}\n  and is now {after[key]!r}; translate it anew")
-    wanted = flat(texts)
-    for language in LANGUAGES:
-        there = flat(read(language)) if path_of(language).exists() else {}
-        for key in wanted.keys() - there.keys():
-            print(f"{language} lacks {key}: {wanted[key]!r}")
-        for key in there.keys() - wanted.keys():
-            print(f"{language} has {key}, which no node has")
+    update("nodeDefs.json", english(texts), flat(texts))
+    page = {**read("en", "main.json"), "membrane": page_strings()}
+    update("main.json", page, flat(page))
 
 
 if __name__ == "__main__":
