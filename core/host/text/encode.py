@@ -10,7 +10,7 @@ import torch
 from ...errors import ErasureError
 from ...text.encoded import UNKNOWN, WORD, Encoded, EncodedPrompt, Frame
 from ..compat import encode_with_extras
-from ..model.layers import context_width, model_family, text_entries
+from ..model.layers import family, text_entries, text_width
 
 BATCH = 32  # prompts per forward pass of the text encoder
 CLIP_STREAMS = {"l", "g", "h"}  # what the host calls the encoders whose prompts all fill contexts of one length
@@ -171,7 +171,7 @@ def _inside(clip, prompt, stream, frame):
 
 def encode_for(model, clip, prompts, on_progress=None, pooled=False):
     """Encoded prompts as the main text entry of a MODEL reads them; raises when the CLIP belongs to another one."""
-    width, entry = context_width(model), model_family(model).text
+    width, entry = text_width(model), family(model).text
     encoded = encode(clip, prompts, on_progress, pooled)
     if encoded.width != width:
         raise ErasureError(
@@ -186,12 +186,12 @@ def encode_entries(model, clip, prompts, on_progress=None, others=False):
     it as well."""
     beside = [entry for entry in text_entries(model) if entry.pooled] if others else []
     encoded = encode_for(model, clip, prompts, on_progress, bool(beside))
-    return {model_family(model).text.name: encoded, **{entry.name: encoded.pooled for entry in beside}}
+    return {family(model).text.name: encoded, **{entry.name: encoded.pooled for entry in beside}}
 
 
 def behind_norm(model):
     """Whether the main text entry of a MODEL is read behind a norm."""
-    return bool(model_family(model).text.norm)
+    return bool(family(model).text.norm)
 
 
 def _behind_the_norm(model, entry, encoded):
