@@ -35,7 +35,8 @@ from membrane.core.errors import ErasureError
 from membrane.core.formats import labels, native, registry
 from membrane.core.measures.detection import Calibration
 from membrane.core.measures.record import Record
-from membrane.core.text import concepts
+from membrane.core.text import concepts, rows
+from membrane.core.text.encoded import Encoded
 from safetensors.torch import save
 
 LONGEST = 2.0  # seconds an input may take, tracing included
@@ -418,9 +419,12 @@ def concept_words(data):
             [concepts.fill(template, given) for template in found]
     ids = list(data[:20])
     end = 0 if len(ids) < 3 else ids[2]
-    place = concepts.last_subject_token([1, *ids, end, end], ids[:2], end)
-    rows = torch.zeros(len(ids) + 3, 1)
-    concepts.aligned_rows(rows, rows, place, len(ids) // 2)
+    prompt, word = (
+        next(iter(Encoded.of_contexts(("",), (own,), torch.zeros(1, len(own), 1), end)))
+        for own in ([1, *ids, end, end], [1, *ids[:2], end])
+    )
+    rows.aligned(prompt, prompt, rows.subject(prompt, word), len(ids) // 2)
+    rows.counted(prompt), rows.after_start(prompt)
 
 
 def parsers(folder):

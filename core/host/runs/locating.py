@@ -33,8 +33,8 @@ def linear_layers(model, groups=FEED_FORWARD):
     found = {site(key): m for key, m in modules(model).items() if role(site(key)) in groups and _linear(m)}
     if not found:
         raise ErasureError(
-            f"The {family_name(model)} model has no {' or '.join(groups)} layers as Stable Diffusion has; locating needs "
-            "a Stable Diffusion 1, 2 or XL type U-Net."
+            f"The {family_name(model)} model has no {' or '.join(groups)} layers as Stable Diffusion has; locating "
+            "needs a Stable Diffusion 1, 2 or XL type U-Net."
         )
     return found
 
