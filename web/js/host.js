@@ -30,7 +30,8 @@ export function undoRedo(event) {
         if (key === "y" || event.shiftKey) found.redo();
         else found.undo();
     } else {
-        /** @type {HTMLElement | null} */ (document.activeElement)?.blur(); // pages of 2024 look in the next frame where the focus is
+        // pages of 2024 look in the next frame where the focus is
+        /** @type {HTMLElement | null} */ (document.activeElement)?.blur();
     }
     return true;
 }
