@@ -15,9 +15,9 @@ from ..core.host.files.folders import (
     signature,
     stamp,
 )
-from ..core.host.model.layers import family, text_entries
+from ..core.host.model.layers import family_name, text_entries
 from ..core.host.model.names import kohya_names, kohya_sites
-from ..core.host.model.weights import base_layers, cross_attention_weights, edited_weights
+from ..core.host.model.weights import base_layers, edited_weights, text_weights
 from ..core.host.page.progress import Progress
 from ..core.host.patches.stack import applied
 from ..core.text.concepts import parse_lines
@@ -127,7 +127,7 @@ class MembraneSaveAdapter:
             return path, name
         require_entries(adapter, text_entries(model))  # before a file name is taken
         path, name = new_adapter_path(filename_prefix, "loras")
-        kohya.save(adapter, cross_attention_weights(model), path, kohya_names(model))
+        kohya.save(adapter, text_weights(model), path, kohya_names(model))
         return path, name
 
     def _save_differences(self, adapter, filename_prefix, model):
@@ -213,7 +213,7 @@ class MembraneExtract:
             edited = registry.load_weights(adapter_path(weights_file))
         progress = Progress(len(edited.layers()))
         names = tuple(parse_lines(concepts))
-        adapter, report = extract(base_layers(model), edited, names, family(model), energy, max_rank, progress.at)
+        adapter, report = extract(base_layers(model), edited, names, family_name(model), energy, max_rank, progress.at)
         log.info("Membrane: %s", report)
         return adapter, report
 

@@ -89,9 +89,8 @@ class MembraneDetectMemorization:
         settings = Sampling(steps, cfg, sampler_name, scheduler, width, height)
         each = [(seed + i) % 2**64 for i in range(seeds)]
         detector = Detector(model, clip, settings, first_steps, each, batch_size)
-        ordinary, tested = (
-            seeds * len(benign) * first_steps, seeds * len(lines) * (steps if bright_ending else first_steps)
-        )  # fmt: skip
+        run = steps if bright_ending else first_steps
+        ordinary, tested = seeds * len(benign) * first_steps, seeds * len(lines) * run
         progress = Progress(ordinary + tested)
         calibration, source = calibrate(detector, benign, progress.at) if benign else calibration_for(detector)
         progress.next_phase(ordinary)

@@ -9,8 +9,8 @@ from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published
 from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
 from ..core.host.files.folders import input_text_file, input_text_files
-from ..core.host.model.layers import cross_attention_layers, family
-from ..core.host.model.weights import cross_attention_gram
+from ..core.host.model.layers import family_name, text_readers
+from ..core.host.model.weights import text_gram
 from ..core.host.page.progress import Progress
 from ..core.host.patches.on_weights import on_layers
 from ..core.host.patches.stack import apply_stack
@@ -166,13 +166,13 @@ class MembraneErase:
         safe_anchor = not any(concept.surrogate for concept in parsed)
         job = Job.of(parsed, preserved, method=method, safe_anchor=safe_anchor, **settings)
         prompts, needs_gram = job.prompts(), METHODS[method].needs_gram
-        count = len(list(cross_attention_layers(model))) if needs_gram else 0
+        count = len(list(text_readers(model))) if needs_gram else 0
         progress = Progress(len(prompts) + count + job.rounds)
         entries = encode_entries(model, clip, prompts, progress.at, pooled == EDIT)
         progress.next_phase(len(prompts))
-        gram = cross_attention_gram(model, progress.at) if needs_gram else None
+        gram = text_gram(model, progress.at) if needs_gram else None
         progress.next_phase(count)
-        adapter = erase(job, entries, family(model), fingerprint(clip), gram, progress.at, behind_norm(model))
+        adapter = erase(job, entries, family_name(model), fingerprint(clip), gram, progress.at, behind_norm(model))
         progress.next_phase(job.rounds)
         if layers != BOTH:
             adapter = on_layers(model, adapter, LAYERS[layers])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..core.host.files.reports import Place
-from ..core.host.model.layers import family
+from ..core.host.model.layers import family_name
 from ..core.host.page.progress import Progress
 from ..core.host.runs.pairs import PairSampler
 from ..core.host.runs.sampling import Sampling
@@ -14,7 +14,8 @@ from ..core.measures import distances
 from ..core.measures.evaluation import evaluate, prompts_of, same, seeds_from
 from ..core.measures.judges import CLASSIFIERS, NONE, classes_of, distances_of, judge_of
 from ..core.measures.record import Record
-from ..core.measures.report import grid, report
+from ..core.measures.render_grid import grid
+from ..core.measures.render_text import report
 from . import inputs
 
 log = logging.getLogger("membrane")
@@ -113,7 +114,7 @@ class MembraneEvaluate:
         progress = Progress(2 * count)
         pairs = PairSampler(original, erased, clip, vae, settings, batch_size, noise_levels, seed_offset, progress.at)
         said = {
-            "models": [family(original), family(erased)], **vars(settings), "seed": seed, "seeds": seeds,
+            "models": [family_name(original), family_name(erased)], **vars(settings), "seed": seed, "seeds": seeds,
             "seed_offset": seed_offset, "batch_size": batch_size, "distances": sorted(measures),
             "noise_levels": noise_levels, "pictures_shown": pictures_shown, "classifier": classifier,
             "classes": classes, "vae": vae is not None,

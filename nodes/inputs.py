@@ -99,9 +99,9 @@ def vision(clip_vision, class_clip):
     return names, None if clip_vision is None else partial(image_vectors, clip_vision)
 
 
-def prompt_lines(prompts, purpose="compare"):
+def prompt_lines(prompts):
     """The prompts of a text, one per line; raises ErasureError when there is none."""
     lines = parse_lines(prompts)
     if not lines:
-        raise ErasureError(f"No prompt to {purpose} was given; write at least one, each on a line of its own.")
+        raise ErasureError("No prompt to compare was given; write at least one, each on a line of its own.")
     return lines

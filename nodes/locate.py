@@ -7,7 +7,7 @@ from ..core.adapters.adapter import Card, ErasureAdapter
 from ..core.erasers.dampening import dampen, threshold
 from ..core.erasers.pruning import base_for, locate, report
 from ..core.errors import ErasureError
-from ..core.host.model.layers import family, parameter_count
+from ..core.host.model.layers import family_name, parameter_count
 from ..core.host.model.weights import base_layers
 from ..core.host.page.progress import Progress
 from ..core.host.patches.origin import weight_sample
@@ -121,7 +121,7 @@ class MembraneLocateMemorization:
             "weight_sample": {name: weight_sample(base_layers(model)[name]) for name in list(masks)[:1]},
         }  # fmt: skip
         names = tuple(parse_lines(concepts) or dict.fromkeys(lines))
-        adapter = ErasureAdapter(Card(method, names, (), family(model), fingerprint(clip), said), {"mask": masks})
+        adapter = ErasureAdapter(Card(method, names, (), family_name(model), fingerprint(clip), said), {"mask": masks})
         text = report(masks, parameter_count(model))
         log.info("Membrane: %s", text.splitlines()[-1])
         return adapter, f"{text}\n{cost}"

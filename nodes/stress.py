@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from ..core.host.model.layers import cross_attention_layers
+from ..core.host.model.layers import text_readers
 from ..core.host.page.progress import Progress
 from ..core.host.patches.opened import attack_grams
 from ..core.host.runs.sampling import Sampling, conditioning, drawn, sample
@@ -85,7 +85,7 @@ class MembraneStressTest:
         judge = judge_of(classifier, classes, *inputs.vision(clip_vision, class_clip))
         require_class(concept, classes, judge)
         test = StressTest(concept, parse_templates(captions), partial(conditioning, clip), judge)
-        layers, kinds = len(list(cross_attention_layers(original))), ATTACKS[attacks]
+        layers, kinds = len(list(text_readers(original))), ATTACKS[attacks]
         tried = (len(test.captions) if DERIVED in kinds else 0) + (prompts_tried if WORDS in kinds else 0)
         progress = Progress(layers + generations + tried + 2)
         if DERIVED in kinds:

@@ -10,7 +10,7 @@ from ..core.erasers.spm_presets import CUSTOM, LAYERS, PRESETS, settings_of
 from ..core.erasers.spm_run import TrainingRun, steps_done, texts_of
 from ..core.formats import native
 from ..core.host.files.folders import new_adapter_path
-from ..core.host.model.layers import family
+from ..core.host.model.layers import family_name
 from ..core.host.page.progress import Progress
 from ..core.host.runs.training import HostDenoiser, resumed, trainable_sites
 from ..core.host.text.encode import encode_for, fingerprint
@@ -124,7 +124,7 @@ class MembraneTrain:
         encoded = encode_for(model, clip, dict.fromkeys([*(text for pair in pairs for text in pair), "", *kept]))
         said = {"size": list(settings.size), "rank": rank, "layers": layers, "preserve": kept, "templates": shapes}
         names, surrogates = zip(*((c.text, c.surrogate) for c in wanted))
-        card = Card("SPM", names, surrogates, family(model), fingerprint(clip), {**asdict(settings), **said})
+        card = Card("SPM", names, surrogates, family_name(model), fingerprint(clip), {**asdict(settings), **said})
         path, name = new_adapter_path(filename_prefix)
         run = TrainingRun(card, settings, name, lambda found: native.save(found, path), save_every)
         run.start, run.preview_every = steps_done(adapter, settings) if adapter else 0, preview_every

@@ -405,9 +405,15 @@ class Pool:
         return told
 
     async def stop(self):
-        """Ends what the workers started."""
-        stops = [worker.stop.remote() for worker in (self.workers or {}).values()]
-        await asyncio.gather(*stops, return_exceptions=True)
+        """Ends what the workers started; one that waits for a machine started nothing and does not answer."""
+        stops = [asyncio.ensure_future(_awaited(worker.stop.remote())) for worker in (self.workers or {}).values()]
+        if stops:
+            await asyncio.wait(stops, timeout=10)
+
+
+async def _awaited(ref):
+    with contextlib.suppress(Exception):
+        await ref
 
 
 def reason(error):
@@ -461,7 +467,12 @@ class Sweep:
         return found
 
     def _run(self, ray, missing):
+        # beside this program, so that a lost machine takes its workers only
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": len(missing) + 10}
+        options["scheduling_strategy"] = here
         pool = ray.remote(Pool).options(**options).remote(self.sources, self.attempts, self.poll, self.download)
         run = pool.run.options(max_task_retries=LOSSES - 1 + self.attempts, retry_exceptions=True)
         running = {run.remote(turn, key, self.jobs[key]): key for turn, key in enumerate(missing)}

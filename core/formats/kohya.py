@@ -13,8 +13,10 @@ from ..adapters.adapter import Card, ErasureAdapter
 from ..adapters.deltas.text_map import on_weights
 from ..errors import ErasureError
 from ..families.table import architecture
+from ..files import save_whole
+from .card import card_metadata, read_card, require_bounded, title
 from .factors import balanced, gather, low_rank
-from .files import card_metadata, own, read_card, require_bounded, save_whole, title
+from .format import Format
 
 log = logging.getLogger("membrane")
 
@@ -25,7 +27,7 @@ PARTS = {
     ".alpha": "alpha",
     ".diff_b": "bias",
 }
-FORMAT = "lora"
+MARK = "lora"  # membrane.format of our exports
 SPM_METADATA = ("prompts", "rank", "alpha")
 
 
@@ -38,7 +40,34 @@ def parse(contents):
     """Adapter of such a file; raises ErasureError for a damaged one."""
     layers = gather(contents, _split)
     changes = {layer: low_rank(contents.name, layer, parts) for layer, parts in layers.items()}
-    return ErasureAdapter(_card(contents), {"low_rank": changes}, contents.name)
+    return ErasureAdapter(card(contents), {"low_rank": changes}, contents.name)
+
+
+def card(contents):
+    """Card of such a file: as our export says it, by SPM's or LECO's metadata, or of a LoRA that names no concepts.
+
+    Raises ErasureError where that is damaged.
+    """
+    metadata = contents.metadata
+    if metadata.get("membrane.format") == MARK:
+        return read_card(contents.name, metadata)
+    if all(key in metadata for key in SPM_METADATA):
+        concepts = tuple(piece.strip() for piece in metadata["prompts"].split(",") if piece.strip())
+        if not concepts:
+            raise ErasureError(
+                f'"{contents.name}" is an SPM file that names no concept (its "prompts" are '
+                f'"{metadata["prompts"]}"), so its permeability cannot be computed; save it again with its concepts.'
+            )
+        require_bounded(contents.name, concepts)
+        return Card("SPM", concepts)
+    if "ss_leco_prompt_count" in metadata:
+        concepts, surrogates = _leco_prompts(metadata)
+        require_bounded(contents.name, concepts)
+        return Card("LECO", concepts, surrogates)
+    return Card("LoRA", ())
+
+
+FORMAT = Format("LoRA (kohya)", recognises, parse, card)  # the exports below need the model they are for
 
 
 def save(adapter, weights, path, names):
@@ -111,33 +140,13 @@ def _split(key):
 
 def _layer(name, up, down, alpha, bias=None):
     tensors = {
-        f"{name}.lora_up.weight": own(up),
-        f"{name}.lora_down.weight": own(down),
+        f"{name}.lora_up.weight": up,
+        f"{name}.lora_down.weight": down,
         f"{name}.alpha": torch.tensor(float(alpha)),
     }
     if bias is not None:
-        tensors[f"{name}.diff_b"] = own(bias)
+        tensors[f"{name}.diff_b"] = bias
     return tensors
-
-
-def _card(contents):
-    metadata = contents.metadata
-    if metadata.get("membrane.format") == FORMAT:
-        return read_card(contents.name, metadata)
-    if all(key in metadata for key in SPM_METADATA):
-        concepts = tuple(piece.strip() for piece in metadata["prompts"].split(",") if piece.strip())
-        if not concepts:
-            raise ErasureError(
-                f'"{contents.name}" is an SPM file that names no concept (its "prompts" are '
-                f'"{metadata["prompts"]}"), so its permeability cannot be computed; save it again with its concepts.'
-            )
-        require_bounded(contents.name, concepts)
-        return Card("SPM", concepts)
-    if "ss_leco_prompt_count" in metadata:
-        concepts, surrogates = _leco_prompts(metadata)
-        require_bounded(contents.name, concepts)
-        return Card("LECO", concepts, surrogates)
-    return Card("LoRA", ())
 
 
 def _leco_prompts(metadata):
@@ -179,5 +188,5 @@ def _metadata(card, rank, alpha, comment):
         "modelspec.description": f"Erases ({card.method}): {concepts}" if concepts else title(card),
         "modelspec.usage_hint": "No trigger words; strength 1 is the erasure as computed on the model it is for.",
         "modelspec.license": card.licence,
-        "membrane.format": FORMAT,
+        "membrane.format": MARK,
     }

@@ -1,11 +1,16 @@
-"""Membrane's own file: safetensors with an adapter's text map, its changes of layers, and the card as metadata.
+"""Membrane's own file: safetensors with an adapter's deltas as tensors and its card as metadata.
 
-Version 1 has a text map: text_map.a, .b, .concept. Version 2 has more or other things: changes of layers as
-low_rank.<site>.up, .down, .alpha and, where a layer's bias changes, .bias; a map of the pooled vector as pooled_map.*.
-Version 3 has masks as well: mask.<site>.bits, the packed bits deflated by zlib, .shape (out, in) and, where something
-is left of the marked weights, .kept. Version 4 has text maps by entry, map.<entry>.a, .b, .concept and, where the rows
-were taken after a norm, .normed; and other kinds of deltas as <kind>.<site>.<part>. A file gets the oldest version that
-can hold it, so that older releases read what they can.
+What each version holds, where <site> is a layer and <entry> a text entry:
+
+1   the map of the main text: text_map.a, text_map.b, text_map.concept.
+2   also a map of the pooled vector, pooled_map.a, .b, .concept, and low-rank changes of layers: low_rank.<site>.up,
+    .down, .alpha and, where the layer's bias changes, .bias.
+3   also masks: mask.<site>.bits (packed bits, deflated by zlib), .shape (out, in) and, where something is left of the
+    marked weights, .kept.
+4   maps of any entry, map.<entry>.a, .b, .concept and, where the rows were taken after a norm, .normed; and every
+    other kind of delta as <kind>.<site>.<part>. The low-rank changes and masks of versions 2 and 3 stay.
+
+A file gets the oldest version that can hold its adapter, so that older releases read what they can.
 """
 
 import zlib
@@ -18,15 +23,16 @@ from ..adapters.deltas.delta import KINDS
 from ..adapters.deltas.mask import Mask
 from ..adapters.deltas.text_map import TextMap
 from ..errors import ErasureError
+from ..files import save_whole
 from . import containers
+from .card import card_metadata, read_card
 from .factors import low_rank
-from .files import card_metadata, own, read_card, save_whole
+from .format import Format
 
-FORMAT = "erasure_adapter"
+MARK = "erasure_adapter"  # membrane.format
 TEXT_MAP_VERSION, LAYERS_VERSION, MASKS_VERSION, VERSION = 1, 2, 3, 4
 MAP_PARTS = ("a", "b", "concept")
 OLD_MAPS = {"text": "text_map", "pooled": "pooled_map"}  # names of versions 1 to 3
-TEXT_MAP, POOLED_MAP = (tuple(f"{name}.{part}" for part in MAP_PARTS) for name in OLD_MAPS.values())
 MAP = "map."
 MASK_PARTS = {"bits": (torch.uint8, 1), "shape": (torch.int64, 1), "kept": (torch.float16, 1)}  # type, dimensions
 LARGEST_LAYER, LARGEST_MODEL = 2**28, 2**33  # weights; bound what a few deflated bytes may grow to
@@ -39,11 +45,7 @@ def save(adapter, path):
     for entry, found in adapter.maps.items():
         prefix = MAP + entry if version == VERSION else OLD_MAPS[entry]
         owners = torch.tensor(found.concept, dtype=torch.int32)
-        tensors |= {
-            f"{prefix}.a": own(found.a.float()),
-            f"{prefix}.b": own(found.b.float()),
-            f"{prefix}.concept": owners,
-        }
+        tensors |= {f"{prefix}.a": found.a.float(), f"{prefix}.b": found.b.float(), f"{prefix}.concept": owners}
         if found.normed:
             tensors[f"{prefix}.normed"] = torch.tensor(1, dtype=torch.uint8)
     for kind, layer, delta in adapter.of_layers:
@@ -51,7 +53,7 @@ def save(adapter, path):
         tensors |= {f"{kind}.{layer}.{part}": tensor for part, tensor in parts.items()}
     what = f" for: {', '.join(card.concepts)}" if card.concepts else ""
     metadata = card_metadata(card) | {
-        "membrane.format": FORMAT,
+        "membrane.format": MARK,
         "membrane.version": str(version),
         "modelspec.architecture": card.family or "unknown",
         "modelspec.description": f"Erasure adapter ({card.method}){what}",
@@ -72,17 +74,17 @@ def _version(adapter):
 
 
 def _low_rank_parts(change):
-    parts = {"up": own(change.up), "down": own(change.down), "alpha": torch.tensor(change.alpha, dtype=torch.float64)}
-    return parts if change.bias is None else {**parts, "bias": own(change.bias)}
+    parts = {"up": change.up, "down": change.down, "alpha": torch.tensor(change.alpha, dtype=torch.float64)}
+    return parts if change.bias is None else {**parts, "bias": change.bias}
 
 
 def _mask_parts(mask):
     deflated = zlib.compress(mask.bits.contiguous().numpy().tobytes(), 9)
     parts = {"bits": torch.frombuffer(bytearray(deflated), dtype=torch.uint8), "shape": torch.tensor(mask.shape)}
-    return parts if mask.kept is None else {**parts, "kept": own(mask.kept).half()}
+    return parts if mask.kept is None else {**parts, "kept": mask.kept.half()}
 
 
-WRITERS = {"low_rank": _low_rank_parts, "mask": _mask_parts}  # other kinds say it themselves
+WRITERS = {"low_rank": _low_rank_parts, "mask": _mask_parts}  # all other kinds by their own parts()
 
 
 def load(path):
@@ -92,21 +94,30 @@ def load(path):
 
 def recognises(contents):
     """Whether a file says that it is one."""
-    return contents.metadata.get("membrane.format") == FORMAT
+    return contents.metadata.get("membrane.format") == MARK
 
 
 def parse(contents):
     """Adapter of the contents of a native file; raises ErasureError for anything else or a damaged one."""
     name, tensors = contents.name, contents.tensors
     _check_header(contents)
-    card = read_card(name, contents.metadata)
-    deltas = {"map": _maps(name, tensors, card)}
+    own_card = card(contents)
+    deltas = {"map": _maps(name, tensors, own_card)}
     for kind, cls in KINDS.items():
         if not cls.of_text:
             deltas[kind] = READERS.get(kind, partial(_of_kind, cls))(name, _by_layer(tensors, f"{kind}."))
     if not any(deltas.values()):
-        raise ErasureError(f'"{name}" lacks {", ".join(TEXT_MAP)}; it is damaged, save the adapter again.')
-    return ErasureAdapter(card, deltas, name)
+        keys = ", ".join(f"{OLD_MAPS['text']}.{part}" for part in MAP_PARTS)
+        raise ErasureError(f'"{name}" lacks {keys}; it is damaged, save the adapter again.')
+    return ErasureAdapter(own_card, deltas, name)
+
+
+def card(contents):
+    """Card of the contents of a native file; raises ErasureError where it is damaged."""
+    return read_card(contents.name, contents.metadata)
+
+
+FORMAT = Format("Membrane", recognises, parse, card, save, declared=True)
 
 
 def _maps(name, tensors, card):
@@ -121,11 +132,16 @@ def _changes(name, layers):
 
 
 def _of_kind(cls, name, layers):
-    """{layer: delta} of a kind that reads itself."""
+    """{layer: delta} of a kind that reads its own parts."""
     found = {}
     for layer, parts in layers.items():
-        try:
-            found[layer] = cls.of_parts(parts)
+        for part, tensor in parts.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                raise ErasureError(
+                    f'"{name}" holds numbers that are not finite in {part} of {layer}; it is damaged, get it again.'
+                )
+        try:  # copies, which do not hang on the file
+            found[layer] = cls.of_parts({part: tensor.clone() for part, tensor in parts.items()})
         except (ErasureError, KeyError, RuntimeError, ValueError) as error:
             raise ErasureError(
                 f'"{name}" holds a change of {layer} ({cls.kind}) that does not fit together ({error}); it is damaged, '
@@ -193,7 +209,7 @@ def _mask(name, layer, shape, parts):
         raise _damaged_mask(name, layer, "that does not fit together") from error
 
 
-READERS = {"low_rank": _changes, "mask": _masks}  # other kinds say it themselves
+READERS = {"low_rank": _changes, "mask": _masks}  # all other kinds by their own of_parts()
 
 
 def _text_map(name, tensors, card, prefix):
@@ -234,4 +250,17 @@ def _check_header(contents):
         raise ErasureError(
             f'"{name}" is of format version {version or "unknown"}, and this pack reads up to {VERSION}; '
             "update Membrane."
+        )
+    if version == str(VERSION):
+        _require_known_kinds(name, contents.tensors)
+
+
+def _require_known_kinds(name, tensors):
+    """Raises ErasureError for deltas of a later release, without which the others would erase less than they say."""
+    known = tuple(f"{kind}." for kind in (*KINDS, *OLD_MAPS.values()))
+    unknown = [key for key in tensors if not key.startswith(known)]
+    if unknown:
+        raise ErasureError(
+            f'"{name}" holds {len(unknown)} tensors of a kind of change that this pack does not know '
+            f"({', '.join(sorted(unknown)[:3])}); update Membrane."
         )

@@ -14,6 +14,7 @@ from ..adapters.adapter import Card, ErasureAdapter
 from ..errors import ErasureError
 from ..families.sites import site
 from .factors import gather, low_rank
+from .format import Format
 
 # the layer, then one of PEFT's (which may say the adapter's name) or diffusers' spellings of a factor, or alpha
 KEY = re.compile(
@@ -41,7 +42,15 @@ def parse(contents):
             rank = next(iter(parts["down"].shape), 1)
             parts["alpha"] = torch.tensor(_alpha(contents.name, settings, layer, rank))
         changes[layer] = low_rank(contents.name, layer, parts)
-    return ErasureAdapter(Card("LoRA", ()), {"low_rank": changes}, contents.name)
+    return ErasureAdapter(card(contents), {"low_rank": changes}, contents.name)
+
+
+def card(contents):
+    """Card of such a file, which says nothing of concepts."""
+    return Card("LoRA", ())
+
+
+FORMAT = Format("LoRA (PEFT, diffusers)", recognises, parse, card)
 
 
 def _split(key):

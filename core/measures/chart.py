@@ -6,7 +6,8 @@ from PIL import Image, ImageDraw, ImageFont
 INK, BAR, GRID = "#222222", "#c2543d", "#dddddd"
 
 
-def _font(size):
+def font_of(size):
+    """Pillow's own font in a size of so many pixels."""
     try:
         return ImageFont.load_default(size)
     except TypeError:  # Pillow before 10.1 has one size only
@@ -21,23 +22,22 @@ def bar_chart(title, bars, width=900):
     line, top, margin = 26, 48, 14
     picture = Image.new("RGB", (width, top + line * len(bars) + margin), "white")
     draw = ImageDraw.Draw(picture)
-    font, large = _font(15), _font(18)
+    font, large = font_of(15), font_of(18)
     draw.text((margin, 12), title, INK, large)
-    left = (
-        margin + min(width // 2, max(int(draw.textlength(_fit(draw, b[0], font, width // 2), font)) for b in bars)) + 10
-    )
+    labels = [fitted(draw, label, font, width // 2) for label, _ in bars]
+    left = margin + min(width // 2, max(int(draw.textlength(label, font)) for label in labels)) + 10
     right = width - 80
     largest = max(max(value for _, value in bars), 1e-9)
-    for i, (label, value) in enumerate(bars):
+    for i, (label, (_, value)) in enumerate(zip(labels, bars)):
         y = top + i * line
-        draw.text((margin, y + 3), _fit(draw, label, font, width // 2), INK, font)
+        draw.text((margin, y + 3), label, INK, font)
         draw.line((left, y + line - 2, right, y + line - 2), GRID)
         draw.rectangle((left, y + 4, left + max(1, round((right - left) * value / largest)), y + line - 7), BAR)
         draw.text((right + 8, y + 3), f"{value:.1%}", INK, font)
     return np.asarray(picture, np.float32) / 255
 
 
-def _fit(draw, text, font, width):
+def fitted(draw, text, font, width):
     """The text, cut with dots where it is longer than width pixels."""
     text = "".join(c if c.isprintable() else " " for c in text)
     if draw.textlength(text, font) <= width:

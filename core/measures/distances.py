@@ -23,7 +23,9 @@ def cosine_distance(a, b):
 
 
 def perceptual(name):
-    """A function (pictures (B, H, W, 3) in [0, 1], the same) -> (B,), from a package that is there already.
+    """A distance as a function of two batches of pictures, both (B, H, W, 3) in [0, 1], -> (B,) float64.
+
+    name: LPIPS or DREAMSIM; both come from a package that is on this machine already.
 
     Raises ErasureError when the package is missing or would have to fetch its weights.
     """
@@ -45,7 +47,7 @@ def _require_file(name, path):
 
 
 def _lpips():
-    """Zhang et al. 2018, on AlexNet, pictures in [-1, 1]."""
+    """LPIPS on AlexNet (Zhang et al. 2018), which takes pictures in [-1, 1]."""
     _require_file(LPIPS, os.path.join(torch.hub.get_dir(), "checkpoints", "alexnet-owt-7be5be79.pth"))
     model = importlib.import_module("lpips").LPIPS(net="alex", verbose=False).train(False)
 
@@ -57,7 +59,7 @@ def _lpips():
 
 
 def _dreamsim():
-    """Fu et al. 2023, pictures of 224 x 224 in [0, 1]."""
+    """DreamSim (Fu et al. 2023), which takes pictures of 224 x 224 in [0, 1]."""
     cache = os.path.join(torch.hub.get_dir(), "dreamsim")
     _require_file(DREAMSIM, cache)
     model, _ = importlib.import_module("dreamsim").dreamsim(pretrained=True, device="cpu", cache_dir=cache)

@@ -8,9 +8,10 @@ import numpy as np
 from ..errors import ErasureError
 from ..text.concepts import parse_lines
 from .compare import compare
-from .record import EMPTY, ERASE, NEIGHBOUR, UNRELATED, summarise
-from .report import page
+from .record import EMPTY, ERASE, NEIGHBOUR, UNRELATED
+from .render_page import page
 from .scores import Prompt, parse_prompt
+from .summary import summarise
 
 WRITE_EVERY = 5  # seconds between two versions of the file
 

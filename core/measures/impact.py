@@ -51,7 +51,7 @@ def impacts(stack, encoded, weight_gram, concepts=None, entry=TEXT):
         rows = counted(prompt)
         gates = None
         if plan.gates:
-            score = concepts.match(prompt.rows[None], [frozenset(prompt.ids)]) if concepts else None
+            score = concepts.match(prompt.rows[None], [prompt.heard]) if concepts else None
             gates = gate_values(plan.gates, score)
         delta = part.delta(rows[None], gates)[0] if part else torch.zeros_like(rows)
         found.append(Impact(prompt.prompt, relative_change(delta, rows, weight_gram)))

@@ -1,38 +1,81 @@
-"""One evaluation as plain data: what was compared, a row a picture pair, and small pictures of the first ones.
+"""One evaluation as plain data: what was compared, one row for each pair of pictures, and some small pictures.
 
-It is what the JSON file holds, so that an evaluation that was stopped goes on and several can be put together.
+This is what the JSON file holds, so that an evaluation that was stopped goes on and several can be put together.
 """
 
 import base64
 import hashlib
 import io
 import json
-import os
-import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 from PIL import Image
 
-from .retention import estimate, integrity, summary
-from .scores import Prompt, scores
-
 FORMAT, VERSION = "membrane.evaluation", 1
 ERASE, NEIGHBOUR, UNRELATED, EMPTY = STRATA = ("erase", "neighbour", "unrelated", "empty")
-ORDER = ("LPIPS", "DreamSim", "CLIP vision", "pixel", "latent")  # the first one there is the headline
-ROW = ("stratum", "index", "prompt", "label", "synonym", "distance", "ceiling", "drift")
+TITLES = {
+    ERASE: "to be erased",
+    NEIGHBOUR: "neighbours, to be kept",
+    UNRELATED: "unrelated, to be kept",
+    EMPTY: "empty prompt",
+}
 TILE = 160  # pixels of a kept picture at most
+
+
+class Measured(TypedDict):
+    """What every row says of a pair of pictures of one prompt and one noise.
+
+    stratum, index: which prompt it is; label: the class it asks for, or None; synonym: whether in other words;
+    distance: {name: of the pair}; ceiling: {name: of the original to its picture of the next seed}; drift: [[sigma,
+    relative drift or None]].
+    """
+
+    stratum: str
+    index: int
+    prompt: str
+    label: str | None
+    synonym: bool
+    distance: dict[str, float]
+    ceiling: dict[str, float]
+    drift: list[list]
+
+
+class Row(Measured, total=False):
+    """A row, with what not every one has.
+
+    floor: {name: of the original to itself, computed in another batch}; answer: the classes seen in the original's
+    and in the erased model's picture.
+    """
+
+    seed: int
+    floor: dict[str, float]
+    answer: list[str]
+
+
+class Shown(TypedDict):
+    """A pair that is kept as pictures; original, erased: see encoded_picture()."""
+
+    stratum: str
+    prompt: str
+    seed: int
+    original: str
+    erased: str
 
 
 @dataclass
 class Record:
-    """An evaluation. configuration: everything that decides its numbers, as JSON; probe: what both models answer to
-    one noise, by which they are known again; rows and pictures: see add()."""
+    """An evaluation.
+
+    configuration: everything that decides its numbers, as JSON; probe: what both models answer to one noise, by which
+    they are known again; rows: one for each pair of pictures; pictures: the pairs that are kept to look at.
+    """
 
     configuration: dict
     probe: list = field(default_factory=list)
-    rows: list = field(default_factory=list)
-    pictures: list = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    pictures: list[Shown] = field(default_factory=list)
     finished: bool = False
 
     def done(self, stratum, index):
@@ -45,9 +88,9 @@ class Record:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self, summary=None):
-        """The record as text, with the summary if given; numbers that are not finite become null."""
+        """The record as text, with its Summary if given; numbers that are not finite become null."""
         data = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint(), **vars(self)}
-        return json.dumps(_finite(data | {"summary": summary}), allow_nan=False)
+        return json.dumps(_finite(data | {"summary": summary and summary.as_json()}), allow_nan=False)
 
     @classmethod
     def from_json(cls, text):
@@ -58,11 +101,11 @@ class Record:
                 return None
             found = cls(*(data[name] for name in ("configuration", "probe", "rows", "pictures", "finished")))
             np.array(found.probe, np.float64)
-            parts = ((row, ROW) for row in found.rows), ((picture, ("stratum", "prompt")) for picture in found.pictures)
-            whole = all(name in part for some in parts for part, names in some for name in names)
+            whole = all(name in row for row in found.rows for name in Measured.__annotations__)
+            whole = whole and all(name in picture for picture in found.pictures for name in ("stratum", "prompt"))
             kinds = (found.configuration, dict), (found.rows, list), (found.pictures, list)
             return found if whole and all(isinstance(*kind) for kind in kinds) else None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
 
@@ -72,19 +115,6 @@ def _finite(value):
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def write_whole(path, data):
-    """Writes a file (bytes) beside its place and renames it."""
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
 
 
 def encoded_picture(picture):
@@ -100,75 +130,3 @@ def encoded_picture(picture):
 def decoded_picture(text):
     """The picture (H, W, 3), float32 in [0, 1], of encoded_picture()."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"), np.float32) / 255
-
-
-# ---------------------------------------------------------------- numbers
-
-
-def distance_names(record):
-    """The distances of a record, the headline first."""
-    names = record.rows[0]["distance"] if record.rows else {}
-    return [name for name in ORDER if name in names]
-
-
-def by_prompt(rows, value):
-    """Array (prompts, seeds) of value(row); None for no rows."""
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["stratum"], row["index"]), []).append(value(row))
-    return np.array(list(groups.values()), np.float64) if groups else None
-
-
-def floor_of(record, name):
-    """Mean distance of the original model's pictures to themselves, computed in another batch."""
-    found = [row["floor"][name] for row in record.rows if row.get("floor")]
-    return float(np.mean(found)) if found else 0.0
-
-
-def summarise(record):
-    """The numbers of a record as JSON: {"strata", "scores"}; every estimate with its 95 % interval."""
-    strata = {}
-    for stratum in STRATA:
-        rows = [row for row in record.rows if row["stratum"] == stratum]
-        if rows:
-            strata[stratum] = {name: _distance(record, rows, name) for name in distance_names(record)}
-            strata[stratum]["drift"] = _drift(rows)
-    return {"strata": strata, "scores": _scores(record)}
-
-
-def _distance(record, rows, name):
-    moved = by_prompt(rows, lambda row: row["distance"][name])
-    ceilings = by_prompt(rows, lambda row: row["ceiling"][name])
-    floor = floor_of(record, name)
-    found = integrity(moved, ceilings, floor)
-    return {
-        **asdict(summary(moved)),
-        "prompts": len(moved),
-        "floor": floor,
-        "ceiling": float(ceilings.mean()),
-        "integrity": asdict(found) if found else None,
-    }
-
-
-def _drift(rows):
-    """[{"sigma", "value", "low", "high"}] over the noise levels; empty where the prompt does nothing."""
-    found = []
-    for level in range(len(rows[0]["drift"])):
-        values = by_prompt(rows, lambda row, level=level: _number(row["drift"][level][1]))
-        if np.isfinite(values).all():
-            found.append({"sigma": rows[0]["drift"][level][0], **asdict(estimate(values))})
-    return found
-
-
-def _number(value):
-    return float("nan") if value is None else value
-
-
-def _scores(record):
-    rows = [row for row in record.rows if row.get("answer")]
-    erased = {row["label"] for row in record.rows if row["stratum"] == ERASE and row["label"] is not None}
-    if not rows or not erased:
-        return None
-    answers = [(Prompt(row["prompt"], row["label"], row["synonym"]), *row["answer"]) for row in rows]
-    found = scores(answers, erased)
-    return {**asdict(found), "harmonic": found.harmonic, "erased_classes": sorted(erased)}

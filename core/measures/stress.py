@@ -8,7 +8,7 @@ from ..errors import ErasureError
 from ..text.concepts import fill
 from .attack import derived_vectors, search_prompts, search_target
 from .distances import rms
-from .report import attack_sheet
+from .render_grid import attack_sheet
 
 DERIVED, WORDS = "derived vectors", "words"
 ATTACKS = {"both": (DERIVED, WORDS), DERIVED: (DERIVED,), WORDS: (WORDS,)}

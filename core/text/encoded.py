@@ -18,7 +18,8 @@ class EncodedPrompt:
     rows: (T, d) float32 on the CPU; T differs between prompts, but for encoders that fill a context. ids: the token of
     each row, UNKNOWN where there is none. roles: (T,) what each row stands for: START, WORD, END, PADDING or TEMPLATE,
     the words that an encoder puts around every prompt. inside: the ids of its words as they are after another word,
-    where tokenizers tell the two apart (" star" and "star").
+    where tokenizers tell the two apart (" star" and "star"). heard: all ids in the first encoder's vocabulary, which a
+    conditioning is known by; spoken: sets of those that stand for its words, alone and after another word.
     """
 
     prompt: str
@@ -26,23 +27,20 @@ class EncodedPrompt:
     ids: tuple[int, ...]
     roles: torch.Tensor
     inside: tuple[int, ...] = ()
+    heard: frozenset[int] = frozenset()
+    spoken: tuple[frozenset[int], ...] = ()
 
     @property
     def words(self):
         """Token ids of its words."""
         return tuple(i for i, role in zip(self.ids, self.roles.tolist()) if role == WORD)
 
-    @property
-    def tokens(self):
-        """The token sets that stand for its words, as they are alone and after another word."""
-        return tuple(dict.fromkeys(frozenset(ids) for ids in (self.words, self.inside or self.words)))
-
 
 class Encoded:
     """EncodedPrompts at one text entry, found by their prompts.
 
-    each: in order; contexts: whether all fill one context of the encoder, so that gates may compare them place by place (CLIP).
-    pooled: Encoded of the pooled vectors, one row a prompt, or None.
+    each: in order; contexts: whether all fill one context of the encoder, so that gates may compare them place by place
+    (CLIP). pooled: Encoded of the pooled vectors, one row a prompt, or None.
     """
 
     def __init__(self, prompts, contexts=False, pooled=None):
@@ -56,7 +54,7 @@ class Encoded:
         ids: (T,) of each prompt; vectors: (n, T, d); end: id of the end token; pooled: (n, p) or None.
         """
         found = [
-            EncodedPrompt(prompt, rows, tuple(own), context_roles(own, end))
+            EncodedPrompt(prompt, rows, tuple(own), context_roles(own, end), heard=frozenset(own))
             for prompt, own, rows in zip(prompts, ids, vectors)
         ]
         return cls(found, True, None if pooled is None else cls.of_pooled(prompts, pooled))

@@ -27,7 +27,7 @@ class Concepts:
     def of(cls, encoded):
         """From encoded prompts, of which the last is the empty one: its ids are the special ones."""
         *each, empty = encoded
-        tokens = tuple(frozenset(prompt.ids) - frozenset(empty.ids) for prompt in each)
+        tokens = tuple(prompt.heard - empty.heard for prompt in each)
         return cls(encoded.prompts[:-1], encoded.vectors[:-1], tokens)
 
     @property
@@ -85,7 +85,7 @@ class WordConcepts:
         """From encoded prompts, of which the last is the empty one."""
         *each, _ = encoded
         means = [prompt.rows[prompt.roles == WORD].mean(dim=0) if prompt.words else prompt.rows[0] for prompt in each]
-        return cls(encoded.prompts[:-1], torch.stack(means), tuple(prompt.tokens for prompt in each))
+        return cls(encoded.prompts[:-1], torch.stack(means), tuple(prompt.spoken for prompt in each))
 
     @property
     def shape(self):
@@ -123,5 +123,5 @@ def matches(concepts, encoded):
     """(prompts, C) matches of Encoded prompts, None where nothing is compared."""
     if concepts is None:
         return None
-    rows = [concepts.match(prompt.rows[None], [frozenset(prompt.ids)]) for prompt in encoded]
+    rows = [concepts.match(prompt.rows[None], [prompt.heard]) for prompt in encoded]
     return torch.cat(rows)

@@ -1,5 +1,6 @@
 """One behaviour suite over every file format of adapters: whoever wrote the file, the pictures are the same."""
 
+import asyncio
 import json
 import logging
 import os
@@ -17,8 +18,11 @@ from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.permeability import FIXED, TRANSPORT, Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.formats import native
+from membrane.core.formats import native, registry
+from membrane.core.formats.factors import gather, low_rank
+from membrane.core.formats.format import Format
 from membrane.core.host.model.layers import layer_keys, modules
+from membrane.core.host.page import routes
 from membrane.core.host.patches.stack import apply_stack
 from safetensors.torch import load_file, save_file
 
@@ -733,3 +737,73 @@ def test_a_stack_of_two_unlike_parts_keeps_its_own_settings(demo, layers, sample
     ))  # fmt: skip
     found = sample(apply_stack(demo[0], stack, demo[1]))
     assert (found - base).norm() < 1e-4 * base.norm()
+
+
+# ---------------------------------------------------------------- another format: one record, registered in one line
+
+
+def toy_split(key):
+    layer, _, part = key.rpartition("|")
+    return (layer, {"p": "up", "q": "down", "a": "alpha"}[part]) if layer else None
+
+
+def toy_card(contents):
+    return Card("toy", (contents.metadata["toy.words"],), family="SD15")
+
+
+def toy_parse(contents):
+    changes = {layer: low_rank(contents.name, layer, parts) for layer, parts in gather(contents, toy_split).items()}
+    return ErasureAdapter(toy_card(contents), {"low_rank": changes}, contents.name)
+
+
+TOY = Format("toy", lambda contents: any(key.endswith("|q") for key in contents.tensors), toy_parse, toy_card)
+
+
+@pytest.fixture
+def toy(layers):
+    """Name of a file with keys that no format of the pack has."""
+    tensors = {}
+    for layer in layers:
+        down, up = factors(layer)
+        tensors |= {f"{layer.host}|p": up, f"{layer.host}|q": down, f"{layer.host}|a": torch.tensor(ALPHA)}
+    path = write(tensors, {"toy.words": STAR}, "toy.safetensors")
+    yield "toy.safetensors"
+    os.remove(path)
+
+
+def asked(name):
+    """What the browser page is told of a file."""
+    return asyncio.run(routes.adapter(types.SimpleNamespace(query={"name": name})))
+
+
+def test_a_format_that_is_not_registered(node, toy):
+    with pytest.raises(ErasureError, match='"toy.safetensors" is of no format that Membrane reads'):
+        load(node, toy)
+    with pytest.raises(ErasureError, match='"toy.safetensors" is no erasure adapter that Membrane reads'):
+        asked(toy)
+
+
+def test_a_registered_format_is_loaded_shown_and_followed(node, demo, toy, sample, reference, base, close, monkeypatch):
+    monkeypatch.setattr(registry, "FORMATS", list(registry.FORMATS))
+    registry.register(TOY)
+    adapter = load(node, toy)
+    assert (adapter.name, adapter.card) == (toy, Card("toy", (STAR,), family="SD15"))
+    expected = reference("all", "float32")
+    close(sample(apply(node, demo, entry(node, adapter))), expected, base)
+    close(sample(apply(node, demo, entry(node, adapter, mode=TRANSPORT))), expected, base)
+    found = asked(toy)
+    assert (found["method"], found["concepts"], found["family"]) == ("toy", [STAR], "SD15")
+
+
+def test_look_alikes_come_before_a_registered_format(node, layers, monkeypatch):
+    monkeypatch.setattr(registry, "FORMATS", list(registry.FORMATS))
+    registry.register(TOY)
+    name = layers[0].host
+    path = write({f"{name}|q": torch.ones(1, 4), f"{name}.hada_w1_a": torch.ones(4, 1)}, {"toy.words": STAR},
+                 "alike.safetensors")  # fmt: skip
+    try:
+        for ask in (lambda: load(node, "alike.safetensors"), lambda: asked("alike.safetensors")):
+            with pytest.raises(ErasureError, match="LoHa"):
+                ask()
+    finally:
+        os.remove(path)

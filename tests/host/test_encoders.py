@@ -1,7 +1,7 @@
 """Text encoders that are not CLIP alone: the host's own classes at toy size, with their real tokenizers and templates.
 
-Each prompt is encoded as it is alone, its rows are told apart, and its gates compare words: prompts of different length,
-of several encoders side by side, with templates around them.
+Each prompt is encoded as it is alone, its rows are told apart, and its gates compare words: prompts of different
+length, of several encoders side by side, with templates around them.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from membrane.core.text.encoded import END, PADDING, START, TEMPLATE, WORD
 from membrane.core.text.rows import after_start, counted, subject
 
 PROMPTS = ("a star", "moon", "a small green heart beside a ring", "")
-CLIP = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+CLIP = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
 T5 = {"d_model": 32, "d_ff": 32, "num_heads": 2, "d_kv": 16, "num_layers": 2}
 LANGUAGE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
             "num_key_value_heads": 1}  # fmt: skip
@@ -26,13 +26,13 @@ SMALL = {
     **{f"clip_{name}_model_config": CLIP for name in "lgh"}, "t5xxl_model_config": T5,
     **{f"{name}_model_config": LANGUAGE for name in ("qwen25_7b", "qwen3_4b", "llama", "")}, "_model_config": LANGUAGE,
 }  # fmt: skip
-# module, tokenizer, encoder, whether the encoder is a function that makes the class
+# module, its tokenizer, and its function that makes the encoder's class
 ENCODERS = {
-    "SD3": ("sd3_clip", "SD3Tokenizer", "sd3_clip", True),
-    "Flux": ("flux", "FluxTokenizer", "flux_clip", True),
-    "Chroma": ("pixart_t5", "PixArtTokenizer", "pixart_te", True),
-    "Qwen-Image": ("qwen_image", "QwenImageTokenizer", "te", True),
-    "Z-Image": ("z_image", "ZImageTokenizer", "te", True),
+    "SD3": ("sd3_clip", "SD3Tokenizer", "sd3_clip"),
+    "Flux": ("flux", "FluxTokenizer", "flux_clip"),
+    "Chroma": ("pixart_t5", "PixArtTokenizer", "pixart_te"),
+    "Qwen-Image": ("qwen_image", "QwenImageTokenizer", "te"),
+    "Z-Image": ("z_image", "ZImageTokenizer", "te"),
 }
 LANGUAGE_MODELS = ("Qwen-Image", "Z-Image")
 
@@ -43,7 +43,7 @@ def clip(request):
     import comfy.sd
     import comfy.supported_models_base
 
-    module, tokenizer, made, _ = ENCODERS[request.param]
+    module, tokenizer, made = ENCODERS[request.param]
     try:
         module = importlib.import_module(f"comfy.text_encoders.{module}")
     except ImportError:
@@ -60,7 +60,7 @@ def clip(request):
         for name, parameter in found.cond_stage_model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             norm = parameter.dim() < 2 and name.endswith("weight")
-            parameter.copy_(1 + 0.1 * noise if norm else noise * (parameter.shape[-1] ** -0.5))
+            parameter.copy_(1 + 0.1 * noise if norm else noise * max(1, *parameter.shape, 1) ** -0.5)
     found.kind = request.param
     return found
 
@@ -102,7 +102,7 @@ def test_the_subject_is_the_last_row_of_the_word(clip):
     place = subject(found["a red star here"], found["star"])
     assert found["a red star here"].roles[place] == WORD
     after = subject(found["a red star here"], found["here"])
-    assert place < after and after - place == len(found["here"].words)
+    assert place < after and after - place == len(found["here"].inside)
     if clip.kind == "Chroma":
         assert subject(found["star"], found["star"]) == len(found["star"].words) - 1
         assert subject(found[""], found[""]) == 0

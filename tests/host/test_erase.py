@@ -8,7 +8,7 @@ import pytest
 import torch
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.host.model.layers import cross_attention_layers
+from membrane.core.host.model.layers import text_readers
 from membrane.core.host.patches.stack import apply_stack
 from membrane.core.host.text.encode import encode
 from membrane.core.text.concepts import fill
@@ -50,7 +50,7 @@ def uce_on_every_layer(demo, concept="star", surrogate="circle", preserve=("hear
     r = torch.cat([encoded[p].rows for p in kept]).double()
     inverse = torch.linalg.inv(0.5 * torch.eye(c.shape[1], dtype=torch.float64) + c.T @ c + r.T @ r)
     deltas = {}
-    for key, layer in cross_attention_layers(model):
+    for key, layer in text_readers(model):
         w = layer.weight.detach().double()
         deltas[key] = ((0.5 * w + (w @ n.T) @ c + (w @ r.T) @ r) @ inverse - w).float()
     return deltas
@@ -72,15 +72,15 @@ def test_rece_goes_further_than_uce(node, demo, sample):
 
 def test_rece_counts_a_lora_on_the_model(node, demo):
     """The Gram matrix is that of the effective weights."""
-    from membrane.core.host.model.weights import cross_attention_gram
+    from membrane.core.host.model.weights import text_gram
 
     model = demo[0]
-    delta = {key: torch.full_like(layer.weight, 0.01) for key, layer in cross_attention_layers(model)}
+    delta = {key: torch.full_like(layer.weight, 0.01) for key, layer in text_readers(model)}
     expected = sum(
         (layer.weight.detach() + 0.01).double().T @ (layer.weight.detach() + 0.01).double()
-        for _, layer in cross_attention_layers(model)
+        for _, layer in text_readers(model)
     )
-    found = cross_attention_gram(edited_weights(model, delta))
+    found = text_gram(edited_weights(model, delta))
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
@@ -176,7 +176,7 @@ def test_time_ranges(node, demo, sample):
 def test_a_lora_before_and_after(node, demo, sample):
     """A LoRA and the erasure act together whatever their order."""
     model = demo[0]
-    key, layer = next(cross_attention_layers(model))
+    key, layer = next(text_readers(model))
     g = torch.Generator().manual_seed(1)
     name = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
     lora = {
@@ -444,7 +444,7 @@ def test_only_keys_or_only_values(node, demo, sample, kind):
     matrix = whole.maps["text"].matrix()
     delta = {
         key: layer.weight @ matrix if key.endswith(f"to_{kind[0]}.weight") else torch.zeros_like(layer.weight)
-        for key, layer in cross_attention_layers(demo[0])
+        for key, layer in text_readers(demo[0])
     }
     base = sample(demo[0])
     assert difference(sample(model), sample(edited_weights(demo[0], delta)), base) < 1e-3

@@ -10,7 +10,7 @@ import pytest
 import torch
 from membrane.core.errors import ErasureError
 from membrane.core.host.files import reports
-from membrane.core.host.model.weights import cross_attention_gram
+from membrane.core.host.model.weights import text_gram
 from membrane.core.host.page.progress import Progress
 from membrane.core.host.patches.opened import attack_grams
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample
@@ -208,7 +208,7 @@ def test_mistakes(node, demo, evaluate):
 
 def test_attack_grams_of_text_maps_and_layers(node, demo):
     """Against the plain Gram matrix and the map itself."""
-    plain = cross_attention_gram(demo[0])
+    plain = text_gram(demo[0])
     square, cross = attack_grams(demo[0], demo[0])
     assert torch.allclose(square, plain) and torch.allclose(cross, plain)
     model, adapter = node("MembraneErase", model=demo[0], clip=demo[1], concepts="star -> circle", preserve="heart")

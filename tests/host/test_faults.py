@@ -25,6 +25,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.cli_args import args
+from membrane.core import files
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.beside import Bypass
 from membrane.core.adapters.deltas import low_rank
@@ -32,7 +33,7 @@ from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.deltas.mask import Mask
 from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.errors import ErasureError
-from membrane.core.formats import files, native
+from membrane.core.formats import native
 from membrane.core.host.files import calibrations
 from membrane.core.host.files.folders import CATEGORY, EXTENSIONS
 from membrane.core.host.files.reports import Place

@@ -1,7 +1,11 @@
-"""What a new kind of delta and a new family of models cost: one file each, here this one, and a line that registers it.
+"""What a new kind of delta, a new family of models and a new method cost: one file each, here this one, and a line that
+registers it.
 
-Everything goes through the pack's real nodes. A delta says what it adds to a weight, nothing more. A family is data.
+Everything goes through the pack's real nodes. A delta says what it adds to a weight, nothing more. A family is data. A
+method makes text maps of rows. (A new file format: test_adapters.py.)
 """
+
+from dataclasses import dataclass
 
 import comfy.latent_formats
 import comfy.model_base
@@ -15,10 +19,14 @@ from membrane.core.adapters.deltas import delta as deltas
 from membrane.core.adapters.deltas.delta import Delta
 from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.erasers.closed_form import method as registry
+from membrane.core.erasers.closed_form.method import Method
 from membrane.core.errors import ErasureError
 from membrane.core.families import table
 from membrane.core.families.family import EncoderRows, Family, TextEntry
 from membrane.core.formats import native
+from membrane.core.text.rows import subject
+from membrane.tools import host_library
 from torch import nn
 
 STAR, HEART = "a red star on snow", "a blue heart on sand"
@@ -298,3 +306,80 @@ def test_a_map_from_before_the_norm_is_refused(node, reader):
 def test_a_map_of_the_new_family_is_refused_by_a_u_net(node, demo):
     with pytest.raises(ErasureError, match="after the norm of the text entry text.*needs maps from before it"):
         applied(node, demo, words())
+
+
+@pytest.mark.parametrize("method", ["UCE", "RECE", "SPEED", "Double Projections"])
+def test_a_new_family_in_closed_form(node, reader, sample, close, method):
+    """Rows are taken behind the norm, and the map equals the same edit of the weights."""
+    inputs = {
+        "model": reader[0],
+        "clip": reader[1],
+        "concepts": "star -> circle",
+        "preserve": "heart",
+        "method": method,
+    }
+    erased, adapter = node("MembraneErase", replace_with="", strength=1.0, templates="{}\na red {} on snow", **inputs)
+    assert adapter.maps["text"].normed
+    base, expected = sample(reader[0]), sample(edited(reader, adapter, 1.0))
+    close(sample(erased), expected, base, 1e-4, seen=1e-4)
+
+
+def test_uce_behind_a_norm_is_the_formula(node, reader, text):
+    """Gandikota et al. 2024, eq. 7, naively in float64, on the rows as the layer gets them."""
+    adapter = node("MembraneErase", model=reader[0], clip=reader[1], concepts="star -> circle", replace_with="",
+                   preserve="heart", method="UCE", strength=1.0)[1]  # fmt: skip
+    norm = reader[0].model.diffusion_model.cap_norm
+
+    def rows(word):
+        return norm(text(word)[0][0].float())[0].double().detach()
+
+    c, n = rows("star")[1:], rows("circle")[1:]  # from the subject on, which is the first word
+    r = torch.cat([rows(""), rows("heart")])
+    system = c.T @ c + r.T @ r + 0.5 * torch.eye(WIDTH, dtype=torch.float64)
+    expected = (n - c).T @ c @ torch.linalg.inv(system)
+    found = adapter.maps["text"].matrix().double()
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+# ---------------------------------------------------------------- a closed-form method
+
+
+@dataclass(frozen=True)
+class Strictness:
+    """Share of a concept's row that is taken away."""
+
+    share: float = 1.0
+
+
+def taken_away(job, encoded, weight_gram=None, on_round=None):
+    """E = -share Q Q^T, Q an orthonormal basis of the rows of the last subject tokens."""
+    found = []
+    for i, concept in enumerate(job.concepts):
+        rows = [encoded[p].rows[subject(encoded[p], encoded[concept.text])] for k, p, _ in job.pairs() if k == i]
+        q = torch.linalg.qr(torch.stack(rows).T.double())[0].float()
+        found.append((-job.settings.share * q, q.T))
+    on_round and on_round(1)
+    a, b = (torch.cat(parts, dim=d) for parts, d in zip(zip(*found), (1, 0)))
+    owners = tuple(i for i, (part, _) in enumerate(found) for _ in range(part.shape[1]))
+    return TextMap(a, b, owners)
+
+
+@pytest.fixture
+def taking_away():
+    registry.register(Method("Taking away", Strictness, taken_away))
+    yield
+    del registry.METHODS["Taking away"]
+
+
+def test_a_new_method_on_the_node(node, demo, sample, taking_away):
+    cls = host_library.node_class("MembraneErase")
+    assert "Taking away" in cls.INPUT_TYPES()["required"]["method"][0]
+    erased, adapter = node("MembraneErase", model=demo[0], clip=demo[1], concepts="star\nheart", replace_with="",
+                           preserve="circle", method="Taking away", strength=1.0, preset="object")  # fmt: skip
+    assert (adapter.card.method, adapter.card.concepts) == ("Taking away", ("star", "heart"))
+    assert adapter.card.settings["share"] == 1.0 and set(adapter.maps["text"].concept) == {0, 1}
+    star = node("CLIPTextEncode", clip=demo[1], text="star")[0][0][0][0, 1]
+    assert (star + adapter.maps["text"].matrix([1.0, 0.0]) @ star).norm() < 1e-4 * star.norm()
+    assert (sample(erased) - sample(demo[0])).norm() > 0.01 * sample(demo[0]).norm()
+    name = node("MembraneSaveAdapter", adapter=adapter, filename_prefix="kinds/method").ui["text"][0]
+    assert node("MembraneLoadAdapter", adapter_name=name)[0].card == adapter.card

@@ -14,7 +14,7 @@ from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.host.model.layers import cross_attention_layers
+from membrane.core.host.model.layers import text_readers
 from membrane.core.host.model.names import kohya_names
 from membrane.core.host.patches.conditioning import EXTRA_CONDS
 from membrane.core.host.patches.on_weights import apply_to_weights
@@ -47,7 +47,7 @@ def with_lora(model, strength=1.0):
     """A LoRA of rank 2 on every layer that reads the text."""
     g = torch.Generator().manual_seed(1)
     lora = {}
-    for key, layer in cross_attention_layers(model):
+    for key, layer in text_readers(model):
         name = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
         lora[f"{name}.lora_up.weight"] = torch.randn(layer.weight.shape[0], 2, generator=g) * 0.1
         lora[f"{name}.lora_down.weight"] = torch.randn(2, layer.weight.shape[1], generator=g) * 0.1
@@ -143,7 +143,7 @@ def test_a_lora_after_it(demo, adapter, sample):
     """A LoRA after the edit is not erased: W (I + E) + L, unlike in the text form."""
     model = demo[0]
     sample(model)  # no clone's weights are in place below
-    plain = {key: layer.weight.detach().clone() for key, layer in cross_attention_layers(model)}
+    plain = {key: layer.weight.detach().clone() for key, layer in text_readers(model)}
     found = sample(with_lora(apply_to_weights(model, stack_of(adapter))))
     edited = model.clone()
     e = adapter.maps["text"].matrix()
@@ -155,7 +155,7 @@ def test_a_lora_after_it(demo, adapter, sample):
 def test_a_saved_checkpoint_holds_it(node, demo, adapter, sample, lora):
     model, clip, vae = demo
     sample(model)  # no clone's weights are in place below
-    plain = {key: layer.weight.detach().clone() for key, layer in cross_attention_layers(model)}
+    plain = {key: layer.weight.detach().clone() for key, layer in text_readers(model)}
     others = {k: v.clone() for k, v in model.model.state_dict().items() if k.startswith("diffusion_model.")}
     base = with_lora(model, 0.5) if lora else model
     erased = applied(node, demo, adapter, base)
@@ -208,7 +208,7 @@ def test_the_stock_loader_reads_the_lora(node, demo, adapter, sample, caplog, lo
             for s in (1.0, 0.5)
         }
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]  # no key that was not loaded
-    before = {key: len(base.patches.get(key, ())) for key, _ in cross_attention_layers(model)}
+    before = {key: len(base.patches.get(key, ())) for key, _ in text_readers(model)}
     assert {key: len(loaded[1.0].patches[key]) - n for key, n in before.items()} == dict.fromkeys(before, 1)
     for strength, erased in loaded.items():
         text = sample(apply_stack(base, stack_of(adapter, strength)))
@@ -231,7 +231,7 @@ def test_a_lora_stays_in_its_folder(node, demo, adapter, prefix):
 def test_names_are_kohyas(demo):
     everything = kohya_names(demo[0])
     assert len(set(everything.values())) == len(everything)
-    names = {key: everything[key] for key, _ in cross_attention_layers(demo[0])}
+    names = {key: everything[key] for key, _ in text_readers(demo[0])}
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     assert names[key] == "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     assert all(

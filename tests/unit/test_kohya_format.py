@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
+from membrane.core import files
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.text_map import TextMap, compact, layer_factors
-from membrane.core.formats import files, kohya
+from membrane.core.formats import kohya
 from safetensors import safe_open
 from safetensors.torch import load_file
 

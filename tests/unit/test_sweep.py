@@ -196,7 +196,6 @@ def test_a_server_dies_in_the_middle(ray, fakes, tmp_path):
     assert len(lost) <= 1 and sorted({*dying.started, *other.started}) == list(range(10))
     assert len(dying.started + other.started) == 11
     assert any(f"{dying.server.url} lost" in text for text in said)
-    assert any("is given up" in text for text in said) or not dying.up
 
 
 def test_a_server_comes_back_without_its_memory(ray, fakes, tmp_path):
@@ -464,6 +463,32 @@ def test_the_pack_in_a_comfyui_finds_it_without_tools(small, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "2 of 2 jobs have a result, 0 failed or missing" in done.stdout, done.stderr
     assert [seed for _, seed in begun(small)] == [4, 5] and len({pid for pid, _ in begun(small)}) == 1
+
+
+def test_a_machine_of_a_cluster_is_lost_in_the_middle(ray, small, tmp_path):
+    """Three nodes as on three machines, by their address; one goes with all that runs there."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        (tmp_path / "workflow.json").write_text(json.dumps(WORKFLOW))
+        command = [sys.executable, str(SCRIPT), str(tmp_path / "workflow.json"), "--address", cluster.address,
+                   "--workers", "2", "--set", "1.seed=0,1,2,3,4,5,6,7", "--comfyui", str(small), "--out",
+                   str(tmp_path / "out"), "--options", f"--log {small / 'log'} --takes 1"]  # fmt: skip
+        pack = tmp_path / "pack" / "scripts"
+        pack.mkdir(parents=True)
+        command[1] = shutil.copy(SCRIPT, pack)  # without the tools of a checkout beside it
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: len({pid for pid, _ in begun(small)}) == 2 and len(begun(small)) >= 3)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        said, errors = child.communicate(timeout=100)
+    finally:
+        cluster.shutdown()
+    assert child.returncode == 0, said + errors
+    assert "8 of 8 jobs have a result, 0 failed or missing" in said
+    assert seeds(json.loads((tmp_path / "out" / "results.json").read_text())) == [f"seed {i}" for i in range(8)]
+    assert len(list((tmp_path / "out" / "jobs").iterdir())) == 8 and len(begun(small)) <= 9
 
 
 def test_ports_are_on_the_loopback_only(ray):

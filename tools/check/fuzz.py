@@ -21,7 +21,7 @@ import time
 import types
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -125,15 +125,16 @@ BITS = {
     "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
 }  # fmt: skip
 WORDS = (
-    "text_map.a text_map.b text_map.concept pooled_map.a low_rank.x.up low_rank.x.down low_rank.x.alpha low_rank..up "
-    "low_rank.x.bias mask.x.bits mask.x.shape mask.x.kept lora_unet_x.lora_up.weight lora_unet_x.lora_down.weight "
-    "lora_unet_x.lora_mid.weight lora_unet_x.alpha lora_unet_x.diff_b lora_te_x.lora_up.weight unet.x.lora_A.weight "
-    "unet.x.lora_B.weight unet.x.lora.down.weight unet.x.alpha base_model.model. unet.unet. x.hada_w1_a x.lokr_w1 "
-    "x.dora_scale x.diff x.oft_diag attention_gate.0 lora_gloce_x layers.0.attention.to_q.lora_down.weight "
-    "a.down.bias a.down.weight controlnet_x text_model.x emb_params <x> up_blocks.0.attn2.to_k.weight conv_in.weight "
-    "conv_out.weight input_blocks.0.0.weight out.2.weight .weight .bias .. ../../../etc/passwd C:\\x \u2028 \ud7ff "
-    "membrane.format membrane.version membrane.concepts membrane.settings erasure_adapter lora prompts rank alpha "
-    "ss_leco_prompt_count ss_leco_preview lora_adapter_metadata -> {} {{}} a->a ->"
+    "text_map.a text_map.b text_map.concept pooled_map.a map.t5.a map.llama.3.normed map. low_rank.x.up "
+    "low_rank.x.down low_rank.x.alpha low_rank..up low_rank.x.bias mask.x.bits mask.x.shape mask.x.kept "
+    "lora_unet_x.lora_up.weight lora_unet_x.lora_down.weight lora_unet_x.lora_mid.weight lora_unet_x.alpha "
+    "lora_unet_x.diff_b lora_te_x.lora_up.weight unet.x.lora_A.weight unet.x.lora_B.weight unet.x.lora.down.weight "
+    "unet.x.alpha base_model.model. unet.unet. x.hada_w1_a x.lokr_w1 x.dora_scale x.diff x.oft_diag attention_gate.0 "
+    "lora_gloce_x layers.0.attention.to_q.lora_down.weight a.down.bias a.down.weight controlnet_x text_model.x "
+    "emb_params <x> up_blocks.0.attn2.to_k.weight conv_in.weight conv_out.weight input_blocks.0.0.weight out.2.weight "
+    ".weight .bias .. ../../../etc/passwd C:\\x \u2028 \ud7ff membrane.format membrane.version membrane.concepts "
+    "membrane.settings erasure_adapter lora prompts rank alpha ss_leco_prompt_count ss_leco_preview "
+    "lora_adapter_metadata -> {} {{}} a->a ->"
 ).split()  # fmt: skip
 JSON = (
     '[] {} null true NaN -Infinity 1e999 "" "\\ud800" "\\u0000" [[]] {"a":[]} 1e-400 '
@@ -328,6 +329,7 @@ def native_seeds():
         saved(ErasureAdapter(card, {"map": {"text": words}})),
         saved(ErasureAdapter(card, {"map": {"text": words, "pooled": words}, "low_rank": layer})),
         saved(ErasureAdapter(card, {"mask": masks})),
+        saved(ErasureAdapter(card, {"map": {"llama.3": words, "t5": replace(words, normed=True)}, "low_rank": layer})),
     ]
 
 
@@ -444,10 +446,11 @@ def parsers(folder):
 
     both = load(registry.load, labels.label)
     own = {"formats.factors": ("gather", "low_rank", "_numbers", "_flat", "_alpha", "_with_core")}
-    mask = ("load", "recognises", "parse", "_by_layer", "_masks", "_mask", "_mask_shape", "_text_map", "_check_header")
-    lora = ("recognises", "parse", "_split", "_card", "_leco_prompts")
+    maps = ("load", "recognises", "parse", "card", "_by_layer", "_maps", "_text_map", "_check_header")
+    mask = (*maps, "_require_known_kinds", "_masks", "_mask", "_mask_shape")
+    lora = ("recognises", "parse", "_split", "card", "_leco_prompts")
     return [
-        Parser("native", {"formats.native": mask, "formats.files": ("read_card",)}, native_seeds(), both, tensors),
+        Parser("native", {"formats.native": mask, "formats.card": ("read_card",)}, native_seeds(), both, tensors),
         Parser("kohya", {"formats.kohya": lora, **own}, lora_seeds(), both, tensors),
         Parser("peft", {"formats.peft": ()}, peft_seeds(), both, tensors),
         Parser("weights", {"formats.weights": (), "formats.registry": ()}, [*weight_seeds(), *lora_seeds()],

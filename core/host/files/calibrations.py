@@ -7,9 +7,9 @@ import os
 import folder_paths
 
 from ...errors import ErasureError
+from ...files import write_whole
 from ...measures.detection import FEWEST, Calibration
-from ...measures.record import write_whole
-from ..model.layers import family
+from ..model.layers import family_name
 from ..runs.sampling import conditioning, probe, probe_point
 from .folders import CATEGORY, not_saved
 
@@ -30,8 +30,8 @@ def _folder():
 
 
 def _stem(model, settings):
-    digest = hashlib.sha256(json.dumps([family(model), settings], sort_keys=True).encode()).hexdigest()[:12]
-    return f"{family(model)}_{digest}_"
+    digest = hashlib.sha256(json.dumps([family_name(model), settings], sort_keys=True).encode()).hexdigest()[:12]
+    return f"{family_name(model)}_{digest}_"
 
 
 def _files(model, settings):

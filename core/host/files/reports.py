@@ -4,7 +4,8 @@ import os
 
 import folder_paths
 
-from ...measures.record import Record, write_whole
+from ...files import write_whole
+from ...measures.record import Record
 from .folders import clean_prefix, not_saved
 
 LARGEST = 1 << 28  # bytes of a record that is read to go on from

@@ -18,12 +18,12 @@ def denoiser(model):
     return model.model.diffusion_model
 
 
-def model_family(model):
+def family(model):
     """The Family of a MODEL, by the host's configuration of it."""
     return family_of([kind.__name__.lstrip("_") for kind in type(model.model.model_config).__mro__])
 
 
-def family(model):
+def family_name(model):
     """The host's name of the model's family, such as SD15 or SDXL."""
     return type(model.model.model_config).__name__.lstrip("_")
 
@@ -33,19 +33,17 @@ def text_entries(model):
 
     Raises ErasureError for a model whose text no map can act on.
     """
-    return {
-        entry: None if entry.pooled else _width(model, entry) for entry in (model_family(model).text, *_others(model))
-    }
+    return {entry: None if entry.pooled else _width(model, entry) for entry in (family(model).text, *_others(model))}
 
 
 def _others(model):
     """The entries beside the main one that the model has."""
-    return [entry for entry in model_family(model).entries[1:] if next(readers(model, entry), None)]
+    return [entry for entry in family(model).entries[1:] if next(readers(model, entry), None)]
 
 
-def context_width(model):
+def text_width(model):
     """Width of the text vectors a MODEL reads first; raises ErasureError for a model whose text no map can act on."""
-    return _width(model, model_family(model).text)
+    return _width(model, family(model).text)
 
 
 def _width(model, entry):
@@ -70,12 +68,12 @@ def readers(model, entry):
             yield f"{NETWORK}{name}{WEIGHT}", module
 
 
-def cross_attention_layers(model):
+def text_readers(model):
     """The same for the main text entry."""
-    return readers(model, model_family(model).text)
+    return readers(model, family(model).text)
 
 
-def reads_pooled(model):
+def reads_vector(model):
     """Whether a MODEL reads a pooled vector beside the text, as SDXL does."""
     return getattr(model.model, "adm_channels", 0) > 0
 
@@ -127,7 +125,7 @@ def require_fit(model, stack):
             made_for = f" (made for {adapter.card.family})" if adapter.card.family else ""
             raise ErasureError(
                 f"None of the {len(adapter.sites)} layers that the adapter {adapter.describe()}{made_for} changes "
-                f"exists in this {family(model)} model (the first is {adapter.sites[0]}); "
+                f"exists in this {family_name(model)} model (the first is {adapter.sites[0]}); "
                 "use an adapter made for this family."
             )
         missing += len(adapter.sites) - len(known)
@@ -153,7 +151,7 @@ def _require_shape(model, adapter, name, key, layer):
 def _other_shape(model, adapter, name, found, wanted):
     return ErasureError(
         f"The adapter {adapter.describe()} changes {name} as a layer of shape {found}, but in this "
-        f"{family(model)} model it has the shape {wanted}; use an adapter made for this family."
+        f"{family_name(model)} model it has the shape {wanted}; use an adapter made for this family."
     )
 
 

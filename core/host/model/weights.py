@@ -8,7 +8,7 @@ from ...erasers.extract import BaseLayer
 from ...families.sites import site
 from ...formats.weights import EditedWeights
 from ..compat import calculate_weight, ensure_uncompiled, key_patches, stored_weight
-from .layers import NETWORK, layer_keys, model_family, readers
+from .layers import NETWORK, family, layer_keys, readers
 
 
 def effective_weight(model, key, patches):
@@ -36,9 +36,9 @@ def entry_weights(model, entry):
         yield key, effective_weight(model, key, patches[key])
 
 
-def cross_attention_weights(model):
+def text_weights(model):
     """(key, effective weight (out, d)) of the layers that read the main text entry, one at a time."""
-    return entry_weights(model, model_family(model).text)
+    return entry_weights(model, family(model).text)
 
 
 def base_layers(model):
@@ -82,10 +82,10 @@ def edited_weights(model):
     return EditedWeights(_Tensors(model), "the edited model", whole=True)
 
 
-def cross_attention_gram(model, on_progress=None):
+def text_gram(model, on_progress=None):
     """S = sum_l W_l^T W_l over the key and value layers that read the text: (d, d) float64."""
     total = None
-    for i, (_, weight) in enumerate(cross_attention_weights(model)):
+    for i, (_, weight) in enumerate(text_weights(model)):
         weight = weight.double()
         product = weight.T @ weight
         total = product if total is None else total + product

@@ -9,7 +9,7 @@ import torch
 from ...adapters.patch import Patch
 from ...erasers.mitigation import LEAVE, Transition, pull, reweighted_attention, switched, token_codes
 from ...errors import ErasureError
-from ..model.layers import context_width, cross_attention_layers
+from ..model.layers import text_readers, text_width
 from ..text.known_tokens import PROMPTS
 from .conditioning import EXTRA_CONDS
 from .places import put_below
@@ -150,7 +150,7 @@ def reweight_tokens(model, factor, strength):
 
     Raises ErasureError for a model without such attention, and when another node already stands in its place.
     """
-    context_width(model)
+    text_width(model)
     if strength == 0:
         return model
     others = model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
@@ -172,7 +172,7 @@ def reweight_tokens(model, factor, strength):
 def blocks(model):
     """[(name, number)] of the blocks with cross-attention, as the host calls them."""
     found = {}
-    for key, _ in cross_attention_layers(model):
+    for key, _ in text_readers(model):
         _, part, number, *_ = key.split(".")
         name = part.split("_")[0]
         found[name, 0 if name == "middle" else int(number)] = None

@@ -7,8 +7,8 @@ from ...adapters.deltas.text_map import on_weights
 from ...adapters.plan import first_gated, require_entries
 from ...errors import ErasureError
 from ...families.sites import site
-from ..model.layers import model_family, require_fit, text_entries
-from ..model.weights import cross_attention_weights, entry_weights, weight_of
+from ..model.layers import family, require_fit, text_entries
+from ..model.weights import entry_weights, text_weights, weight_of
 from .places import without_stack
 from .stack import add_low_rank, applied_stack, plan_for, static_changes
 
@@ -18,8 +18,8 @@ log = logging.getLogger("membrane")
 def on_layers(model, adapter, names):
     """An adapter of the text as changes W + W A B of those layers of a MODEL whose keys end with one of the names."""
     require_entries(adapter, text_entries(model))
-    entry = model_family(model).text
-    weights = ((key, weight) for key, weight in cross_attention_weights(model) if key.endswith(names))
+    entry = family(model).text
+    weights = ((key, weight) for key, weight in text_weights(model) if key.endswith(names))
     changes = {site(key): change for key, change in on_weights(adapter.maps[entry.name], weights)}
     return replace(adapter, deltas={"low_rank": changes})
 

@@ -4,8 +4,8 @@ import torch
 
 from ...adapters.gates import gate_values
 from ...errors import ErasureError
-from ..model.layers import context_width, model_family, plain_key
-from ..model.weights import cross_attention_weights
+from ..model.layers import family, plain_key, text_width
+from ..model.weights import text_weights
 from .stack import applied
 
 
@@ -15,15 +15,15 @@ def attack_grams(original, edited, on_layer=lambda done: None):
     W: of the original MODEL, W': of the edited one with everything on it, gates fully open. Of adapters that are
     combined as the published SPM code does, the cross terms are left out.
     """
-    width = context_width(original)
-    if context_width(edited) != width:
+    width = text_width(original)
+    if text_width(edited) != width:
         raise ErasureError(
             f"The original model reads text vectors of width {width}, the erased one of width "
-            f"{context_width(edited)}; compare two models of the same family."
+            f"{text_width(edited)}; compare two models of the same family."
         )
     square, cross = (torch.zeros(width, width, dtype=torch.float64) for _ in range(2))
     text, layers = _opened(edited, width)
-    before, after = cross_attention_weights(original), cross_attention_weights(edited)
+    before, after = text_weights(original), text_weights(edited)
     for i, ((_, plain), (key, weight)) in enumerate(zip(before, after)):
         weight = weight.double()
         for up, down in layers.get(key, ()):
@@ -44,7 +44,7 @@ def _opened(model, width):
     plan = found.plan
     score = torch.ones(1, len(plan.concepts.names)) if plan.concepts else None
     gates = torch.cat([gate_values(plan.gates, score)[0], torch.ones(1)]).double()  # the last one is for OPEN
-    part = plan.maps.get(model_family(model).text.name)
+    part = plan.maps.get(family(model).text.name)
     if part is not None:
         text = text + (part.a.double() * gates[part.gate]) @ part.b.double()
     for key, layer in plan.running.items():

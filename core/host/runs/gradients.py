@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ...adapters.beside import Bypass, Rows
 from ...errors import ErasureError
 from ...measures.detection import gradient_lengths, text_part
-from ..model.layers import reads_pooled
+from ..model.layers import reads_vector
 from ..patches.steps import ErasedSteps
 from .sampling import ask_at
 from .steps import guided_steps
@@ -23,7 +23,7 @@ GUIDED = 7.0  # any guidance that makes the host ask for both sides
 
 def refuse_pooled(model):
     """Raises ErasureError for a model that gradients cannot be taken through."""
-    if reads_pooled(model):
+    if reads_vector(model):
         raise ErasureError(
             f"The model {type(model.model).__name__} reads pooled text beside the text vectors, which gradients do "
             "not support yet; use a Stable Diffusion 1 or 2 checkpoint, or a method without gradients."

@@ -14,7 +14,7 @@ from ...erasers.pruning import Activity
 from ...errors import ErasureError
 from ...families.sites import site
 from ...families.table import role
-from ..model.layers import family, modules
+from ..model.layers import family_name, modules
 from ..model.weights import base_layers
 from ..patches.steps import APPLY_MODEL
 from .batching import fitting, join
@@ -33,8 +33,8 @@ def linear_layers(model, groups=FEED_FORWARD):
     found = {site(key): m for key, m in modules(model).items() if role(site(key)) in groups and _linear(m)}
     if not found:
         raise ErasureError(
-            f"The {family(model)} model has no {' or '.join(groups)} layers as Stable Diffusion has; locating needs a "
-            "Stable Diffusion 1, 2 or XL type U-Net."
+            f"The {family_name(model)} model has no {' or '.join(groups)} layers as Stable Diffusion has; locating needs "
+            "a Stable Diffusion 1, 2 or XL type U-Net."
         )
     return found
 

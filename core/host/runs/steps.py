@@ -9,7 +9,7 @@ import torch
 
 from ...errors import ErasureError
 from ...measures.detection import Trace, bright_ending, magnitude, text_part
-from ..model.layers import context_width
+from ..model.layers import text_width
 from .attention import EndAttention
 from .batching import batches, join
 from .sampling import Listeners, conditioning, run
@@ -43,7 +43,7 @@ def require_cross_attention(model, clip):
             "The CLIP input is empty, the checkpoint holds no text encoder; connect the CLIP that belongs to the model."
         )
     try:
-        width = context_width(model)
+        width = text_width(model)
     except ErasureError as error:
         raise ErasureError(
             f"The model {type(model.model).__name__} has no cross-attention that reads the text directly; memorised "

@@ -12,7 +12,7 @@ from ...erasers.spm import alphas_cumprod
 from ...errors import ErasureError
 from ...families.sites import site
 from ...families.table import role
-from ..model.layers import context_width, layer_keys, modules, plain_key
+from ..model.layers import layer_keys, modules, plain_key, text_width
 from .gradients import Differentiable, refuse_pooled
 
 
@@ -124,7 +124,7 @@ def trainable_sites(model, groups=()):
     groups: names of roles that count, such as "cross_attention.key"; all when empty.
     Raises ErasureError for a model that cannot be trained against.
     """
-    context_width(model)
+    text_width(model)
     refuse_pooled(model)
     found = {}
     for key, module in modules(model).items():

@@ -1,6 +1,7 @@
 """Text encoding through the host's CLIP object."""
 
 import hashlib
+from dataclasses import replace
 from numbers import Integral
 
 import comfy.model_management
@@ -9,7 +10,7 @@ import torch
 from ...errors import ErasureError
 from ...text.encoded import UNKNOWN, WORD, Encoded, EncodedPrompt, Frame
 from ..compat import encode_with_extras
-from ..model.layers import context_width, model_family, text_entries
+from ..model.layers import family, text_entries, text_width
 
 BATCH = 32  # prompts per forward pass of the text encoder
 CLIP_STREAMS = {"l", "g", "h"}  # what the host calls the encoders whose prompts all fill contexts of one length
@@ -122,16 +123,24 @@ def _given(clip, vectors):
 
 
 def _described(clip, prompt, tokens, rows, frames):
-    """EncodedPrompt of rows (T, d) that an encoder gave for a tokenized prompt; frames: {streams: Frames} so far."""
-    streams, cut = _streams(tokens, len(rows))
+    """EncodedPrompt of rows (T, d) that an encoder gave for a tokenized prompt; frames: {encoder: Frame} so far."""
+    first, (streams, cut) = next(iter(tokens)), _streams(tokens, len(rows))
+    for name in {first, *streams} - frames.keys():
+        frames[name] = Frame.of(*(ids_of(_tokenize(clip, text)[name]) for text in ("", BEFORE)))
+    heard = ids_of(tokens[first])
+    spoken = (_words(frames[first], heard), _inside(clip, prompt, first, frames[first]))
+    said = {"heard": frozenset(heard), "spoken": tuple(frozenset(ids) for ids in spoken if ids)}
     if not streams:
-        return EncodedPrompt(prompt, rows, (UNKNOWN,) * len(rows), torch.full((len(rows),), WORD))
-    if streams not in frames:
-        empty, other = _tokenize(clip, ""), _tokenize(clip, BEFORE)
-        frames[streams] = [Frame.of(ids_of(empty[name]), ids_of(other[name])) for name in streams]
+        return EncodedPrompt(prompt, rows, (UNKNOWN,) * len(rows), torch.full((len(rows),), WORD), **said)
     ids = [ids_of(tokens[name]) for name in streams]
-    roles = torch.cat([frame.roles(own) for frame, own in zip(frames[streams], ids)])
-    return EncodedPrompt(prompt, rows, tuple(sum(ids, []))[cut:], roles[cut:], _inside(clip, prompt, streams[-1]))
+    roles = torch.cat([frames[name].roles(own) for name, own in zip(streams, ids)])
+    inside = _inside(clip, prompt, streams[-1], frames[streams[-1]])
+    return EncodedPrompt(prompt, rows, tuple(sum(ids, []))[cut:], roles[cut:], inside, **said)
+
+
+def _words(frame, ids):
+    """The ids that stand for words."""
+    return tuple(i for i, role in zip(ids, frame.roles(ids).tolist()) if role == WORD)
 
 
 def _streams(tokens, length):
@@ -151,12 +160,10 @@ def _streams(tokens, length):
     return ((longer,), sizes[longer] - length) if longer else ((), 0)
 
 
-def _inside(clip, prompt, stream):
-    """Token ids of a prompt's words as they are behind another word."""
-    alone, both = (ids_of(_tokenize(clip, text)[stream]) for text in (BEFORE, f"{BEFORE} {prompt}"))
-    frame = Frame.of(ids_of(_tokenize(clip, "")[stream]), alone)
-    words = [[i for i, role in zip(ids, frame.roles(ids).tolist()) if role == WORD] for ids in (alone, both)]
-    return tuple(words[1][len(words[0]) :]) if words[1][: len(words[0])] == words[0] else ()
+def _inside(clip, prompt, stream, frame):
+    """Token ids of a prompt's words as they are behind another word, () where that cannot be told."""
+    before, both = (_words(frame, ids_of(_tokenize(clip, text)[stream])) for text in (BEFORE, f"{BEFORE} {prompt}"))
+    return both[len(before) :] if both[: len(before)] == before else ()
 
 
 # ---------------------------------------------------------------- as a model reads it
@@ -164,7 +171,7 @@ def _inside(clip, prompt, stream):
 
 def encode_for(model, clip, prompts, on_progress=None, pooled=False):
     """Encoded prompts as the main text entry of a MODEL reads them; raises when the CLIP belongs to another one."""
-    width, entry = context_width(model), model_family(model).text
+    width, entry = text_width(model), family(model).text
     encoded = encode(clip, prompts, on_progress, pooled)
     if encoded.width != width:
         raise ErasureError(
@@ -179,12 +186,12 @@ def encode_entries(model, clip, prompts, on_progress=None, others=False):
     it as well."""
     beside = [entry for entry in text_entries(model) if entry.pooled] if others else []
     encoded = encode_for(model, clip, prompts, on_progress, bool(beside))
-    return {model_family(model).text.name: encoded, **{entry.name: encoded.pooled for entry in beside}}
+    return {family(model).text.name: encoded, **{entry.name: encoded.pooled for entry in beside}}
 
 
 def behind_norm(model):
     """Whether the main text entry of a MODEL is read behind a norm."""
-    return bool(model_family(model).text.norm)
+    return bool(family(model).text.norm)
 
 
 def _behind_the_norm(model, entry, encoded):
@@ -196,7 +203,7 @@ def _behind_the_norm(model, entry, encoded):
 
     def read(prompt):
         rows = norm(prompt.rows[None].to(**kind))[0].float().cpu()
-        return EncodedPrompt(prompt.prompt, rows, prompt.ids, prompt.roles, prompt.inside)
+        return replace(prompt, rows=rows)
 
     with torch.no_grad():
         return Encoded([read(prompt) for prompt in encoded], encoded.contexts, encoded.pooled)

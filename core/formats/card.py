@@ -1,12 +1,6 @@
-"""What all formats share: files that appear whole or not at all, and what they say about an adapter."""
+"""What a file says about its adapter, in safetensors' map of strings: the card as formats write and read it."""
 
 import json
-import os
-import uuid
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ..adapters.adapter import Card
 from ..errors import ErasureError
@@ -15,7 +9,7 @@ LONGEST_CONCEPT, MOST_CONCEPTS = 2000, 10_000  # characters, concepts
 
 
 def card_metadata(card):
-    """What every file of an adapter says about it, as safetensors' map of strings; modelspec.* is for LoRA browsers."""
+    """What every file says about its adapter, as a map of strings; modelspec.* is what LoRA browsers read."""
     return {
         "membrane.method": card.method,
         "membrane.concepts": json.dumps(card.concepts),
@@ -66,29 +60,3 @@ def require_bounded(name, concepts):
             f'"{name}" names {len(concepts)} concepts of up to {longest} characters; expected at most {MOST_CONCEPTS} '
             f"of {LONGEST_CONCEPT}, the file is damaged, get it again."
         )
-
-
-def own(tensor):
-    """A contiguous copy on the CPU; safetensors writes no two tensors that share memory."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def save_whole(tensors, path, metadata):
-    """Writes a safetensors file beside its place and renames it; a failure leaves what was there before.
-
-    Raises OSError where there is no room or no permission.
-    """
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with open(temporary, "wb"):
-            mode = os.stat(temporary).st_mode  # what new files get here; safetensors makes them private
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(str(error)) from error
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
