@@ -110,7 +110,7 @@ export function stayMounted(node, element, selector) {
     document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"] ${selector}`)?.replaceWith(element);
 }
 
-/** The pan and zoom of the canvas go on over an element of ours, except where `scrolls` says that it needs the wheel. */
+/** The pan and zoom of the canvas go on over an element of ours, except where `scrolls` says it needs the wheel. */
 export function passCanvasGestures(element, scrolls) {
     element.addEventListener(
         "wheel",
