@@ -30,7 +30,8 @@ export function undoRedo(event) {
         if (key === "y" || event.shiftKey) found.redo();
         else found.undo();
     } else {
-        /** @type {HTMLElement | null} */ (document.activeElement)?.blur(); // pages of 2024 look in the next frame where the focus is
+        // pages of 2024 look in the next frame where the focus is
+        /** @type {HTMLElement | null} */ (document.activeElement)?.blur();
     }
     return true;
 }
@@ -109,7 +110,7 @@ export function stayMounted(node, element, selector) {
     document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"] ${selector}`)?.replaceWith(element);
 }
 
-/** The pan and zoom of the canvas go on over an element of ours, except where `scrolls` says that it needs the wheel. */
+/** The pan and zoom of the canvas go on over an element of ours, except where `scrolls` says it needs the wheel. */
 export function passCanvasGestures(element, scrolls) {
     element.addEventListener(
         "wheel",

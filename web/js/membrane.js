@@ -5,7 +5,8 @@ import { addInfo } from "./adapter_info.js";
 import { canvasItems, nodeItems, addToOldMenus } from "./erase_here.js";
 import { executionIds, promptTexts } from "./graph.js";
 import {
-    adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, stayMounted, translations, undoRedo, whileInGraph,
+    adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, stayMounted, translations, undoRedo,
+    whileInGraph,
 } from "./host.js";
 import { StackEditor } from "./stack_editor.js";
 import { speak } from "./strings.js";
