@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..errors import ErasureError
 
-CONTEXTS, WORDS = SIMILARITIES = ("contexts", "words")
+OTHER = "other"  # role of a layer that no pattern fits
 
 
 @dataclass(frozen=True)
@@ -34,52 +34,27 @@ class TextEntry:
 
 
 @dataclass(frozen=True)
-class EncoderRows:
-    """What a family's text encoder makes of a prompt.
-
-    causal: a token's row knows what stands before it only, so a concept smears to later rows; otherwise to all.
-    batches: prompts may travel as the chunks of one long prompt and come back each as it is alone (CLIP).
-    start: the first row is a start token, the same for every prompt. similarity: how gates compare two texts, one of
-    SIMILARITIES: "contexts", the cosine of the flattened contexts (SPM, as published), which needs rows of one number
-    for all prompts; "words", the shared words and the closest rows, for rows of any number.
-    """
-
-    causal: bool = True
-    batches: bool = False
-    start: bool = False
-    similarity: str = WORDS
-
-
-CLIP_ROWS = EncoderRows(causal=True, batches=True, start=True, similarity=CONTEXTS)
-
-
-@dataclass(frozen=True)
 class Family:
     """A kind of model. Everything that differs between kinds is asked of this record.
 
     name: for files and messages; title: for people. configs: names of the host's model configurations that are of this
     kind; one that a configuration is derived from counts too. entries: where text enters, the main one first; none
-    for a model whose text cannot be mapped. rows: of its text encoder. roles: (pattern of a site, role), the first
-    that is found counts. trained: pattern of the sites that training adapts when no role is named. text_width: of the
-    main entry's vectors, to tell families apart in messages, 0 where it varies. architectures: what LoRA files call
-    it, (start of the host's name, kohya's ss_base_model_version, modelspec.architecture), the first that fits.
-    refused: why text cannot be erased from it, or "".
+    for a model whose text cannot be mapped. roles: (pattern of a site, role), the first that is found counts. trained:
+    pattern of the sites that training adapts when no role is named. text_width: of the main entry's vectors, to tell
+    families apart in messages, 0 where it varies. architectures: what LoRA files call it, (start of the host's name,
+    kohya's ss_base_model_version, modelspec.architecture), the first that fits. refused: why text cannot be erased from
+    it, or "".
     """
 
     name: str
     title: str
     configs: tuple[str, ...]
     entries: tuple[TextEntry, ...]
-    rows: EncoderRows = EncoderRows()
     roles: tuple[tuple[str, str], ...] = ()
     trained: str = ""
     text_width: int = 0
     architectures: tuple[tuple[str, str, str], ...] = ()
     refused: str = ""
-
-    def entry(self, name):
-        """The entry of that name, or None."""
-        return next((entry for entry in self.entries if entry.name == name), None)
 
     @property
     def text(self):
@@ -93,6 +68,3 @@ class Family:
     def role(self, site):
         """What the layer at a site does, such as "cross_attention.key", or "other"."""
         return next((role for pattern, role in self.roles if re.search(pattern, site)), OTHER)
-
-
-OTHER = "other"

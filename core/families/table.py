@@ -7,7 +7,7 @@ FAMILIES = [unet.SDXL, unet.SD2, unet.SD1]
 
 # what a model that is of no known family is tried as: the text of the conditioning, read by the cross-attention that
 # U-Nets have
-UNKNOWN = Family("", "unknown", (), (unet.TEXT,), unet.SD1.rows, unet.ROLES, unet.TRAINED)
+UNKNOWN = Family("", "unknown", (), (unet.TEXT,), unet.ROLES, unet.TRAINED)
 
 
 def register(family):

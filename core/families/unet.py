@@ -4,7 +4,7 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 "SDXL", section 2.1 (two encoders side by side, and the pooled vector of the second beside the sizes).
 """
 
-from .family import CLIP_ROWS, Family, TextEntry
+from .family import Family, TextEntry
 
 TEXT = TextEntry("text", "cross_attn", "c_crossattn", ("attn2.to_k", "attn2.to_v"), width="context_dim")
 # the first inputs of the label embedding; the sizes of the picture follow
@@ -24,7 +24,7 @@ TRAINED = r"transformer_blocks|proj_(in|out)$"  # as SPM adapts them
 
 
 def _unet(name, title, configs, width, architectures, *entries):
-    return Family(name, title, configs, entries, CLIP_ROWS, ROLES, TRAINED, width, architectures)
+    return Family(name, title, configs, entries, ROLES, TRAINED, width, architectures)
 
 
 SD1 = _unet(

@@ -1,7 +1,5 @@
 """Which rows of an encoded prompt count, for the methods and measures that take some of them."""
 
-import torch
-
 from .encoded import END, START, TEMPLATE, WORD
 
 
@@ -61,9 +59,3 @@ def side_by_side(target, replacement, start=0):
     """Rows of two prompts from a place on, as many of each."""
     count = min(len(target.rows), len(replacement.rows))
     return target.rows[start:count], replacement.rows[start:count]
-
-
-def stacked(prompts, rows):
-    """Rows (F, d) of several prompts; rows(prompt) says which. F is 0 without prompts, d of nothing then."""
-    found = [rows(prompt) for prompt in prompts]
-    return torch.cat(found) if found else None

@@ -23,7 +23,7 @@ from membrane.core.erasers.closed_form import method as registry
 from membrane.core.erasers.closed_form.method import Method
 from membrane.core.errors import ErasureError
 from membrane.core.families import table
-from membrane.core.families.family import EncoderRows, Family, TextEntry
+from membrane.core.families.family import Family, TextEntry
 from membrane.core.formats import native
 from membrane.core.text.rows import subject
 from membrane.tools import host_library
@@ -204,7 +204,6 @@ FAMILY = Family(
     "Toy Reader",
     ("ToyReader",),
     (TextEntry("text", "cross_attn", "c_crossattn", ("cap_embedder",), norm="cap_norm"),),
-    EncoderRows(causal=True, batches=True, start=True),
     roles=((r"^layers_\d+$", "feed_forward.up"),),
 )
 

@@ -37,8 +37,3 @@ def without_stack(model):
             else:
                 clone.object_patches[name] = patch.previous
     return clone
-
-
-def carries_erasure(model):
-    """Whether something of a stack runs beside a MODEL's weights."""
-    return any(map(_erases, model.object_patches.values()))

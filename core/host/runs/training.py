@@ -1,6 +1,7 @@
 """Runs the host's network so that gradients reach an adapter beside its layers, and nothing else."""
 
 import contextlib
+import re
 
 import comfy.model_base
 import comfy.model_management
@@ -12,7 +13,7 @@ from ...erasers.spm import alphas_cumprod
 from ...errors import ErasureError
 from ...families.sites import site
 from ...families.table import role
-from ..model.layers import layer_keys, modules, plain_key, text_width
+from ..model.layers import family, layer_keys, modules, plain_key, text_width
 from .gradients import Differentiable, refuse_pooled
 
 
@@ -128,11 +129,9 @@ def trainable_sites(model, groups=()):
     refuse_pooled(model)
     found = {}
     for key, module in modules(model).items():
-        name = key.removeprefix("diffusion_model.").removesuffix(".weight")
-        linear = hasattr(module, "in_features") and "transformer_blocks" in name
-        edge = name.endswith(("proj_in", "proj_out")) and getattr(module, "kernel_size", (1, 1)) == (1, 1)
-        own = site(name)
-        if (linear or edge) and (not groups or role(own) in groups):
+        own = site(key)
+        layer = hasattr(module, "in_features") or getattr(module, "kernel_size", None) == (1, 1)
+        if layer and re.search(family(model).trained, own) and (not groups or role(own) in groups):
             found[own] = module
     if not found:
         raise ErasureError(
