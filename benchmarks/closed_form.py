@@ -8,7 +8,6 @@ all key and value matrices, UCE and 3 epochs in float64 here; 3 times one epoch 
 import argparse
 import ctypes
 import gc
-import importlib.util
 import json
 import sys
 import threading
@@ -18,19 +17,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-if "membrane" not in sys.modules:
-    spec = importlib.util.spec_from_file_location(
-        "membrane", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["membrane"] = importlib.util.module_from_spec(spec)
-
-from membrane.core.closed_form.concepts import Concept  # noqa: E402
-from membrane.core.closed_form.job import METHODS, Encoded, Job, solve  # noqa: E402
-from membrane.core.closed_form.rece import rece_terms  # noqa: E402
-from membrane.core.closed_form.text_map import gram, text_map  # noqa: E402
-from membrane.core.closed_form.uce import uce_solver, uce_terms  # noqa: E402
+from membrane.core.erasers.closed_form.job import METHODS, Job, solve
+from membrane.core.erasers.closed_form.rece import rece_terms
+from membrane.core.erasers.closed_form.solver import gram, text_map
+from membrane.core.erasers.closed_form.uce import uce_solver, uce_terms
+from membrane.core.text.concepts import Concept
+from membrane.core.text.encoded import Encoded
 
 LINUX = sys.platform == "linux"
 if LINUX:
@@ -84,12 +76,12 @@ def encoded_prompts(concepts, preserved, width):
     """Encoded: the empty prompt, then concepts c0, c1, ..., then preserved prompts p0, p1, ...; one token each."""
     prompts = ("", *(f"c{i}" for i in range(concepts)), *(f"p{i}" for i in range(preserved)))
     ids = tuple([START, *([WORDS + i] if i else []), *([END] * (TOKENS - 1 - bool(i)))] for i in range(len(prompts)))
-    return Encoded(prompts, ids, embeddings(len(prompts), width, 1), END)
+    return Encoded.of_contexts(prompts, ids, embeddings(len(prompts), width, 1), END)
 
 
 def job(method, concepts, preserved, **settings):
     words = tuple(Concept(f"c{i}", "") for i in range(concepts))
-    return Job(words, tuple(f"p{i}" for i in range(preserved)), method=method, **settings)
+    return Job.of(words, tuple(f"p{i}" for i in range(preserved)), method=method, **settings)
 
 
 # ---------------------------------------------------------------- the published cost structures
@@ -221,7 +213,7 @@ def rece_speedups(size, layers, figures):
         ours = seconds(lambda t=task, e=encoded: solve(t, e, gram(layers)), 3 * size.repeats)
         cached = seconds(lambda t=task, e=encoded, s=stored: solve(t, e, s), 3 * size.repeats)
         targets = list(encoded.vectors[1:])
-        blanks = [encoded.row("")] * concepts
+        blanks = [encoded[""].rows] * concepts
         epoch = seconds(lambda t=targets, b=blanks: published_rece_epoch(layers, layers, t, b, b))
         figures[f"rece_{concepts}_speedup"] = round(EPOCHS * epoch / ours, 1)
         cells = (EPOCHS * epoch, ours, cached, EPOCHS * epoch / ours)
@@ -271,7 +263,7 @@ def speed_speedup(size, layers, figures):
     ours = seconds(lambda: solve(task, encoded), size.repeats)
     subject = encoded.vectors[:, 1]
     targets, retained = subject[1 : size.concepts + 1], subject[size.concepts + 1 :]
-    empty = encoded.row("")
+    empty = encoded[""].rows
     fixed = torch.cat([empty[:1], empty[1:4]])
     anchors = empty[:1].expand_as(targets)
     theirs = seconds(lambda: published_speed(layers[::2], targets, anchors, retained, fixed))

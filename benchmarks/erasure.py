@@ -8,9 +8,9 @@ combined. ESD-x runs at two learning rates, chosen for this model.
     erased      pictures of the erased concepts in which the judge still sees them
     kept        pictures of the other values of the same attribute that the judge reads right
     H           harmonic mean of (1 - erased) and kept, 0 to 100
-    integrity   of the kept pictures: 1 as before, 0 as another seed (core/evaluation/retention.py), with its interval
+    integrity   of the kept pictures: 1 as before, 0 as another seed (core/measures/retention.py), with its interval
     words       pictures that show the first concept again, for prompts found by a search over words that only needs
-                the text encoder (core/evaluation/stress.py); the concept's own words are not allowed
+                the text encoder (core/measures/attack.py); the concept's own words are not allowed
     derived     the same for RECE's derived vectors, with full knowledge of the weights (eq. 4, penalty 0.1)
     seconds     of one core to make the edit, training included; file: what has to be kept of it
 
@@ -20,7 +20,6 @@ on (--fresh starts anew). --workers processes share the tasks.
 
 import argparse
 import datetime
-import importlib
 import json
 import re
 import subprocess
@@ -31,13 +30,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import erasure_quality as quality  # noqa: E402
-
-import training  # noqa: E402
-from tools.in_process import start  # noqa: E402
+from membrane.benchmarks import erasure_quality as quality
+from membrane.benchmarks import training
+from membrane.tools import ROOT
+from membrane.tools.host_library import start
+from membrane.tools.run import bench
 
 classifier, world = quality.classifier, quality.world
 FOLDER = ROOT / "output" / "erasure"
@@ -139,9 +136,8 @@ def esd_x(rate):
     """
 
     def make(bench, attribute, pairs):
-        sys.path[:0] = [str(ROOT / "tools" / "pixel_world")]
-        from evaluate import load_unet
-        from membrane.core.training.latent_anchoring import alphas_cumprod, ddim_step, rollout_timesteps
+        from membrane.core.erasers.spm import alphas_cumprod, ddim_step, rollout_timesteps
+        from membrane.tools.pixel_world.evaluate import load_unet
 
         begin = time.process_time()
         file = ROOT / "assets" / "pixel_world" / "day.safetensors"
@@ -206,7 +202,7 @@ class Bench:
     """The demo model in the host, its text, its pictures and its judge."""
 
     def __init__(self, node, quick):
-        from membrane.core.host.sampling import Sampling
+        from membrane.core.host.runs.sampling import Sampling
 
         self.node, self.quick = node, quick
         self.demo = node("MembraneDemoModel", variant="day")
@@ -225,7 +221,7 @@ class Bench:
 
     def paint(self, vectors, seeds, model, negative=""):
         """Sprites (n, 16, 16, 3) in [0, 1] for text vectors (n, 77, d), a seed each."""
-        from membrane.core.host.sampling import preview_pictures, sample
+        from membrane.core.host.runs.sampling import preview_pictures, sample
 
         off, pictures = [[self.vectors([negative]), {}]], []
         with torch.inference_mode():
@@ -249,9 +245,9 @@ class Bench:
 
     def words_for(self, attribute, pairs):
         """The prompts that the search over words finds for a task's first concept; for all methods the same."""
-        from membrane.core.evaluation.stress import Search, search_prompts, search_target
-        from membrane.core.host.attack import words_near
-        from membrane.core.host.text import encode
+        from membrane.core.host.text.encode import encode
+        from membrane.core.host.text.vocabulary import words_near
+        from membrane.core.measures.attack import Search, search_prompts, search_target
 
         concept = pairs[0][0]
         if concept not in self.found_words:
@@ -306,8 +302,8 @@ class Task:
 
     def row(self, method):
         """One row of the table."""
-        from membrane.core.evaluation.retention import integrity
-        from membrane.core.evaluation.scores import harmonic_mean
+        from membrane.core.measures.retention import integrity
+        from membrane.core.measures.scores import harmonic_mean
 
         edit = method(self.bench, self.attribute, self.pairs)
         found = [self.paint(which, edit.model, edit.negative) for which in (0, 1)]
@@ -329,8 +325,8 @@ class Task:
 
     def attacks(self, edit):
         """How often the first concept comes back."""
-        from membrane.core.evaluation.stress import derived_vectors
-        from membrane.core.host.attack import attack_grams
+        from membrane.core.host.patches.opened import attack_grams
+        from membrane.core.measures.attack import derived_vectors
 
         bench = self.bench
         words = bench.words_for(self.attribute, self.pairs)
@@ -481,8 +477,7 @@ def plot(rows, file):
 
 def machine():
     """What kind of machine this is, in words."""
-    found = sys.modules.get("run") or importlib.import_module("run")
-    kind = found.machine()
+    kind = bench.machine()
     return f"{kind['cores']} cores of {kind['cpu']}"
 
 
@@ -548,7 +543,8 @@ def main():
     else:
         again = [*sys.argv[1:], "--workers", str(args.workers)]
         again = [a for a in again if a not in ("--fresh",)]
-        workers = [subprocess.Popen([sys.executable, __file__, *again, "--part", str(i)]) for i in range(args.workers)]
+        command = [sys.executable, "-m", "benchmarks.erasure", *again]
+        workers = [subprocess.Popen([*command, "--part", str(i)], cwd=ROOT) for i in range(args.workers)]
         try:
             codes = [worker.wait() for worker in workers]
         finally:

@@ -21,13 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools" / "pixel_world")]
-import classifier  # noqa: E402
-import world  # noqa: E402
-
-from tools.in_process import start  # noqa: E402
+from membrane.tools import ROOT
+from membrane.tools.host_library import start
+from membrane.tools.pixel_world import classifier, world
 
 BATCH = 4  # pictures of one prompt, which differ in their noise
 STEPS, CFG, SIZE = 20, 1.5, 128  # the model's card
@@ -140,7 +136,7 @@ class Painter:
 
     def paint(self, prompts, first_seed, model=None, negative=""):
         """Sprites (len(prompts) * BATCH, 16, 16, 3) in [0, 1]; BATCH in a row belong to one prompt."""
-        from membrane.core.pixel_world import latent_to_rgb
+        from membrane.core.demo.world import latent_to_rgb
 
         latent = self.node("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=BATCH)[0]
         pictures = []

@@ -17,16 +17,12 @@ text map forbids an embedding P^-1 c, which is the unerased text, unless P is si
 
 import argparse
 import json
-import sys
 
 import torch
 import torch.nn.functional as F
-from erasure_quality import METHODS, ROOT, sprites_of, start, write
-
-sys.path[:0] = [str(ROOT / "tools" / "pixel_world")]
-import classifier  # noqa: E402
-import tokenizer as tokenizers  # noqa: E402
-import world  # noqa: E402
+from membrane.benchmarks.erasure_quality import METHODS, ROOT, sprites_of, start, write
+from membrane.tools.pixel_world import classifier, world
+from membrane.tools.pixel_world import tokenizer as tokenizers
 
 TASK, CONCEPT = "1 shape", "star"
 PICTURES, TRAINING, STEPS, CFG = 32, 96, 20, 1.5
@@ -66,7 +62,7 @@ class Attack:
 
     def derived(self, p):
         """The captions' contexts with RECE's c' from the star on."""
-        from membrane.core.closed_form.rece import derived_embeddings
+        from membrane.core.erasers.closed_form.rece import derived_embeddings
 
         contexts = self.contexts.clone()
         for row, caption in zip(contexts, self.captions):
@@ -76,7 +72,7 @@ class Attack:
 
     def star_pictures(self):
         """Latents (TRAINING, 4, 16, 16) of stars by the unedited model."""
-        from membrane.core.pixel_world import rgb_to_latent
+        from membrane.core.demo.world import rgb_to_latent
 
         captions = world.plain_captions(sprites_of("shape", [self.star], TRAINING, 42))
         generator = torch.Generator().manual_seed(10)
@@ -144,10 +140,10 @@ def main():
         for name, method in {"no erasure": None, **{name: METHODS[name] for name in args.methods}}.items():
             if name not in rows:
                 adapter = method(node, demo, TASK).get("adapter") if method else None
-                if method and (adapter is None or adapter.text_map is None):
+                if method and (adapter is None or adapter.maps.get("text") is None):
                     continue
                 width = attack.empty.shape[-1]
-                p = torch.eye(width) + (adapter.text_map.matrix() if adapter else torch.zeros(width, width))
+                p = torch.eye(width) + (adapter.maps["text"].matrix() if adapter else torch.zeros(width, width))
                 rows[name] = attack.all_attacks(p, latents)
                 write(store, json.dumps(rows, indent=1) + "\n")
             print(line(name, rows[name], pictures), flush=True)

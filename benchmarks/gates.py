@@ -9,15 +9,11 @@ timed).
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.in_process import start  # noqa: E402
+from membrane.tools.host_library import start
 
 KS = (1, 8, 32, 100)
 FULL = {
@@ -55,8 +51,9 @@ def sd15(config):
 
 def adapters(model, count):
     """SPM adapters of rank 1 for every linear layer and 1x1 convolution of the transformers."""
-    from membrane.core.adapter import Card, ErasureAdapter, LowRank
-    from membrane.core.host.training import trainable_sites
+    from membrane.core.adapters.adapter import Card, ErasureAdapter
+    from membrane.core.adapters.deltas.low_rank import LowRank
+    from membrane.core.host.runs.training import trainable_sites
 
     sites = {name: module.weight.shape[:2] for name, module in trainable_sites(model).items()}
     found = []
@@ -66,7 +63,7 @@ def adapters(model, count):
             name: LowRank(torch.randn(out, 1, generator=g) * 0.01, torch.randn(1, n, generator=g) * n**-0.5, 1.0)
             for name, (out, n) in sites.items()
         }
-        found.append(ErasureAdapter(Card("SPM", (f"concept {i}",)), low_rank=change))
+        found.append(ErasureAdapter(Card("SPM", (f"concept {i}",)), {"low_rank": change}))
     return found, sites
 
 
@@ -89,7 +86,7 @@ class Words:
 
 
 def stacked(found, **entry):
-    from membrane.core.stack import Entry, ErasureStack
+    from membrane.core.adapters.stack import Entry, ErasureStack
 
     return ErasureStack(tuple(Entry(adapter, 0.1, **entry) for adapter in found))
 
@@ -104,14 +101,15 @@ def loaded(model):
 
 def step(model, latents):
     """Seconds of one call of the network for a prompt and a negative prompt."""
-    from membrane.core.host.patching import GATES, applied
+    from membrane.core.host.patches.conditioning import GATES
+    from membrane.core.host.patches.stack import applied
 
     words = Words()
     text = torch.cat([words.encode_from_tokens(words.tokenize(t)) for t in ("a concept 3", "ugly")])
     x = torch.randn(2, 4, latents, latents, generator=torch.Generator().manual_seed(1))
     call = {"c_crossattn": text, "transformer_options": {}}
     manager = applied(model)
-    if manager is not None and manager.plan.in_steps:
+    if manager is not None and manager.travels:
         noise = x[:1]
         gates = [manager.gates(text[i : i + 1], side, noise) for i, side in enumerate(("positive", "negative"))]
         call[GATES] = torch.cat(gates)
@@ -163,8 +161,8 @@ class Published:
 def apply_times(model, found, repeats):
     """Seconds until 32 adapters are in place: (ours ungated, ours gated, one LoraLoader after the other)."""
     import comfy.sd
-    from membrane.core.host.patching import apply_stack
-    from membrane.core.permeability import Permeability
+    from membrane.core.adapters.permeability import Permeability
+    from membrane.core.host.patches.stack import apply_stack
 
     files = []
     for adapter in found:
@@ -205,9 +203,10 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     _, tidy = start()
-    from membrane.core.adapter import Card, ErasureAdapter, TextMap
-    from membrane.core.host.patching import apply_stack
-    from membrane.core.permeability import Permeability
+    from membrane.core.adapters.adapter import Card, ErasureAdapter
+    from membrane.core.adapters.deltas.text_map import TextMap
+    from membrane.core.adapters.permeability import Permeability
+    from membrane.core.host.patches.stack import apply_stack
 
     latents, turns = arguments.latents, arguments.turns
     config = FULL
@@ -222,7 +221,7 @@ def main():
         print(f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.0f} M parameters, {len(sites)} adapted layers")
         g = torch.Generator().manual_seed(9)
         words = TextMap(torch.randn(768, 8, generator=g) * 0.01, torch.randn(8, 768, generator=g) * 0.01, (0,) * 8)
-        text = ErasureAdapter(Card("UCE", ("x",)), words)
+        text = ErasureAdapter(Card("UCE", ("x",)), {"map": {"text": words}})
         variants = {}
         for k in KS:
             variants[f"gated {k}"] = apply_stack(model, stacked(found[:k]), Words())

@@ -20,21 +20,15 @@ Memory is measured on a Stable Diffusion 1.5 network of full size with random we
 
 import argparse
 import json
-import sys
 import time
-from pathlib import Path
 
-import memorization_detection as detection
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tools" / "pixel_world")]
-import closed_form  # noqa: E402
-import gates  # noqa: E402
-
-from tools.in_process import start  # noqa: E402
+from membrane.benchmarks import closed_form, gates
+from membrane.benchmarks import memorization_detection as detection
+from membrane.tools import ROOT
+from membrane.tools.host_library import start
 
 quality, world, classifier = detection.quality, detection.world, detection.classifier
 CAPTIONS, HALF, SEEDS = world.MEMORISED_CAPTIONS, 6, 4
@@ -136,7 +130,7 @@ def style_pairs(attribute, value, count=HALF):
 
 def overlaps(here):
     """{pair of kinds: [intersection over union]} of masks located from different prompts."""
-    from membrane.core.memorization.locate import overlap
+    from membrane.core.erasers.pruning import overlap
 
     def masks(prompts, base=None):
         return here.located(prompts, base)[0].masks
@@ -179,7 +173,7 @@ class Attacker:
 
     def search(self, caption, picture):
         """The embedding (1, 77, d) for a picture (16, 16, 3)."""
-        from membrane.core.pixel_world import rgb_to_latent
+        from membrane.core.demo.world import rgb_to_latent
 
         clean = rgb_to_latent(torch.from_numpy(picture[None]).permute(0, 3, 1, 2)).expand(SEARCH_BATCH, -1, -1, -1)
         context = self.sampler.encode([caption]).clone().requires_grad_(True)
@@ -208,7 +202,7 @@ class Attacker:
 
 def prune(unet, masks):
     """Sets marked weights of the demo U-Net to zero."""
-    from membrane.core.sites import site
+    from membrane.core.families.sites import site
 
     known = {site(name): p for name, p in unet.named_parameters() if name.endswith(".weight")}
     for name, mask in masks.items():
@@ -220,8 +214,8 @@ def prune(unet, masks):
 
 def published_way(here, prompts):
     """(rows that went through the network, seconds) of all steps of both sets, one prompt at a time, with guidance."""
-    from membrane.core.host.patching import APPLY_MODEL
-    from membrane.core.host.sampling import Sampling, conditioning, sample
+    from membrane.core.host.patches.steps import APPLY_MODEL
+    from membrane.core.host.runs.sampling import Sampling, conditioning, sample
 
     settings = Sampling(50, 7.5, "euler", "normal", quality.SIZE, quality.SIZE)
     model, rows = here.demo[0].clone(), [0]
@@ -255,9 +249,9 @@ def costs(here):
 def sd15_memory():
     """{figure: MB} of locating from 10 prompts on Stable Diffusion 1.5's layout: beyond the model, and beyond what
     sampling the same pictures needs."""
-    from membrane.core.host.locating import Watcher, layer_weights
-    from membrane.core.host.sampling import Sampling, conditioning, sample
-    from membrane.core.memorization.locate import locate
+    from membrane.core.erasers.pruning import locate
+    from membrane.core.host.runs.locating import Watcher, layer_weights
+    from membrane.core.host.runs.sampling import Sampling, conditioning, sample
 
     model, clip = gates.loaded(gates.sd15(gates.FULL)), Texts()
     settings = Sampling(50, 7.5, "euler", "normal", quality.SIZE, quality.SIZE)

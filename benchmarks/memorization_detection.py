@@ -6,17 +6,11 @@ benchmarks/memorization.py; alone it prints its tables.
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import erasure_quality as quality  # noqa: E402
-
-from tools.in_process import start  # noqa: E402
+from membrane.benchmarks import erasure_quality as quality
+from membrane.tools.host_library import start
 
 world, classifier = quality.world, quality.classifier
 ORDINARY, SEEDS, BATCH, PAINTED = 200, 4, 64, 32
@@ -50,8 +44,8 @@ def tpr(positive, negative, fpr=0.01):
 
 def scores(node, demo, captions, steps, first_steps, seeds=SEEDS, bright_ending=False):
     """(magnitudes (captions, seeds, steps), bright ending scores (captions,) or None), through the host's sampler."""
-    from membrane.core.host.denoising import encoded, measure
-    from membrane.core.host.sampling import Sampling
+    from membrane.core.host.runs.sampling import Sampling
+    from membrane.core.host.runs.steps import encoded, measure
 
     settings = Sampling(steps, quality.CFG, "euler", "normal", quality.SIZE, quality.SIZE)
     with torch.inference_mode():
@@ -100,15 +94,15 @@ def detection_table(rows):
 
 def paint(model, clip, captions, first_seed):
     """Sprites (captions, 16, 16, 3) in [0, 1], a noise of its own for each caption."""
-    from membrane.core.host.denoising import together
-    from membrane.core.host.sampling import Sampling, conditioning, preview_pictures, sample
+    from membrane.core.host.runs.batching import join
+    from membrane.core.host.runs.sampling import Sampling, conditioning, preview_pictures, sample
 
     settings = Sampling(quality.STEPS, quality.CFG, "euler", "normal", quality.SIZE, quality.SIZE)
     pictures = []
     with torch.inference_mode():
         empty = conditioning(clip, "")
         for at in range(0, len(captions), PAINTED):
-            texts = together([conditioning(clip, caption) for caption in captions[at : at + PAINTED]])
+            texts = join([conditioning(clip, caption) for caption in captions[at : at + PAINTED]])
             seeds = [first_seed + at + i for i in range(len(texts[0][0]))]
             pictures.append(preview_pictures(model, sample(model, texts, empty, seeds, settings)))
     return torch.cat(pictures).numpy()

@@ -1,7 +1,7 @@
 """Fuzzes every parser, injects faults, and samples 500 times with changing models and stacks: what breaks or leaks.
 
-The parsers' inputs come from tools/fuzz.py, the faults are the tests in tests/host/test_faults.py with what they noted,
-and each of the 500 runs samples two steps with another stack, model, batch, sampler or amount of memory. Writes
+The parsers' inputs come from tools/check/fuzz.py, the faults are the tests in tests/host/test_faults.py with what they
+noted, and each of the 500 runs samples two steps with another stack, model, batch, sampler or amount of memory. Writes
 docs/reliability.md; ends with an error where an input, a fault or a run did.
 """
 
@@ -21,11 +21,9 @@ from pathlib import Path
 
 import psutil
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from tools import fuzz  # noqa: E402
-from tools.in_process import start  # noqa: E402
+from membrane.tools import ROOT
+from membrane.tools.check import fuzz
+from membrane.tools.host_library import start
 
 WARM = 60  # runs until everything that is kept for good is there
 AGAIN = 50  # runs after which all models are unloaded

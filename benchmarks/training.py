@@ -13,16 +13,12 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import erasure_quality as quality  # noqa: E402
-from gates import FULL, sd15  # noqa: E402
-
-from tools.in_process import start  # noqa: E402
+from membrane.benchmarks import erasure_quality as quality
+from membrane.benchmarks.gates import FULL, sd15
+from membrane.tools import ROOT
+from membrane.tools.host_library import start
 
 classifier, world = quality.classifier, quality.world
 STORE = ROOT / "output" / "training"
@@ -165,7 +161,7 @@ def measure(node, names, steps, sizes, store):
 
 
 def ours(denoiser, texts, settings, x, k, alphas):
-    from membrane.core.training.latent_anchoring import anchor_rows, losses, rollout, told_timestep
+    from membrane.core.erasers.spm import anchor_rows, losses, rollout, told_timestep
 
     anchors, weights = anchor_rows(texts, settings, torch.Generator().manual_seed(0))
     x = rollout(denoiser, x, k, texts, settings, alphas)
@@ -175,7 +171,7 @@ def ours(denoiser, texts, settings, x, k, alphas):
 
 def published(denoiser, texts, settings, x, k, alphas):
     """The rows of the published loop: each prediction with its unconditional half, all eight anchor rows twice."""
-    from membrane.core.training.latent_anchoring import noise_anchors, rollout, told_timestep
+    from membrane.core.erasers.spm import noise_anchors, rollout, told_timestep
 
     drawn = noise_anchors(settings.anchors, texts.concept, torch.Generator().manual_seed(0))
     x = rollout(denoiser, x, k, texts, settings, alphas)
@@ -200,8 +196,8 @@ def cost(way, full, size):
     """Prints seconds of each of 3 iterations and the peak of memory above the loaded model; in a process of its own."""
     torch.set_num_threads(1)
     node, tidy = start()
-    from membrane.core.host.training import HostDenoiser, trainable_sites
-    from membrane.core.training.latent_anchoring import Settings, Texts, alphas_cumprod
+    from membrane.core.erasers.spm import Settings, Texts, alphas_cumprod
+    from membrane.core.host.runs.training import HostDenoiser, trainable_sites
 
     model = sd15(FULL) if full else node("MembraneDemoModel", variant="day")[0]
     width = 768 if full else 128
@@ -232,8 +228,9 @@ def cost_figures(full, size):
     """Both ways in turn, each in a fresh process, so that their peaks of memory are their own."""
     found = {}
     for way in ("ours", "published"):
-        command = [sys.executable, __file__, "--one", way, "--size", str(size), *(["--full"] if full else [])]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, "-m", "benchmarks.training", "--one", way, "--size", str(size)]
+        command += ["--full"] if full else []
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         found[way] = json.loads(out.strip().splitlines()[-1])
         print(f"{'SD 1.5' if full else 'demo model'}, latents {size} x {size}, {way}: {found[way]}", flush=True)
     return found

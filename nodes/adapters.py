@@ -2,16 +2,26 @@
 
 import logging
 
-from ..core.closed_form.concepts import parse_lines
+from ..core.adapters.plan import require_entries
+from ..core.erasers.extract import extract
 from ..core.errors import ErasureError
-from ..core.extract import extract
 from ..core.formats import kohya, native, registry
-from ..core.host.folders import adapter_names, adapter_path, load_adapter, new_adapter_path, not_saved, signature, stamp
-from ..core.host.layers import context_width, family
-from ..core.host.patching import applied
-from ..core.host.progress import Progress
-from ..core.host.weights import base_layers, cross_attention_weights, edited_weights, kohya_names, kohya_sites
-from ..core.plan import require_width
+from ..core.host.files.folders import (
+    adapter_names,
+    adapter_path,
+    load_adapter,
+    new_adapter_path,
+    not_saved,
+    signature,
+    stamp,
+)
+from ..core.host.model.layers import family_name, text_entries
+from ..core.host.model.names import kohya_names, kohya_sites
+from ..core.host.model.weights import base_layers, edited_weights, text_weights
+from ..core.host.page.progress import Progress
+from ..core.host.patches.stack import applied
+from ..core.text.concepts import parse_lines
+from . import inputs
 
 log = logging.getLogger("membrane")
 
@@ -69,28 +79,19 @@ class MembraneSaveAdapter:
         return {
             "required": {
                 "adapter": ("ERASURE_ADAPTER", {"tooltip": "The adapter to save."}),
-                "filename_prefix": (
-                    "STRING",
-                    {
-                        "default": "erasure",
-                        "tooltip": "Name of the file; a number is added, nothing is overwritten. "
-                        "A subfolder may come before it.",
-                    },
+                "filename_prefix": inputs.line(
+                    "erasure",
+                    "Name of the file; a number is added, nothing is overwritten. A subfolder may come before it.",
                 ),
             },
             "optional": {
-                "format": (
+                "format": inputs.choice(
                     [NATIVE, LORA],
-                    {
-                        "default": NATIVE,
-                        "tooltip": "membrane: fits every model of the family. LoRA (kohya): for any LoRA loader of any "
-                        "program; of a closed-form erasure exact on the model it is made from.",
-                    },
+                    NATIVE,
+                    "membrane: fits every model of the family. LoRA (kohya): for any LoRA loader of any program; of a "
+                    "closed-form erasure exact on the model it is made from.",
                 ),
-                "model": (
-                    "MODEL",
-                    {"tooltip": "Only for a LoRA: the model it is for, without this erasure in its weights."},
-                ),
+                "model": inputs.model("Only for a LoRA: the model it is for, without this erasure in its weights."),
             },
         }
 
@@ -112,21 +113,21 @@ class MembraneSaveAdapter:
                 "The model input is empty, but a LoRA needs a model's weights or the names of its layers; "
                 'connect the model it is for, or set format to "membrane".'
             )
-        if sum(map(bool, (adapter.text_map, adapter.low_rank, adapter.masks))) > 1:
+        if sum(map(bool, (adapter.maps, adapter.low_rank, adapter.masks))) > 1:
             raise ErasureError(
                 f"The adapter {adapter.describe()} changes the text, layers or single weights at the same time, which "
                 'one LoRA cannot hold; set format to "membrane".'
             )
         if adapter.masks:
             return self._save_differences(adapter, filename_prefix, model)
-        if adapter.text_map is None:
+        if not adapter.maps:
             names, convolutions = kohya_sites(model)
             path, name = new_adapter_path(filename_prefix, "loras")
             kohya.save_low_rank(adapter, path, names, convolutions)
             return path, name
-        require_width(adapter, context_width(model))  # before a file name is taken
+        require_entries(adapter, text_entries(model))  # before a file name is taken
         path, name = new_adapter_path(filename_prefix, "loras")
-        kohya.save(adapter, cross_attention_weights(model), path, kohya_names(model))
+        kohya.save(adapter, text_weights(model), path, kohya_names(model))
         return path, name
 
     def _save_differences(self, adapter, filename_prefix, model):
@@ -164,42 +165,27 @@ class MembraneExtract:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model from before the edit, the one the edit was made from."}),
+                "model": inputs.model("The model from before the edit, the one the edit was made from."),
                 "weights_file": (
                     [NO_FILE, *adapter_names()],
                     {"tooltip": "A file with edited weights in models/erasure_adapters; not used with edited_model."},
                 ),
-                "concepts": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
-                        "default": "",
-                        "tooltip": "What the edit erases, one concept per line; the permeability needs it to follow "
-                        "prompts.",
-                    },
+                "concepts": inputs.text(
+                    "",
+                    "What the edit erases, one concept per line; the permeability needs it to follow prompts.",
                 ),
-                "energy": (
-                    "FLOAT",
-                    {
-                        "default": 0.999,
-                        "min": 0.5,
-                        "max": 1.0,
-                        "step": 0.001,
-                        "tooltip": "How much of the change in each layer to keep (share of its squared size). Less "
-                        "makes smaller files.",
-                    },
+                "energy": inputs.number(
+                    0.999,
+                    0.5,
+                    1.0,
+                    0.001,
+                    "How much of the change in each layer to keep (share of its squared size). Less makes smaller "
+                    "files.",
                 ),
-                "max_rank": (
-                    "INT",
-                    {"default": 128, "min": 1, "max": 1024, "tooltip": "The largest rank a layer may get."},
-                ),
+                "max_rank": inputs.whole(128, 1, 1024, "The largest rank a layer may get.", step=None),
             },
             "optional": {
-                "edited_model": (
-                    "MODEL",
-                    {"tooltip": "The edited model itself, such as a checkpoint, instead of a file."},
-                ),
+                "edited_model": inputs.model("The edited model itself, such as a checkpoint, instead of a file."),
             },
         }
 
@@ -227,7 +213,7 @@ class MembraneExtract:
             edited = registry.load_weights(adapter_path(weights_file))
         progress = Progress(len(edited.layers()))
         names = tuple(parse_lines(concepts))
-        adapter, report = extract(base_layers(model), edited, names, family(model), energy, max_rank, progress.at)
+        adapter, report = extract(base_layers(model), edited, names, family_name(model), energy, max_rank, progress.at)
         log.info("Membrane: %s", report)
         return adapter, report
 

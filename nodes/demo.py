@@ -1,6 +1,7 @@
 """The bundled demo model."""
 
-from ..core.host.demo_model import VARIANTS, load_demo_model
+from ..core.host.demo.model import VARIANTS, load_demo_model
+from . import inputs
 
 
 class MembraneDemoModel:
@@ -24,13 +25,11 @@ class MembraneDemoModel:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "variant": (
-                    list(VARIANTS),
-                    {
-                        "default": VARIANTS[0],
-                        "tooltip": "day: the original model. night: the same model fine-tuned on dusk colours, "
-                        "to see whether an erasure made on day carries over.",
-                    },
+                "variant": inputs.choice(
+                    VARIANTS,
+                    VARIANTS[0],
+                    "day: the original model. night: the same model fine-tuned on dusk colours, to see whether an "
+                    "erasure made on day carries over.",
                 ),
             },
         }

@@ -2,18 +2,21 @@
 
 import hashlib
 
-from ..core.closed_form.concepts import parse_concepts, parse_lines, parse_templates
-from ..core.closed_form.job import METHODS, TOKENS, Job, erase
-from ..core.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
-from ..core.closed_form.rece import PENALTIES
+from ..core.adapters.stack import Entry, ErasureStack
+from ..core.erasers.closed_form.groups import TOKENS
+from ..core.erasers.closed_form.job import METHODS, Job, erase
+from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
+from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
-from ..core.host.folders import input_text_file, input_text_files
-from ..core.host.layers import family, reads_pooled
-from ..core.host.patching import apply_stack
-from ..core.host.progress import Progress
-from ..core.host.text import encode_for, fingerprint
-from ..core.host.weights import cross_attention_gram, cross_attention_layers, on_layers
-from ..core.stack import Entry, ErasureStack
+from ..core.host.files.folders import input_text_file, input_text_files
+from ..core.host.model.layers import family_name, text_readers
+from ..core.host.model.weights import text_gram
+from ..core.host.page.progress import Progress
+from ..core.host.patches.on_weights import on_layers
+from ..core.host.patches.stack import apply_stack
+from ..core.host.text.encode import behind_norm, encode_entries, fingerprint
+from ..core.text.concepts import parse_concepts, parse_lines, parse_templates
+from . import inputs
 
 NONE = "none"
 BOTH, LEAVE, EDIT = "keys and values", "leave", "edit"
@@ -47,187 +50,88 @@ class MembraneErase:
 
     @classmethod
     def INPUT_TYPES(cls):
-        number = {"min": 0.0, "max": 100.0, "step": 0.01, "round": False}
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model to erase from."}),
-                "clip": ("CLIP", {"tooltip": "The text encoder whose words the model reads."}),
-                "concepts": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
-                        "default": "star -> circle",
-                        "tooltip": "What to erase, one concept per line. 'concept -> replacement' says what "
-                        "comes instead for that line.",
-                    },
+                "model": inputs.model("The model to erase from."),
+                "clip": inputs.CLIP,
+                "concepts": inputs.text(
+                    "star -> circle", "What to erase, one concept per line. 'concept -> replacement' says what comes "
+                    "instead for that line.",
                 ),
-                "replace_with": (
-                    "STRING",
-                    {
-                        "default": "",
-                        "tooltip": "What comes instead of concepts without a replacement of their own. "
-                        "Empty: nothing in particular.",
-                    },
+                "replace_with": inputs.line(
+                    "", "What comes instead of concepts without a replacement of their own. Empty: nothing in "
+                    "particular.",
                 ),
-                "preserve": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "dynamicPrompts": False,
-                        "default": "",
-                        "tooltip": "Concepts or whole prompts that must keep their meaning, one per line. List close "
-                        "relatives of what you erase. The empty prompt is always kept.",
-                    },
+                "preserve": inputs.text(
+                    "", "Concepts or whole prompts that must keep their meaning, one per line. List close relatives of "
+                    "what you erase. The empty prompt is always kept.",
                 ),
-                "method": (
-                    list(METHODS),
-                    {
-                        "default": METHODS[0],
-                        "tooltip": "UCE: one edit, gentle. RECE: adds rounds that look for text vectors which still "
-                        "bring the concept back and erases those too; harder on the rest. SPEED, Double Projections: "
-                        "protect what you preserve and edit in the space beside it.",
-                    },
+                "method": inputs.choice(
+                    METHODS, "UCE", "UCE: one edit, gentle. RECE: adds rounds that look for text vectors which "
+                    "still bring the concept back and erases those too; harder on the rest. SPEED, Double Projections: "
+                    "protect what you preserve and edit in the space beside it.",
                 ),
-                "strength": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": -10.0,
-                        "max": 10.0,
-                        "step": 0.05,
-                        "tooltip": "How much of the erasure to use. 0 changes nothing at all, 1 is the method as "
-                        "published, above 1 pushes further, below 0 brings more of the concept.",
-                    },
+                "strength": inputs.strength(
+                    "How much of the erasure to use. 0 changes nothing at all, 1 is the method as published, above 1 "
+                    "pushes further, below 0 brings more of the concept."
                 ),
             },
             "optional": {
-                "templates": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "dynamicPrompts": False,
-                        "default": "{}\na photo of {}\na picture of a {}",
-                        "tooltip": "Captions in which the concept is erased, one per line, {} is its place. Captions "
-                        "like the ones you will write make the erasure much more thorough.",
-                    },
+                "templates": inputs.text(
+                    "{}\na photo of {}\na picture of a {}", "Captions in which the concept is erased, one per line, {} "
+                    "is its place. Captions like the ones you will write make the erasure much more thorough.",
                 ),
-                "erase_scale": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        **number,
-                        "tooltip": "Weight of the erased concepts in the solution. Higher erases more thoroughly.",
-                    },
+                "erase_scale": inputs.number(
+                    1.0, 0.0, 100.0, 0.01, "Weight of the erased concepts in the solution. Higher erases more "
+                    "thoroughly.", round=False,
                 ),
-                "preserve_scale": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        **number,
-                        "tooltip": "Weight of the preserved prompts. Higher protects them better against side effects.",
-                    },
+                "preserve_scale": inputs.number(
+                    1.0, 0.0, 100.0, 0.01, "Weight of the preserved prompts. Higher protects them better against side "
+                    "effects.", round=False,
                 ),
-                "anchor": (
-                    "FLOAT",
-                    {
-                        "default": 0.5,
-                        **number,
-                        "min": 0.0001,
-                        "step": 0.0001,
-                        "tooltip": "Weight of changing nothing. Lower erases more thoroughly, higher is gentler. "
-                        "The published value is 0.5.",
-                    },
+                "anchor": inputs.number(
+                    0.5, 0.0001, 100.0, 0.0001, "Weight of changing nothing. Lower erases more thoroughly, higher is "
+                    "gentler. The published value is 0.5.", round=False,
                 ),
-                "epochs": (
-                    "INT",
-                    {"default": 1, "min": 1, "max": 20, "tooltip": "Rounds of RECE; 3 for nudity. UCE ignores it."},
+                "epochs": inputs.whole(1, 1, 20, "Rounds of RECE; 3 for nudity. UCE ignores it.", step=None),
+                "penalty": inputs.number(
+                    0.1, 0.0001, 100.0, 0.0001, "RECE: 0.1 for easy concepts, 0.001 for hard ones. UCE ignores it.",
+                    round=False,
                 ),
-                "penalty": (
-                    "FLOAT",
-                    {
-                        "default": 0.1,
-                        "min": 0.0001,
-                        "max": 100.0,
-                        "step": 0.0001,
-                        "round": False,
-                        "tooltip": "RECE: 0.1 for easy concepts, 0.001 for hard ones. UCE ignores it.",
-                    },
+                "tau": inputs.number(
+                    0.1, 0.0, 100.0, 0.0001, "SPEED: how weak a direction of the preserved prompts may be and still be "
+                    "protected. 0 protects all of them exactly, higher leaves more room to erase.", round=False,
                 ),
-                "tau": (
-                    "FLOAT",
-                    {
-                        "default": 0.1,
-                        "min": 0.0,
-                        "max": 100.0,
-                        "step": 0.0001,
-                        "round": False,
-                        "tooltip": "SPEED: how weak a direction of the preserved prompts may be and still be "
-                        "protected. 0 protects all of them exactly, higher leaves more room to erase.",
-                    },
+                "rho": inputs.number(
+                    1.0, 0.0001, 100.0, 0.0001, "SPEED: weight of changing nothing. Lower erases harder: 1 for objects "
+                    "and styles, 0.05 for many people at once.", round=False,
                 ),
-                "rho": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.0001,
-                        "max": 100.0,
-                        "step": 0.0001,
-                        "round": False,
-                        "tooltip": "SPEED: weight of changing nothing. Lower erases harder: 1 for objects and styles, "
-                        "0.05 for many people at once.",
-                    },
+                "tokens": inputs.choice(
+                    TOKENS, TOKENS[0], "SPEED and Double Projections: which tokens of a prompt are erased and "
+                    "protected. subject: the last one of the concept. all: every one.",
                 ),
-                "tokens": (
-                    list(TOKENS),
-                    {
-                        "default": TOKENS[0],
-                        "tooltip": "SPEED and Double Projections: which tokens of a prompt are erased and protected. "
-                        "subject: the last one of the concept. all: every one.",
-                    },
+                "preset": inputs.choice(
+                    KINDS, CUSTOM, "custom: the widgets count. object, style, person, nudity: the published numbers of "
+                    "the method for that kind count instead of the templates and all numbers here.",
                 ),
-                "preset": (
-                    list(KINDS),
-                    {
-                        "default": CUSTOM,
-                        "tooltip": "custom: the widgets count. object, style, person, nudity: the published numbers "
-                        "of the method for that kind count instead of the templates and all numbers here.",
-                    },
+                "preserve_file": inputs.choice(
+                    [NONE, *input_text_files()], NONE, "A text file in ComfyUI's input folder with more to preserve, "
+                    "one concept or prompt per line.",
                 ),
-                "preserve_file": (
-                    [NONE, *input_text_files()],
-                    {
-                        "default": NONE,
-                        "tooltip": "A text file in ComfyUI's input folder with more to preserve, one concept or "
-                        "prompt per line.",
-                    },
+                "penalty_on": inputs.choice(
+                    PENALTIES, PENALTIES[0], "RECE: what the penalty keeps small of the vectors it finds. length: "
+                    "their size, as in all published runs. The others are the variants of the published code.",
                 ),
-                "penalty_on": (
-                    list(PENALTIES),
-                    {
-                        "default": PENALTIES[0],
-                        "tooltip": "RECE: what the penalty keeps small of the vectors it finds. length: their size, "
-                        "as in all published runs. The others are the variants of the published code.",
-                    },
+                "layers": inputs.choice(
+                    LAYERS, BOTH, "Which layers hear the erased text. keys and values: all, at the text itself. keys "
+                    "or values: only those, as changes of this model's layers (SPEED is published for values).",
                 ),
-                "layers": (
-                    list(LAYERS),
-                    {
-                        "default": BOTH,
-                        "tooltip": "Which layers hear the erased text. keys and values: all, at the text itself. keys "
-                        "or values: only those, as changes of this model's layers (SPEED is published for values).",
-                    },
-                ),
-                "pooled": (
-                    [LEAVE, EDIT],
-                    {
-                        "default": LEAVE,
-                        "tooltip": "SDXL only: the pooled vector that it reads beside the text. leave: as published. "
-                        "edit: erased from by the same formulas.",
-                    },
+                "pooled": inputs.choice(
+                    [LEAVE, EDIT], LEAVE, "SDXL only: the pooled vector that it reads beside the text. leave: as "
+                    "published. edit: erased from by the same formulas.",
                 ),
             },
-        }
+        }  # fmt: skip
 
     @classmethod
     def VALIDATE_INPUTS(cls, preserve_file=NONE):
@@ -260,17 +164,16 @@ class MembraneErase:
             settings = {"templates": PRESETS[preset].templates, **published(preset, method, len(preserved))}
         parsed = tuple(parse_concepts(concepts, replace_with))
         safe_anchor = not any(concept.surrogate for concept in parsed)
-        job = Job(parsed, preserved, method=method, safe_anchor=safe_anchor, **settings)
-        epochs = job.epochs
-        prompts = job.prompts()
-        count = len(list(cross_attention_layers(model))) if method == "RECE" else 0
-        progress = Progress(len(prompts) + count + epochs)
-        encoded = encode_for(model, clip, prompts, progress.at, pooled == EDIT and reads_pooled(model))
+        job = Job.of(parsed, preserved, method=method, safe_anchor=safe_anchor, **settings)
+        prompts, needs_gram = job.prompts(), METHODS[method].needs_gram
+        count = len(list(text_readers(model))) if needs_gram else 0
+        progress = Progress(len(prompts) + count + job.rounds)
+        entries = encode_entries(model, clip, prompts, progress.at, pooled == EDIT)
         progress.next_phase(len(prompts))
-        gram = cross_attention_gram(model, progress.at) if method == "RECE" else None
+        gram = text_gram(model, progress.at) if needs_gram else None
         progress.next_phase(count)
-        adapter = erase(job, encoded, family(model), fingerprint(clip), gram, progress.at)
-        progress.next_phase(epochs)
+        adapter = erase(job, entries, family_name(model), fingerprint(clip), gram, progress.at, behind_norm(model))
+        progress.next_phase(job.rounds)
         if layers != BOTH:
             adapter = on_layers(model, adapter, LAYERS[layers])
         return apply_stack(model, ErasureStack((Entry(adapter, strength),))), adapter

@@ -1,7 +1,8 @@
 """Holding memorised pictures back while sampling, without gradients."""
 
 from ..core.errors import ErasureError
-from ..core.host.guidance import reweight_tokens, switch_guidance
+from ..core.host.patches.mitigation import reweight_tokens, switch_guidance
+from . import inputs
 
 DYNAMIC, DELAYED, OPPOSITE, TOKENS = "dynamic guidance", "delayed guidance", "opposite guidance", "token re-weighting"
 METHODS = (DYNAMIC, DELAYED, OPPOSITE, TOKENS)
@@ -26,27 +27,30 @@ class MembraneMitigateMemorization:
 
     @classmethod
     def INPUT_TYPES(cls):
-        def number(default, low, high, step, tooltip):
-            return ("FLOAT", {"default": default, "min": low, "max": high, "step": step, "round": 0.0001,
-                              "tooltip": tooltip})  # fmt: skip
-
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model; put LoRAs, IP-Adapters and erasures before this node."}),
-                "method": (
-                    list(METHODS),
-                    {"default": DYNAMIC, "tooltip": "dynamic: guidance 1 until the text's pull first grows again, "
-                     "told for each picture. delayed: scale_before until a point. opposite: guidance -2 for the first "
-                     "35 %. token re-weighting: attention without padding and with a stronger start token."},
+                "model": inputs.model("The model; put LoRAs, IP-Adapters and erasures before this node."),
+                "method": inputs.choice(
+                    METHODS, DYNAMIC, "dynamic: guidance 1 until the text's pull first grows again, told for each "
+                    "picture. delayed: scale_before until a point. opposite: guidance -2 for the first 35 %. token "
+                    "re-weighting: attention without padding and with a stronger start token.",
                 ),
-                "strength": number(1.0, 0.0, 1.0, 0.01, "1 is as published, 0 leaves the model as it is."),
-                "scale_before": number(0.0, -30.0, 30.0, 0.1, "delayed guidance: the CFG scale before the point; 0 is "
-                                       "the negative prompt alone. Published: 0."),
-                "until": number(0.5, 0.0, 1.0, 0.01, "delayed guidance: the point, as a part of the schedule like "
-                                "start_percent of other nodes; 0.5 is timestep 500 of 1000. Published: 0.5, for "
-                                "strongly memorised sets 0.3 to 0.4."),
-                "start_token": number(1.25, 0.0, 10.0, 0.05, "token re-weighting: factor on the start token's "
-                                      "attention logits. Published: 1.1 to 1.5."),
+                "strength": inputs.number(
+                    1.0, 0.0, 1.0, 0.01, "1 is as published, 0 leaves the model as it is.", round=0.0001
+                ),
+                "scale_before": inputs.number(
+                    0.0, -30.0, 30.0, 0.1, "delayed guidance: the CFG scale before the point; 0 is the negative prompt "
+                    "alone. Published: 0.", round=0.0001,
+                ),
+                "until": inputs.number(
+                    0.5, 0.0, 1.0, 0.01, "delayed guidance: the point, as a part of the schedule like start_percent of "
+                    "other nodes; 0.5 is timestep 500 of 1000. Published: 0.5, for strongly memorised sets 0.3 to 0.4.",
+                    round=0.0001,
+                ),
+                "start_token": inputs.number(
+                    1.25, 0.0, 10.0, 0.05, "token re-weighting: factor on the start token's attention logits. "
+                    "Published: 1.1 to 1.5.", round=0.0001,
+                ),
             },
         }  # fmt: skip
 

@@ -2,35 +2,18 @@
 
 import torch
 
-from ..core.closed_form.concepts import parse_lines
-from ..core.errors import ErasureError
-from ..core.evaluation.chart import bar_chart
-from ..core.evaluation.impact import impacts, report
-from ..core.evaluation.openings import openings, openings_report
-from ..core.host.layers import cross_attention_layers
-from ..core.host.patching import concepts_for
-from ..core.host.progress import Progress
-from ..core.host.text import encode, encode_for
-from ..core.host.weights import cross_attention_gram
+from ..core.adapters.gates import openings, openings_report
+from ..core.host.model.layers import text_readers
+from ..core.host.model.weights import text_gram
+from ..core.host.page.progress import Progress
+from ..core.host.patches.stack import concepts_for
+from ..core.host.text.encode import encode, encode_for
+from ..core.measures.chart import bar_chart
+from ..core.measures.impact import impacts, report
+from ..core.text.similarity import matches
+from . import inputs
 
 MOST_BARS = 60
-PROMPTS = (
-    "STRING",
-    {
-        "multiline": True,
-        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
-        "default": "a star\na heart\na circle",
-        "tooltip": "Prompts to compare, one per line: with the concept, its relatives, and others.",
-    },
-)
-
-
-def prompt_lines(prompts):
-    """The prompts, one per line; raises ErasureError when there is none."""
-    lines = parse_lines(prompts)
-    if not lines:
-        raise ErasureError("No prompt to compare was given; write at least one, each on a line of its own.")
-    return lines
 
 
 class MembraneImpact:
@@ -50,20 +33,20 @@ class MembraneImpact:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model whose layers read the text."}),
-                "clip": ("CLIP", {"tooltip": "The text encoder whose words the model reads."}),
-                "stack": ("ERASURE_STACK", {"tooltip": "The erasures to look at."}),
-                "prompts": PROMPTS,
+                "model": inputs.model("The model whose layers read the text."),
+                "clip": inputs.CLIP,
+                "stack": inputs.stack("The erasures to look at."),
+                "prompts": inputs.PROMPTS,
             },
         }
 
     def preview(self, model, clip, stack, prompts):
-        lines = prompt_lines(prompts)
-        layers = len(list(cross_attention_layers(model)))
+        lines = inputs.prompt_lines(prompts)
+        layers = len(list(text_readers(model)))
         progress = Progress(len(lines) + layers)
         encoded = encode_for(model, clip, lines, progress.at)
         progress.next_phase(len(lines))
-        found = impacts(stack, encoded, cross_attention_gram(model, progress.at), concepts_for(stack, clip))
+        found = impacts(stack, encoded, text_gram(model, progress.at), concepts_for(stack, clip))
         shown = found[:MOST_BARS]
         title = "Change of what the model hears" + (f" ({MOST_BARS} of {len(found)})" if len(found) > MOST_BARS else "")
         chart = bar_chart(title, [(impact.prompt, impact.change) for impact in shown])
@@ -87,17 +70,19 @@ class MembranePreview:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "clip": ("CLIP", {"tooltip": "The text encoder whose words the model reads."}),
-                "stack": ("ERASURE_STACK", {"tooltip": "The adapters to look at."}),
-                "prompts": PROMPTS,
+                "clip": inputs.CLIP,
+                "stack": inputs.stack("The adapters to look at."),
+                "prompts": inputs.PROMPTS,
             },
         }
 
     def preview(self, clip, stack, prompts):
-        lines = prompt_lines(prompts)
+        lines = inputs.prompt_lines(prompts)
         progress = Progress(len(lines))
         encoded = encode(clip, lines, progress.at)
-        rows = openings(stack, encoded, concepts_for(stack, clip))
+        concepts = concepts_for(stack, clip)
+        score = matches(concepts, encoded)
+        rows = openings(stack, lines, score, concepts.names if concepts else ())
         bars = [(f"{opening.prompt}: {opening.adapter}", opening.value) for opening in rows]
         title = "How far adapters open" + (f" ({MOST_BARS} of {len(bars)})" if len(bars) > MOST_BARS else "")
         return torch.from_numpy(bar_chart(title, bars[:MOST_BARS]))[None], openings_report(rows)

@@ -1,19 +1,15 @@
 """Stacking adapters and applying the stack."""
 
-import logging
-
+from ..core.adapters.permeability import AUTOMATIC, FIXED, MODES, NEGATIVES, SAME, Permeability
+from ..core.adapters.stack import Entry, ErasureStack
+from ..core.adapters.stack_json import from_json, names
 from ..core.errors import ErasureError
 from ..core.formats import registry
-from ..core.host.folders import adapter_path, load_adapter, lora_path, signature
-from ..core.host.locating import OTHER, distance_of_weights
-from ..core.host.patching import apply_stack
-from ..core.host.text import fingerprint
-from ..core.host.weights import apply_to_weights
-from ..core.permeability import AUTOMATIC, FIXED, MODES, NEGATIVES, SAME, Permeability
-from ..core.stack import Entry, ErasureStack
-from ..core.stack_json import from_json, names
-
-log = logging.getLogger("membrane")
+from ..core.host.files.folders import adapter_path, load_adapter, lora_path, signature
+from ..core.host.patches.on_weights import apply_to_weights
+from ..core.host.patches.origin import origin_warnings
+from ..core.host.patches.stack import apply_stack
+from . import inputs
 
 MODE_TOOLTIP = (
     "How far an adapter opens. automatic: as its method was published. fixed: always fully. facilitated transport: "
@@ -35,47 +31,27 @@ class MembraneStack:
 
     @classmethod
     def INPUT_TYPES(cls):
-        percent = {"min": 0.0, "max": 1.0, "step": 0.001}
         return {
             "required": {
                 "adapter": ("ERASURE_ADAPTER", {"tooltip": "The adapter to add."}),
-                "strength": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": -10.0,
-                        "max": 10.0,
-                        "step": 0.05,
-                        "tooltip": "How much of it to use. 0 changes nothing at all, 1 is the method as published, "
-                        "above 1 pushes further, below 0 brings more of the concept.",
-                    },
+                "strength": inputs.strength(
+                    "How much of it to use. 0 changes nothing at all, 1 is the method as published, above 1 pushes "
+                    "further, below 0 brings more of the concept."
                 ),
-                "start_percent": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        **percent,
-                        "tooltip": "Where in the sampling it begins to act. 0 is the first step; later starts keep "
-                        "more of the composition.",
-                    },
+                "start_percent": inputs.percent(
+                    0.0,
+                    "Where in the sampling it begins to act. 0 is the first step; later starts keep more of the "
+                    "composition.",
                 ),
-                "end_percent": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        **percent,
-                        "tooltip": "Where in the sampling it stops. 1 is the last step; earlier ends leave the "
-                        "details alone.",
-                    },
+                "end_percent": inputs.percent(
+                    1.0,
+                    "Where in the sampling it stops. 1 is the last step; earlier ends leave the details alone.",
                 ),
             },
             "optional": {
-                "stack": ("ERASURE_STACK", {"tooltip": "Adapters stacked so far."}),
-                "permeability": (list(MODES), {"default": AUTOMATIC, "tooltip": MODE_TOOLTIP}),
-                "enabled": (
-                    "BOOLEAN",
-                    {"default": True, "tooltip": "Off keeps the adapter in the stack without its effect."},
-                ),
+                "stack": inputs.stack("Adapters stacked so far."),
+                "permeability": inputs.choice(MODES, AUTOMATIC, MODE_TOOLTIP),
+                "enabled": inputs.switch(True, "Off keeps the adapter in the stack without its effect."),
             },
         }
 
@@ -101,19 +77,14 @@ class MembraneStackEditor:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "stack_json": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "dynamicPrompts": False,  # old pages take {} for a choice and // for a comment
-                        "default": '{"membrane_stack": 1, "entries": []}',
-                        "tooltip": 'The stack as JSON, one {"adapter": "file name", "strength": 1.0} per adapter; '
-                        "the help page lists all fields.",
-                    },
+                "stack_json": inputs.text(
+                    '{"membrane_stack": 1, "entries": []}',
+                    'The stack as JSON, one {"adapter": "file name", "strength": 1.0} per adapter; the help page lists '
+                    "all fields.",
                 ),
             },
             "optional": {
-                "stack": ("ERASURE_STACK", {"tooltip": "Adapters stacked so far; these come after them."}),
+                "stack": inputs.stack("Adapters stacked so far; these come after them."),
                 "lora_stack": (
                     "LORA_STACK",
                     {"tooltip": "LoRAs from another pack's stack node, added with their model strength."},
@@ -161,45 +132,27 @@ class MembranePermeability:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "stack": ("ERASURE_STACK", {"tooltip": "The adapters to tune."}),
-                "mode": (list(MODES), {"default": AUTOMATIC, "tooltip": MODE_TOOLTIP}),
-                "factor": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": -10.0,
-                        "max": 10.0,
-                        "step": 0.05,
-                        "tooltip": "Multiplies how far adapters open. The authors of SPM use 2 for artists' styles.",
-                    },
+                "stack": inputs.stack("The adapters to tune."),
+                "mode": inputs.choice(MODES, AUTOMATIC, MODE_TOOLTIP),
+                "factor": inputs.strength(
+                    "Multiplies how far adapters open. The authors of SPM use 2 for artists' styles."
                 ),
-                "threshold": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "tooltip": "Prompts that match a concept less than this leave its adapter closed. 0 closes "
-                        "none; unrelated short prompts often match 0.5 and more.",
-                    },
+                "threshold": inputs.number(
+                    0.0,
+                    0.0,
+                    1.0,
+                    0.01,
+                    "Prompts that match a concept less than this leave its adapter closed. 0 closes none; unrelated "
+                    "short prompts often match 0.5 and more.",
                 ),
-                "negative": (
-                    list(NEGATIVES),
-                    {
-                        "default": SAME,
-                        "tooltip": "What the negative prompt gets: the opening of the positive prompt, as published; "
-                        "its own, by its own words; or none.",
-                    },
+                "negative": inputs.choice(
+                    NEGATIVES,
+                    SAME,
+                    "What the negative prompt gets: the opening of the positive prompt, as published; its own, by its "
+                    "own words; or none.",
                 ),
-                "top_k": (
-                    "INT",
-                    {
-                        "default": 1,
-                        "min": 1,
-                        "max": 1000,
-                        "tooltip": "Only for route: how many adapters may open for one prompt.",
-                    },
+                "top_k": inputs.whole(
+                    1, 1, 1000, "Only for route: how many adapters may open for one prompt.", step=None
                 ),
             },
         }
@@ -225,43 +178,25 @@ class MembraneApply:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model to erase from."}),
-                "clip": ("CLIP", {"tooltip": "The text encoder whose words the model reads."}),
-                "stack": ("ERASURE_STACK", {"tooltip": "The adapters to apply."}),
+                "model": inputs.model("The model to erase from."),
+                "clip": inputs.CLIP,
+                "stack": inputs.stack("The adapters to apply."),
             },
             "optional": {
-                "apply_to": (
+                "apply_to": inputs.choice(
                     ["text", "weights"],
-                    {
-                        "default": "text",
-                        "tooltip": "For closed-form erasures; both give the same pictures. text: instant, costs "
-                        "nothing, allows time ranges and permeability. weights: can be saved with CheckpointSave and "
-                        "merged; LoRAs go before it.",
-                    },
+                    "text",
+                    "For closed-form erasures; both give the same pictures. text: instant, costs nothing, allows time "
+                    "ranges and permeability. weights: can be saved with CheckpointSave and merged; LoRAs go before "
+                    "it.",
                 ),
             },
         }
 
     def apply(self, model, clip, stack, apply_to="text"):
-        encoder = fingerprint(clip)
-        for entry in stack.entries:
-            made_with = entry.adapter.card.text_encoder
-            if made_with and made_with != encoder:
-                log.warning(
-                    "Membrane: the adapter %s was made with another text encoder (%s, this one is %s); "
-                    "it still applies, but may erase less or damage more",
-                    entry.adapter.describe(), made_with, encoder,
-                )  # fmt: skip
-            layer, distance = distance_of_weights(model, entry.adapter)
-            if distance > OTHER:
-                log.warning(
-                    "Membrane: the adapter %s was located on another checkpoint (the weights of %s differ by %.0f %%); "
-                    "it prunes the same places here, which may hold something else; locate it on this one",
-                    entry.adapter.describe(), layer, 100 * distance,
-                )  # fmt: skip
-        if apply_to == "weights":
-            return (apply_to_weights(model, stack),)
-        return (apply_stack(model, stack, clip),)
+        said = origin_warnings(model, clip, stack)
+        erased = apply_to_weights(model, stack) if apply_to == "weights" else apply_stack(model, stack, clip)
+        return {"ui": {"text": said}, "result": (erased,)} if said else (erased,)
 
 
 NODES = [MembraneStack, MembraneStackEditor, MembranePermeability, MembraneApply]

@@ -1,24 +1,19 @@
-"""Registers the pack as package 'membrane', whatever its folder is called.
+"""Registers the pack as package 'membrane', whatever its folder is called (tools/__init__.py).
 
 The root __init__.py is not executed here: it needs a ComfyUI (tests/host/conftest.py does that).
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+import tools
+from membrane.tools.check.skips import Skips
 
-ROOT = Path(__file__).absolute().parent.parent
+ROOT = tools.ROOT
 
-# pytest, or -m, may have put the repository on the path, where its "nodes" hides the host's.
+# pytest, or -m, has put the repository on the path, where its "nodes" hides the host's.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT.resolve()]
-
-if "membrane" not in sys.modules:
-    spec = importlib.util.spec_from_file_location(
-        "membrane", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["membrane"] = importlib.util.module_from_spec(spec)
 
 try:
     import torch
@@ -38,5 +33,6 @@ class _PlainRoot:
 
 
 def pytest_configure(config):
-    """Register the above for all paths; as a hook of this file it would only see folders below it."""
+    """Register what is for all paths; hooks of this file would only see the folders below it."""
     config.pluginmanager.register(_PlainRoot())
+    config.pluginmanager.register(Skips())

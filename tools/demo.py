@@ -10,13 +10,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from membrane.tools import ROOT
+from membrane.tools.pixel_world import classifier, world
+from membrane.tools.run.comfy_server import Server, ServerError
 from PIL import Image, ImageDraw, ImageFont
-
-ROOT = Path(__file__).absolute().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "pixel_world")]
-import classifier  # noqa: E402
-import world  # noqa: E402
-from comfy_server import Server, ServerError  # noqa: E402
 
 WORKFLOW = ROOT / "tests" / "workflows" / "erase_a_concept.json"
 # nodes of the workflow by their titles

@@ -6,9 +6,9 @@ import re
 
 import torch
 
-from ..adapter import LowRank
+from ..adapters.deltas.low_rank import LowRank
 from ..errors import ErasureError
-from ..sites import site
+from ..families.sites import site
 
 log = logging.getLogger("membrane")
 

@@ -9,11 +9,14 @@ import logging
 
 import torch
 
-from ..adapter import Card, ErasureAdapter
+from ..adapters.adapter import Card, ErasureAdapter
+from ..adapters.deltas.text_map import on_weights
 from ..errors import ErasureError
-from ..low_rank import compact, layer_factors
+from ..families.table import architecture
+from ..files import save_whole
+from .card import card_metadata, read_card, require_bounded, title
 from .factors import balanced, gather, low_rank
-from .files import card_metadata, own, read_card, require_bounded, save_whole, title
+from .format import Format
 
 log = logging.getLogger("membrane")
 
@@ -24,16 +27,8 @@ PARTS = {
     ".alpha": "alpha",
     ".diff_b": "bias",
 }
-FORMAT = "lora"
+MARK = "lora"  # membrane.format of our exports
 SPM_METADATA = ("prompts", "rank", "alpha")
-
-# (start of the host's family name, kohya's ss_base_model_version, modelspec's architecture), the first that fits
-FAMILIES = (
-    ("SDXLRefiner", "", "stable-diffusion-xl-v1-refiner"),
-    ("SDXL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-    ("SD2", "sd_v2", "stable-diffusion-v2-512"),
-    ("SD1", "sd_v1", "stable-diffusion-v1"),
-)
 
 
 def recognises(contents):
@@ -45,7 +40,34 @@ def parse(contents):
     """Adapter of such a file; raises ErasureError for a damaged one."""
     layers = gather(contents, _split)
     changes = {layer: low_rank(contents.name, layer, parts) for layer, parts in layers.items()}
-    return ErasureAdapter(_card(contents), None, contents.name, changes)
+    return ErasureAdapter(card(contents), {"low_rank": changes}, contents.name)
+
+
+def card(contents):
+    """Card of such a file: as our export says it, by SPM's or LECO's metadata, or of a LoRA that names no concepts.
+
+    Raises ErasureError where that is damaged.
+    """
+    metadata = contents.metadata
+    if metadata.get("membrane.format") == MARK:
+        return read_card(contents.name, metadata)
+    if all(key in metadata for key in SPM_METADATA):
+        concepts = tuple(piece.strip() for piece in metadata["prompts"].split(",") if piece.strip())
+        if not concepts:
+            raise ErasureError(
+                f'"{contents.name}" is an SPM file that names no concept (its "prompts" are '
+                f'"{metadata["prompts"]}"), so its permeability cannot be computed; save it again with its concepts.'
+            )
+        require_bounded(contents.name, concepts)
+        return Card("SPM", concepts)
+    if "ss_leco_prompt_count" in metadata:
+        concepts, surrogates = _leco_prompts(metadata)
+        require_bounded(contents.name, concepts)
+        return Card("LECO", concepts, surrogates)
+    return Card("LoRA", ())
+
+
+FORMAT = Format("LoRA (kohya)", recognises, parse, card)  # the exports below need the model they are for
 
 
 def save(adapter, weights, path, names):
@@ -55,10 +77,9 @@ def save(adapter, weights, path, names):
     generator. names: {key: lora_unet_... name}. Each layer gets lora_up (out, k), lora_down (k, d) and
     alpha = k, so that a loader's scale alpha / k is 1; the loader's strength scales the erasure linearly.
     """
-    a, b = compact(adapter.text_map.a, adapter.text_map.b)
     tensors, rank = {}, 1
-    for key, weight in weights:
-        up, down = balanced(*layer_factors(weight.cpu(), a, b))
+    for key, change in on_weights(adapter.maps["text"], weights):
+        up, down = balanced(change.up, change.down)
         rank = max(rank, len(down))
         tensors |= _layer(names[key], up, down, len(down))
     comment = f"closed-form concept erasure ({adapter.card.method}), computed, not trained"
@@ -119,33 +140,13 @@ def _split(key):
 
 def _layer(name, up, down, alpha, bias=None):
     tensors = {
-        f"{name}.lora_up.weight": own(up),
-        f"{name}.lora_down.weight": own(down),
+        f"{name}.lora_up.weight": up,
+        f"{name}.lora_down.weight": down,
         f"{name}.alpha": torch.tensor(float(alpha)),
     }
     if bias is not None:
-        tensors[f"{name}.diff_b"] = own(bias)
+        tensors[f"{name}.diff_b"] = bias
     return tensors
-
-
-def _card(contents):
-    metadata = contents.metadata
-    if metadata.get("membrane.format") == FORMAT:
-        return read_card(contents.name, metadata)
-    if all(key in metadata for key in SPM_METADATA):
-        concepts = tuple(piece.strip() for piece in metadata["prompts"].split(",") if piece.strip())
-        if not concepts:
-            raise ErasureError(
-                f'"{contents.name}" is an SPM file that names no concept (its "prompts" are '
-                f'"{metadata["prompts"]}"), so its permeability cannot be computed; save it again with its concepts.'
-            )
-        require_bounded(contents.name, concepts)
-        return Card("SPM", concepts)
-    if "ss_leco_prompt_count" in metadata:
-        concepts, surrogates = _leco_prompts(metadata)
-        require_bounded(contents.name, concepts)
-        return Card("LECO", concepts, surrogates)
-    return Card("LoRA", ())
 
 
 def _leco_prompts(metadata):
@@ -175,10 +176,7 @@ def _spm_metadata(card, rank, alpha):
 
 def _metadata(card, rank, alpha, comment):
     concepts = ", ".join(card.concepts)
-    version, architecture = next(
-        ((version, name) for start, version, name in FAMILIES if card.family.startswith(start)),
-        ("", card.family or "unknown"),
-    )
+    version, kind = architecture(card.family)
     return card_metadata(card) | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
@@ -186,9 +184,9 @@ def _metadata(card, rank, alpha, comment):
         "ss_base_model_version": version,
         "ss_output_name": title(card),
         "ss_training_comment": comment,
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": f"{kind}/lora",
         "modelspec.description": f"Erases ({card.method}): {concepts}" if concepts else title(card),
         "modelspec.usage_hint": "No trigger words; strength 1 is the erasure as computed on the model it is for.",
         "modelspec.license": card.licence,
-        "membrane.format": FORMAT,
+        "membrane.format": MARK,
     }

@@ -6,17 +6,20 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..adapter import Card
+from ..adapters.adapter import Card
 from ..errors import ErasureError
-from . import containers, kohya, native, registry
-from .files import read_card
+from . import containers, registry
 
 UNOPENED = "not known before it is loaded (PyTorch file)"
 
 
 @dataclass(frozen=True)
 class Label:
-    """A file's card; size in bytes; what else it says of its family and licence."""
+    """What an adapter's file says about itself.
+
+    card: as far as the format tells. size: of the file, in bytes. family, licence: the card's, or what LoRA files say
+    of the model they are for and of their licence; "" where nothing does.
+    """
 
     card: Card
     size: int
@@ -25,20 +28,19 @@ class Label:
 
 
 def label(path):
-    """Label of an adapter's file; raises ErasureError for a file that Load Erasure Adapter would refuse."""
+    """Label of an adapter's file; raises ErasureError for a file that is no adapter.
+
+    Of a PyTorch file nothing is known before it is loaded, and the card says so.
+    """
     contents, size = header(path), os.path.getsize(path)
     if contents is None:
         return Label(Card(UNOPENED, ()), size, "", "")
-    reader = registry._reader(contents)
-    metadata = contents.metadata
-    if reader is None:
+    kind, metadata = registry.format_of(contents), contents.metadata
+    if kind is None:
         raise ErasureError(
             f'"{contents.name}" is no erasure adapter that Membrane reads; Load Erasure Adapter says what it is.'
         )
-    if reader is native:
-        card = read_card(contents.name, metadata)
-    else:
-        card = kohya._card(contents) if reader is kohya else Card("LoRA", ())
+    card = kind.card(contents)
     family = card.family or metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version") or ""
     return Label(card, size, family, card.licence or metadata.get("modelspec.license", ""))
 

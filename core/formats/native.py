@@ -1,27 +1,39 @@
-"""Membrane's own file: safetensors with an adapter's text map, its changes of layers, and the card as metadata.
+"""Membrane's own file: safetensors with an adapter's deltas as tensors and its card as metadata.
 
-Version 1 has a text map: text_map.a, .b, .concept. Version 2 has more or other things: changes of layers as
-low_rank.<site>.up, .down, .alpha and, where a layer's bias changes, .bias; a map of the pooled vector as pooled_map.*.
-Version 3 has masks as well: mask.<site>.bits, the packed bits deflated by zlib, .shape (out, in) and, where something
-is left of the marked weights, .kept.
+What each version holds, where <site> is a layer and <entry> a text entry:
+
+1   the map of the main text: text_map.a, text_map.b, text_map.concept.
+2   also a map of the pooled vector, pooled_map.a, .b, .concept, and low-rank changes of layers: low_rank.<site>.up,
+    .down, .alpha and, where the layer's bias changes, .bias.
+3   also masks: mask.<site>.bits (packed bits, deflated by zlib), .shape (out, in) and, where something is left of the
+    marked weights, .kept.
+4   maps of any entry, map.<entry>.a, .b, .concept and, where the rows were taken after a norm, .normed; and every
+    other kind of delta as <kind>.<site>.<part>. The low-rank changes and masks of versions 2 and 3 stay.
+
+A file gets the oldest version that can hold its adapter, so that older releases read what they can.
 """
 
 import zlib
+from functools import partial
 
 import torch
 
-from ..adapter import ErasureAdapter, Mask, TextMap
+from ..adapters.adapter import ErasureAdapter
+from ..adapters.deltas.delta import KINDS
+from ..adapters.deltas.mask import Mask
+from ..adapters.deltas.text_map import TextMap
 from ..errors import ErasureError
+from ..files import save_whole
 from . import containers
+from .card import card_metadata, read_card
 from .factors import low_rank
-from .files import card_metadata, own, read_card, save_whole
+from .format import Format
 
-FORMAT = "erasure_adapter"
-TEXT_MAP_VERSION, LAYERS_VERSION, VERSION = 1, 2, 3
-TEXT_MAP, POOLED_MAP = (
-    tuple(f"{name}.{part}" for part in ("a", "b", "concept")) for name in ("text_map", "pooled_map")
-)
-LOW_RANK, MASK = "low_rank.", "mask."
+MARK = "erasure_adapter"  # membrane.format
+TEXT_MAP_VERSION, LAYERS_VERSION, MASKS_VERSION, VERSION = 1, 2, 3, 4
+MAP_PARTS = ("a", "b", "concept")
+OLD_MAPS = {"text": "text_map", "pooled": "pooled_map"}  # names of versions 1 to 3
+MAP = "map."
 MASK_PARTS = {"bits": (torch.uint8, 1), "shape": (torch.int64, 1), "kept": (torch.float16, 1)}  # type, dimensions
 LARGEST_LAYER, LARGEST_MODEL = 2**28, 2**33  # weights; bound what a few deflated bytes may grow to
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -29,29 +41,20 @@ INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 def save(adapter, path):
     """Writes an adapter; the file appears whole or not at all. Factors of layers keep their number types."""
-    card, tensors = adapter.card, {}
-    for keys, found in ((TEXT_MAP, adapter.text_map), (POOLED_MAP, adapter.pooled_map)):
-        if found is not None:
-            owners = torch.tensor(found.concept, dtype=torch.int32)
-            tensors |= dict(zip(keys, (own(found.a.float()), own(found.b.float()), owners)))
-    for layer, change in adapter.low_rank.items():
-        name = LOW_RANK + layer
-        tensors[f"{name}.up"], tensors[f"{name}.down"] = own(change.up), own(change.down)
-        tensors[f"{name}.alpha"] = torch.tensor(change.alpha, dtype=torch.float64)
-        if change.bias is not None:
-            tensors[f"{name}.bias"] = own(change.bias)
-    for layer, mask in adapter.masks.items():
-        name = MASK + layer
-        deflated = zlib.compress(mask.bits.contiguous().numpy().tobytes(), 9)
-        tensors[f"{name}.bits"] = torch.frombuffer(bytearray(deflated), dtype=torch.uint8)
-        tensors[f"{name}.shape"] = torch.tensor(mask.shape)
-        if mask.kept is not None:
-            tensors[f"{name}.kept"] = own(mask.kept).half()
+    card, version, tensors = adapter.card, _version(adapter), {}
+    for entry, found in adapter.maps.items():
+        prefix = MAP + entry if version == VERSION else OLD_MAPS[entry]
+        owners = torch.tensor(found.concept, dtype=torch.int32)
+        tensors |= {f"{prefix}.a": found.a.float(), f"{prefix}.b": found.b.float(), f"{prefix}.concept": owners}
+        if found.normed:
+            tensors[f"{prefix}.normed"] = torch.tensor(1, dtype=torch.uint8)
+    for kind, layer, delta in adapter.of_layers:
+        parts = WRITERS.get(kind, type(delta).parts)(delta)
+        tensors |= {f"{kind}.{layer}.{part}": tensor for part, tensor in parts.items()}
     what = f" for: {', '.join(card.concepts)}" if card.concepts else ""
     metadata = card_metadata(card) | {
-        "membrane.format": FORMAT,
-        # files that older releases can read keep the version those know
-        "membrane.version": str(_version(adapter)),
+        "membrane.format": MARK,
+        "membrane.version": str(version),
         "modelspec.architecture": card.family or "unknown",
         "modelspec.description": f"Erasure adapter ({card.method}){what}",
     }
@@ -59,9 +62,29 @@ def save(adapter, path):
 
 
 def _version(adapter):
-    if adapter.masks:
+    """The oldest version that can hold an adapter."""
+    maps = adapter.maps
+    if set(maps) - OLD_MAPS.keys() or any(found.normed for found in maps.values()):
         return VERSION
-    return LAYERS_VERSION if adapter.low_rank or adapter.pooled_map else TEXT_MAP_VERSION
+    if set(adapter.deltas) - {"map", "low_rank", "mask"}:
+        return VERSION
+    if adapter.masks:
+        return MASKS_VERSION
+    return LAYERS_VERSION if adapter.low_rank or "pooled" in maps else TEXT_MAP_VERSION
+
+
+def _low_rank_parts(change):
+    parts = {"up": change.up, "down": change.down, "alpha": torch.tensor(change.alpha, dtype=torch.float64)}
+    return parts if change.bias is None else {**parts, "bias": change.bias}
+
+
+def _mask_parts(mask):
+    deflated = zlib.compress(mask.bits.contiguous().numpy().tobytes(), 9)
+    parts = {"bits": torch.frombuffer(bytearray(deflated), dtype=torch.uint8), "shape": torch.tensor(mask.shape)}
+    return parts if mask.kept is None else {**parts, "kept": mask.kept.half()}
+
+
+WRITERS = {"low_rank": _low_rank_parts, "mask": _mask_parts}  # all other kinds by their own parts()
 
 
 def load(path):
@@ -71,23 +94,60 @@ def load(path):
 
 def recognises(contents):
     """Whether a file says that it is one."""
-    return contents.metadata.get("membrane.format") == FORMAT
+    return contents.metadata.get("membrane.format") == MARK
 
 
 def parse(contents):
     """Adapter of the contents of a native file; raises ErasureError for anything else or a damaged one."""
     name, tensors = contents.name, contents.tensors
     _check_header(contents)
-    card = read_card(name, contents.metadata)
-    text_map, pooled_map = (
-        _text_map(name, tensors, card, keys) if any(key in tensors for key in keys) else None
-        for keys in (TEXT_MAP, POOLED_MAP)
-    )
-    changes = {layer: low_rank(name, layer, parts) for layer, parts in _by_layer(tensors, LOW_RANK).items()}
-    masks = _masks(name, _by_layer(tensors, MASK))
-    if text_map is None and not changes and not masks:
-        raise ErasureError(f'"{name}" lacks {", ".join(TEXT_MAP)}; it is damaged, save the adapter again.')
-    return ErasureAdapter(card, text_map, name, changes, pooled_map, masks)
+    own_card = card(contents)
+    deltas = {"map": _maps(name, tensors, own_card)}
+    for kind, cls in KINDS.items():
+        if not cls.of_text:
+            deltas[kind] = READERS.get(kind, partial(_of_kind, cls))(name, _by_layer(tensors, f"{kind}."))
+    if not any(deltas.values()):
+        keys = ", ".join(f"{OLD_MAPS['text']}.{part}" for part in MAP_PARTS)
+        raise ErasureError(f'"{name}" lacks {keys}; it is damaged, save the adapter again.')
+    return ErasureAdapter(own_card, deltas, name)
+
+
+def card(contents):
+    """Card of the contents of a native file; raises ErasureError where it is damaged."""
+    return read_card(contents.name, contents.metadata)
+
+
+FORMAT = Format("Membrane", recognises, parse, card, save, declared=True)
+
+
+def _maps(name, tensors, card):
+    """{entry: TextMap} under the names of all versions."""
+    found = {entry: old for entry, old in OLD_MAPS.items() if any(f"{old}.{part}" in tensors for part in MAP_PARTS)}
+    found |= {place: MAP + place for place in _by_layer(tensors, MAP)}
+    return {entry: _text_map(name, tensors, card, prefix) for entry, prefix in found.items()}
+
+
+def _changes(name, layers):
+    return {layer: low_rank(name, layer, parts) for layer, parts in layers.items()}
+
+
+def _of_kind(cls, name, layers):
+    """{layer: delta} of a kind that reads its own parts."""
+    found = {}
+    for layer, parts in layers.items():
+        for part, tensor in parts.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                raise ErasureError(
+                    f'"{name}" holds numbers that are not finite in {part} of {layer}; it is damaged, get it again.'
+                )
+        try:  # copies, which do not hang on the file
+            found[layer] = cls.of_parts({part: tensor.clone() for part, tensor in parts.items()})
+        except (ErasureError, KeyError, RuntimeError, ValueError) as error:
+            raise ErasureError(
+                f'"{name}" holds a change of {layer} ({cls.kind}) that does not fit together ({error}); it is damaged, '
+                "save the adapter again."
+            ) from error
+    return found
 
 
 def _by_layer(tensors, prefix):
@@ -149,7 +209,11 @@ def _mask(name, layer, shape, parts):
         raise _damaged_mask(name, layer, "that does not fit together") from error
 
 
-def _text_map(name, tensors, card, keys):
+READERS = {"low_rank": _changes, "mask": _masks}  # all other kinds by their own of_parts()
+
+
+def _text_map(name, tensors, card, prefix):
+    keys = tuple(f"{prefix}.{part}" for part in MAP_PARTS)
     missing = set(keys) - tensors.keys()
     if missing:
         raise ErasureError(f'"{name}" lacks {", ".join(sorted(missing))}; it is damaged, save the adapter again.')
@@ -171,7 +235,7 @@ def _text_map(name, tensors, card, keys):
             f'"{name}" has terms for concept number {max(owners)} but names {len(card.concepts)} concepts; '
             "it is damaged, save the adapter again."
         )
-    return TextMap(a, b, owners)
+    return TextMap(a, b, owners, f"{prefix}.normed" in tensors)
 
 
 def _check_header(contents):
@@ -186,4 +250,17 @@ def _check_header(contents):
         raise ErasureError(
             f'"{name}" is of format version {version or "unknown"}, and this pack reads up to {VERSION}; '
             "update Membrane."
+        )
+    if version == str(VERSION):
+        _require_known_kinds(name, contents.tensors)
+
+
+def _require_known_kinds(name, tensors):
+    """Raises ErasureError for deltas of a later release, without which the others would erase less than they say."""
+    known = tuple(f"{kind}." for kind in (*KINDS, *OLD_MAPS.values()))
+    unknown = [key for key in tensors if not key.startswith(known)]
+    if unknown:
+        raise ErasureError(
+            f'"{name}" holds {len(unknown)} tensors of a kind of change that this pack does not know '
+            f"({', '.join(sorted(unknown)[:3])}); update Membrane."
         )

@@ -10,10 +10,11 @@ import re
 
 import torch
 
-from ..adapter import Card, ErasureAdapter
+from ..adapters.adapter import Card, ErasureAdapter
 from ..errors import ErasureError
-from ..sites import site
+from ..families.sites import site
 from .factors import gather, low_rank
+from .format import Format
 
 # the layer, then one of PEFT's (which may say the adapter's name) or diffusers' spellings of a factor, or alpha
 KEY = re.compile(
@@ -41,7 +42,15 @@ def parse(contents):
             rank = next(iter(parts["down"].shape), 1)
             parts["alpha"] = torch.tensor(_alpha(contents.name, settings, layer, rank))
         changes[layer] = low_rank(contents.name, layer, parts)
-    return ErasureAdapter(Card("LoRA", ()), None, contents.name, changes)
+    return ErasureAdapter(card(contents), {"low_rank": changes}, contents.name)
+
+
+def card(contents):
+    """Card of such a file, which says nothing of concepts."""
+    return Card("LoRA", ())
+
+
+FORMAT = Format("LoRA (PEFT, diffusers)", recognises, parse, card)
 
 
 def _split(key):

@@ -3,19 +3,29 @@
 from ..errors import ErasureError
 from . import containers, kohya, native, peft, refused, weights
 
-LORAS = (kohya, peft)  # the first that recognises a file reads it
+FORMATS = []
+
+
+def register(kind):
+    """Adds a Format; the first that recognises a file reads it."""
+    FORMATS.append(kind)
+
+
+register(native.FORMAT)
+register(kohya.FORMAT)
+register(peft.FORMAT)
 
 
 def load(path):
     """ErasureAdapter of a file of any format that holds one; raises ErasureError for everything else."""
     contents = containers.read(path)
-    reader = _reader(contents)
-    if reader:
-        return reader.parse(contents)
+    found = format_of(contents)
+    if found:
+        return found.parse(contents)
     if weights.recognises(contents):
-        found = weights.parse(contents)
+        edited = weights.parse(contents)
         raise ErasureError(
-            f'"{found.name}" holds whole weights of {len(found.layers())} layers (format: {found.source}), not what '
+            f'"{edited.name}" holds whole weights of {len(edited.layers())} layers (format: {edited.source}), not what '
             "an erasure changed; use Extract Erasure Adapter with the base model it was made from."
         )
     raise refused.other(contents)
@@ -24,7 +34,7 @@ def load(path):
 def load_weights(path):
     """EditedWeights of a file with whole weights; raises ErasureError for everything else."""
     contents = containers.read(path)
-    if _reader(contents):
+    if format_of(contents):
         raise ErasureError(
             f'"{contents.name}" is an erasure adapter or a LoRA already and holds no whole weights; '
             "use Load Erasure Adapter."
@@ -34,11 +44,10 @@ def load_weights(path):
     raise refused.other(contents)
 
 
-def _reader(contents):
-    """The module that reads an adapter's format, or None; raises ErasureError for what only looks like an adapter."""
-    if native.recognises(contents):
-        return native
-    error = refused.look_alike(contents)
+def format_of(contents):
+    """The Format of an adapter's file, or None; raises ErasureError for what only looks like an adapter."""
+    found = next((kind for kind in FORMATS if kind.recognises(contents)), None)
+    error = None if found and found.declared else refused.look_alike(contents)
     if error:
         raise error
-    return next((reader for reader in LORAS if reader.recognises(contents)), None)
+    return found

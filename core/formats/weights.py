@@ -1,7 +1,7 @@
-"""Whole weights, the layers of a denoiser as they are after an edit: UCE, RECE, ESD, SPEED, OCE, Concept Ablation.
+"""Whole weights: the layers of a denoiser as they are after an edit (UCE, RECE, ESD, SPEED, OCE, Concept Ablation).
 
-Some files hold the layers that were edited, some a whole U-Net, some a whole checkpoint; with diffusers' or LDM's
-names. They fit one base model only. core/extract.py makes an adapter of them.
+Some files hold only the layers that were edited, some a whole U-Net, some a whole checkpoint, with the names of
+diffusers or LDM. They fit one base model only; core/erasers/extract.py makes an adapter of them.
 """
 
 import logging
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ErasureError
-from ..sites import PARAMETERS, group, site
+from ..families.sites import PARAMETERS, site
+from ..families.table import role
 from .containers import TORCH
 
 log = logging.getLogger("membrane")
@@ -47,9 +48,9 @@ PARTS_OF_A_MODEL = {"unet", "state_dict"}
 class EditedWeights:
     """Layers of a denoiser after an edit.
 
-    tensors: {(site, "weight" or "bias"): tensor}, each read once, so it may make them as it is asked; name: of the
-    file or the model, for messages; source: the method that writes such files, or "weights"; whole: whether all
-    layers of the denoiser are there.
+    tensors: {(site, "weight" or "bias"): tensor}; each is read once, so the mapping may make them when it is asked.
+    name: of the file or the model, for messages; source: the method that writes such files, or "weights"; whole:
+    whether all layers of the denoiser are there.
     """
 
     tensors: Mapping[tuple[str, str], torch.Tensor]
@@ -103,7 +104,7 @@ def _source(contents, layers, roots):
     """The method that writes files with such layers, as far as they tell."""
     if contents.outer & PARTS_OF_A_MODEL:
         return "Concept Ablation"
-    groups = {group(layer) for layer in layers}
+    groups = {role(layer) for layer in layers}
     if groups == {"cross_attention.value"}:
         return "SPEED" if contents.container == TORCH else "OCE"
     bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in contents.tensors.values())

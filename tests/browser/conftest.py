@@ -1,7 +1,7 @@
 """Chromium, Node.js and a ComfyUI server for the tests of this folder.
 
 What is missing is installed: Chromium and Node.js by apt-get where that is possible, playwright-core by npm into
-the development environment, newer hosts' front ends by pip. Without a network the tests are skipped, with the reason.
+the development environment, newer hosts' front ends by pip. What cannot be installed fails the tests.
 """
 
 import json
@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
-from membrane.tools import comfy_server, hosts
+from membrane.tools.run import comfy_server, hosts, programs
+from membrane.tools.run.messages import Failure
+from membrane.tools.run.packages import front_end_for
 
 HERE = Path(__file__).absolute().parent
 CONCEPTS = ("star -> circle", "heart -> square", "striped -> plain")
@@ -21,55 +22,19 @@ CONCEPTS = ("star -> circle", "heart -> square", "striped -> plain")
 
 def tested_hosts():
     """The hosts to test on: the one MEMBRANE_HOST names, else all that are known."""
-    try:
-        wanted = os.environ.get("MEMBRANE_HOST")
-        return [hosts.named(wanted)] if wanted else hosts.known_hosts()
-    except hosts.HostNotFound:
-        return []
-
-
-def run(*command, **options):
-    """A command's output; raises CalledProcessError with what it said."""
-    return subprocess.run(
-        [str(part) for part in command], check=True, capture_output=True, text=True, timeout=540, **options
-    ).stdout
-
-
-def program(*names, packages):
-    """Path of a program, installed from Debian's packages when it is missing; skips when that fails."""
-    for attempt in range(2):
-        found = next(filter(None, map(shutil.which, names)), None)
-        if found or attempt:
-            break
-        if shutil.which("apt-get") is None or getattr(os, "geteuid", lambda: 1)() != 0:
-            pytest.skip(f"{names[0]} is not installed, and only root can install it with apt-get")
-        try:
-            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-            run("apt-get", "update", "-qq", env=environment)
-            run("apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages, env=environment)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            pytest.skip(f"apt-get could not install {names[0]}: {getattr(error, 'stderr', error)}")
-    if found is None:
-        pytest.skip(f"{names[0]} is not there after apt-get install {' '.join(packages)}")
-    return found
-
-
-def installing():
-    """Held while something is installed: 'run.py test' starts the pages of several hosts at a time."""
-    hosts.environment().mkdir(parents=True, exist_ok=True)
-    return FileLock(hosts.environment() / "browser.lock")
+    return [hosts.wanted()] if os.environ.get("MEMBRANE_HOST") else hosts.known_hosts()
 
 
 @pytest.fixture(scope="session")
 def browser():
     """(node, environment variables) to run a script of this folder with."""
-    with installing():
+    with programs.installing():
         return prepared_browser()
 
 
 def prepared_browser():
-    chromium = program("chromium", "chromium-browser", "google-chrome", packages=("chromium",))
-    node, npm = program("node", packages=("nodejs", "npm")), program("npm", packages=("npm",))
+    chromium = programs.program("chromium", "chromium-browser", "google-chrome", packages=("chromium",))
+    node, npm = programs.program("node", packages=("nodejs", "npm")), programs.program("npm", packages=("npm",))
     folder = hosts.environment() / "browser"
     lock = (HERE / "package-lock.json").read_bytes()
     if not (folder / "complete").is_file() or (folder / "complete").read_bytes() != lock:
@@ -77,9 +42,9 @@ def prepared_browser():
         for name in ("package.json", "package-lock.json"):
             shutil.copy2(HERE / name, folder / name)
         try:
-            run(npm, "ci", "--no-audit", "--no-fund", cwd=folder)
+            programs.run(npm, "ci", "--no-audit", "--no-fund", cwd=folder)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            pytest.skip(f"npm could not install playwright-core: {getattr(error, 'stderr', error)}")
+            raise Failure(f"npm could not install playwright-core: {getattr(error, 'stderr', error)}") from None
         (folder / "complete").write_bytes(lock)
     variables = {"MEMBRANE_CHROMIUM": chromium, "MEMBRANE_BROWSER_MODULES": str(folder / "package.json")}
     return node, {**os.environ, **variables}
@@ -88,14 +53,9 @@ def prepared_browser():
 @pytest.fixture(scope="module", params=tested_hosts(), ids=lambda host: host.name)
 def page_server(request, browser, tmp_path_factory):
     """A running server of a host, with its page and with three adapters in an otherwise empty model folder."""
-    from membrane.run import Failure, front_end_for
-
     host = request.param
-    try:
-        with installing():
-            front_end = front_end_for(host, sys.executable)
-    except Failure as error:
-        pytest.skip(str(error))
+    with programs.installing():
+        front_end = front_end_for(host, sys.executable)
     work = tmp_path_factory.mktemp("browser")
     models = work / "models"
     models.mkdir()

@@ -202,6 +202,11 @@ export const SCENARIOS = {
         await area.fill(text.replace(",, ", ""));
         same(await entries(page), [{ adapter: "a.safetensors" }], "after mending it");
         check(!(await problem.isVisible()), "the sentence is gone");
+        // a workflow that begins meanwhile does not stumble over rows whose text is malformed again
+        await page.click('.membrane-stack [data-do="text"]');
+        await area.fill(text);
+        await api(page, async () => (await import("/scripts/api.js")).api.dispatchEvent(new CustomEvent("execution_start", { detail: {} })));
+        await area.fill(text.replace(",, ", ""));
         await page.reload({ waitUntil: "domcontentloaded" });
         await ready(page);
         await fresh(page, { text: '{"membrane_stack": 9}' });
@@ -323,6 +328,39 @@ export const SCENARIOS = {
         await until(async () => (await row(page, 0).locator(".membrane-gate b").allTextContents()).join() === "1.00,1.00", "the openings in the subgraph");
     },
 
+    async the_editor_speaks_the_language_of_the_page(page) {
+        await needs(page, () => typeof app.extensionManager?.setting?.get("Comfy.Locale") === "string", "languages");
+        const search = () => page.locator(".membrane-stack .membrane-search").first().getAttribute("aria-label");
+        const shows = (language, label) => until(async () => (await search()) === label, `the editor in ${language}`);
+        const text = stack(facilitated(STAR), { adapter: HEART });
+        try {
+            await fresh(page, { text });
+            same(await search(), "Search rows", "the search box in English");
+            // an open page makes its nodes anew
+            await setting(page, "Comfy.Locale", "ja");
+            await shows("Japanese", "\u884c\u3092\u691c\u7d22");
+            await setting(page, "Comfy.Locale", "zh");
+            await shows("Chinese", "\u641c\u7d22\u884c");
+            await page.reload({ waitUntil: "domcontentloaded" });
+            await ready(page);
+            await fresh(page, { text });
+            await shows("Chinese after a reload", "\u641c\u7d22\u884c");
+            same(await stackText(page), text, "the text, which no language changes");
+            await row(page, 1).locator('[data-field="permeability.negative"]').evaluate((select) => {
+                select.selectedIndex = 2;
+                select.dispatchEvent(new Event("input", { bubbles: true }));
+            });
+            same((await entries(page))[1].permeability, { negative: "off" }, "a choice, which no language changes");
+            await speaksChineseEverywhere(page);
+            await setting(page, "Comfy.Locale", "zh-TW"); // has no translation of its own
+            await shows("general Chinese", "\u641c\u7d22\u884c");
+            await setting(page, "Comfy.Locale", "fr");
+            await shows("English for want of French", "Search rows");
+        } finally {
+            await setting(page, "Comfy.Locale", "en");
+        }
+    },
+
     async nodes_2_shows_the_same_editor(page) {
         await needs(page, () => typeof app.extensionManager?.setting?.get("Comfy.VueNodes.Enabled") === "boolean", "Nodes 2.0");
         await fresh(page, { text: THREE });
@@ -361,6 +399,36 @@ export const SCENARIOS = {
         }
     },
 };
+
+/** Looks for English in whatever the editor says of a stack, of a file and of rows that are not as they should be. */
+async function speaksChineseEverywhere(page) {
+    const editor = page.locator(".membrane-stack");
+    await until(async () => (await editor.locator(".membrane-prompt").innerText()).includes(`\u4f1a\u6253\u5f00\uff1a${STAR} 1\uff1b1 \u884c`), "the line below the rows");
+    await row(page, 0).locator('[data-do="more"]').click();
+    const said = await editor.evaluate((root) => {
+        const own = (element) => [...element.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data);
+        const attributes = ["title", "placeholder", "aria-label"];
+        const elements = [...root.querySelectorAll("*")].filter((element) => element.tagName !== "STYLE");
+        return elements.flatMap((element) => [...own(element), ...attributes.map((name) => element.getAttribute(name))]);
+    });
+    const names = /\S+\.safetensors|SPM|Alt|automatic|fixed|facilitated transport|reference|route/g;
+    const english = said.filter((text) => text && /[a-z]{2}/i.test(text.replace(names, "")));
+    same(english, [], "texts that are left in English");
+    await row(page, 0).locator('[data-do="info"]').click();
+    await until(async () => (await editor.locator("dt").allInnerTexts()).join() === "\u6982\u5ff5,\u65b9\u6cd5,\u7cfb\u5217,\u5927\u5c0f,\u8bb8\u53ef\u8bc1", "the information");
+    await page.keyboard.press("Escape");
+    await editor.locator('[data-do="add"]').click();
+    same(await editor.locator('[role="combobox"]').getAttribute("placeholder"), "\u641c\u7d22\u9002\u914d\u5668", "the chooser");
+    await page.keyboard.press("Escape");
+    await editor.locator('[data-do="text"]').click();
+    await editor.locator("textarea").fill('{"membrane_stack": 1, "entries": [{"adapter": "gone.safetensors"}, 7]}');
+    await editor.locator('[data-do="text"]').click();
+    const notes = "\u627e\u4e0d\u5230\u6587\u4ef6,\u65e0\u6cd5\u8bc6\u522b\uff0c\u539f\u6837\u4fdd\u7559";
+    await until(async () => (await editor.locator(".membrane-note").allInnerTexts()).join() === notes, "the notes of the rows");
+    await editor.locator('[data-do="text"]').click();
+    await editor.locator("textarea").fill("7");
+    await until(async () => (await editor.locator(".membrane-problem").innerText()).startsWith("\u5806\u6808\u6587\u672c\u7f3a\u5c11"), "the sentence about the text");
+}
 
 /** Leaves a scenario out where the page lacks what it is about. */
 async function needs(page, action, what) {

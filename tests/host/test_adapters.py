@@ -1,5 +1,6 @@
 """One behaviour suite over every file format of adapters: whoever wrote the file, the pictures are the same."""
 
+import asyncio
 import json
 import logging
 import os
@@ -11,19 +12,20 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.permeability import FIXED, TRANSPORT, Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.formats import native
-from membrane.core.host.layers import layer_keys, modules
-from membrane.core.host.patching import apply_stack
-from membrane.core.permeability import FIXED, TRANSPORT, Permeability
-from membrane.core.pixel_world import ASSETS
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.formats import native, registry
+from membrane.core.formats.factors import gather, low_rank
+from membrane.core.formats.format import Format
+from membrane.core.host.model.layers import layer_keys, modules
+from membrane.core.host.page import routes
+from membrane.core.host.patches.stack import apply_stack
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 STAR, HEART = "a red star on snow", "a blue heart on sand"
 RANK, ALPHA, STRENGTH = 4, 2.0, 0.8
 SCALE = ALPHA / RANK
@@ -37,11 +39,6 @@ WORDS = TextMap(
 )
 
 
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def plain(demo):
     """{key: weight} of the text's readers before anything was patched."""
@@ -50,43 +47,13 @@ def plain(demo):
 
 
 @pytest.fixture(scope="module")
-def text(node, demo):
-    known = {}
-
-    def encode(prompt):
-        if prompt not in known:
-            known[prompt] = node("CLIPTextEncode", clip=demo[1], text=prompt)[0]
-        return known[prompt]
-
-    return encode
-
-
-@pytest.fixture(scope="module")
-def sample(node, text):
-    """sample(model) -> latents (1, 4, 8, 8)"""
-
-    def run(model, positive=STAR, negative=HEART, cfg=3.0, steps=2):
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=1)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=steps, cfg=cfg, sampler_name="euler", scheduler="normal",
-            positive=text(positive), negative=text(negative), latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
-
-
-@pytest.fixture(scope="module")
 def base(demo, sample):
     return sample(demo[0])
 
 
-def close(found, expected, base, bound=SAME):
-    """Equal up to a bound, relative to what the adapters do at all."""
-    effect = (expected - base).norm()
-    error = (found - expected).norm()
-    print(f"error {error / effect:.1e}, effect {effect / base.norm():.2f}")
-    assert effect > 0.01 * base.norm()
-    assert error <= bound * effect
+@pytest.fixture(scope="module")
+def close(close):
+    return lambda found, expected, base, bound=SAME: close(found, expected, base, bound)
 
 
 # one set of random factors, in the spelling and the container of each format
@@ -160,7 +127,7 @@ def adapter_of(layers, method="SPM", concepts=(STAR,), bias=None):
         x.host.replace(".", "_"): LowRank(x.up, x.down, ALPHA, None if bias is None else bias.get(x.key))
         for x in layers
     }
-    return ErasureAdapter(Card(method, concepts, family="SD15"), low_rank=changes)
+    return ErasureAdapter(Card(method, concepts, family="SD15"), {"low_rank": changes})
 
 
 SPM = {"prompts": f"{STAR},", "rank": str(RANK), "alpha": str(ALPHA)}
@@ -246,7 +213,7 @@ def reference(node, demo, layers, sample):
     def latents(which, dtype):
         if (which, dtype) not in known:
             if which == "words":
-                adapter = ErasureAdapter(Card("UCE", (STAR,)), WORDS)
+                adapter = ErasureAdapter(Card("UCE", (STAR,)), {"map": {"text": WORDS}})
             else:
                 chosen = [x for x in layers if which == "all" or ".attn" in x.host]
                 adapter = adapter_of(rounded(chosen, getattr(torch, dtype)))
@@ -273,7 +240,7 @@ def case(request, node, demo, layers):
         name = stem + end
         write(*content(chosen), name)
     else:
-        own = ErasureAdapter(Card("UCE", (STAR,)), WORDS) if which == "words" else adapter_of(chosen)
+        own = ErasureAdapter(Card("UCE", (STAR,)), {"map": {"text": WORDS}}) if which == "words" else adapter_of(chosen)
         if kind.startswith("export"):
             name = to_adapters(save(node, own, stem, demo[0]), f"{stem}.safetensors")
         else:
@@ -290,7 +257,7 @@ def fixed(node, demo, case, sample):
     return sample(apply(node, demo, entry(node, case.adapter)))
 
 
-def test_equals_the_native_file(case, fixed, reference, base):
+def test_equals_the_native_file(case, fixed, reference, base, close):
     dtype = "float32" if case.which == "words" else case.dtype
     close(fixed, reference(case.which, dtype), base, case.bound)
 
@@ -316,14 +283,14 @@ def product(demo, plain, layers, sample):
     return latents
 
 
-def test_equals_the_product_on_the_weights(case, fixed, product, base):
+def test_equals_the_product_on_the_weights(case, fixed, product, base, close):
     close(fixed, product(case.which), base, max(case.bound, EPS[case.dtype]))
 
 
 def test_what_the_file_says(case, demo):
     """All layers, once each, in the file's own number type."""
     adapter = case.adapter
-    assert adapter.name == case.name and (adapter.text_map is None) == (case.kind != "native words")
+    assert adapter.name == case.name and (adapter.maps.get("text") is None) == (case.kind != "native words")
     says = case.kind in ("native", "spm", "leco", "export", "native words", "export words")
     assert adapter.card.concepts == ((STAR,) if says else ())
     if case.which != "words":
@@ -334,7 +301,7 @@ def test_what_the_file_says(case, demo):
 
 
 @few
-def test_gates_at_one_equal_the_patches(node, demo, case, fixed, sample, base):
+def test_gates_at_one_equal_the_patches(node, demo, case, fixed, sample, base, close):
     """As a bypass beside the layers: by the prompt where the file says its concept, and by the side for all."""
     found = {}
     if case.adapter.card.concepts:
@@ -369,8 +336,8 @@ def test_round_trip_through_the_native_file(node, case):
     again = load(node, name)
     assert again.card == case.adapter.card and again.name == name
     same_changes(again.low_rank, case.adapter.low_rank)
-    if case.adapter.text_map is not None:
-        assert torch.equal(again.text_map.a, WORDS.a) and torch.equal(again.text_map.b, WORDS.b)
+    if case.adapter.maps.get("text") is not None:
+        assert torch.equal(again.maps["text"].a, WORDS.a) and torch.equal(again.maps["text"].b, WORDS.b)
 
 
 def test_round_trip_through_a_lora(node, demo, case):
@@ -381,14 +348,14 @@ def test_round_trip_through_a_lora(node, demo, case):
             assert tensor.dim() == (4 if "_proj_in." in key or "_proj_out." in key else 2)
     again = load(node, to_adapters(name, "again.safetensors"))
     assert again.card == case.adapter.card
-    if case.adapter.text_map is None:
+    if case.adapter.maps.get("text") is None:
         same_changes(by_key(again, demo[0]), by_key(case.adapter, demo[0]))
     else:
         assert len(again.low_rank) == 14 and {c.rank for c in again.low_rank.values()} == {3}
 
 
 @few
-def test_the_stock_loader_reads_the_lora(node, demo, case, fixed, sample, base, caplog):
+def test_the_stock_loader_reads_the_lora(node, demo, case, fixed, sample, base, caplog, close):
     """As any program reads what we save."""
     name = save(node, case.adapter, "again/lora", demo[0])
     with caplog.at_level(logging.WARNING):
@@ -411,7 +378,7 @@ def test_strength_zero_is_no_node(node, demo, case):
 def others(node, demo):
     """Files of a text map and of other layers, to stack with."""
     root = folder_paths.get_folder_paths("erasure_adapters")[0]
-    words = ErasureAdapter(Card("UCE", ("heart",)), WORDS)
+    words = ErasureAdapter(Card("UCE", ("heart",)), {"map": {"text": WORDS}})
     more = adapter_of(transformer_layers(demo[0], 11, 0.1), "SPM", ("star",))
     for name, adapter in (("words", words), ("more", more)):
         native.save(adapter, os.path.join(root, f"sub_{name}.safetensors"))
@@ -419,7 +386,7 @@ def others(node, demo):
 
 
 @some
-def test_orders_agree(node, demo, case, others, sample, base):
+def test_orders_agree(node, demo, case, others, sample, base, close):
     words, more = others
     rows = [(case.adapter, 0.7, FIXED), (words, -0.4, FIXED), (more, 0.6, TRANSPORT)]
 
@@ -468,7 +435,7 @@ def test_the_editor_equals_the_nodes(node, demo, case, others, sample):
 
 
 @pytest.mark.parametrize("case", [c for c in FEW if c[0] != "native words"], indirect=True, ids="-".join)
-def test_a_lora_stack(node, demo, case, fixed, sample, base):
+def test_a_lora_stack(node, demo, case, fixed, sample, base, close):
     """The rows of other packs' stack nodes, with a file in models/loras: as the host's own loader has it."""
     source = folder_paths.get_full_path("erasure_adapters", case.name)
     name = f"stack_{case.name}"
@@ -496,7 +463,7 @@ def test_previews(node, demo, case):
     follows = case.kind in ("native", "spm", "export")  # as published, only SPM's open by the text
     assert (0 < values[1] < STRENGTH - 0.01) if follows else values[1] == pytest.approx(STRENGTH, abs=1e-3)
     impact = {"model": demo[0], "clip": demo[1], "stack": stack, "prompts": f"{STAR}\n{HEART}"}
-    if case.adapter.text_map is not None:
+    if case.adapter.maps.get("text") is not None:
         chart, report = node("MembraneImpact", **impact)
         assert picture(chart) and STAR in report and "%" in report
     else:
@@ -508,7 +475,7 @@ def test_previews(node, demo, case):
 
 
 @pytest.mark.parametrize("mode", [FIXED, TRANSPORT])
-def test_biases(node, demo, layers, sample, base, mode):
+def test_biases(node, demo, layers, sample, base, mode, close):
     """The change of a layer's bias, native and as kohya's diff_b; the gates act on it as on the rest."""
     g = torch.Generator().manual_seed(5)
     found = modules(demo[0])
@@ -532,7 +499,7 @@ def test_biases(node, demo, layers, sample, base, mode):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_every_layer_of_the_network(node, demo, sample, base, bias):
+def test_every_layer_of_the_network(node, demo, sample, base, bias, close):
     """3x3 convolutions, also those with a stride, and the linear layers of the time: patches equal the bypass."""
     g, changes, found = torch.Generator().manual_seed(6), {}, 0
     for key, module in modules(demo[0]).items():
@@ -546,7 +513,7 @@ def test_every_layer_of_the_network(node, demo, sample, base, bias):
         change = LowRank(torch.randn(out, 2, generator=g) * 0.03, down, 2.0, shift)
         changes[key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")] = change
     assert found > 10
-    adapter = ErasureAdapter(Card("SPM", (STAR,)), low_rank=changes)
+    adapter = ErasureAdapter(Card("SPM", (STAR,)), {"low_rank": changes})
     patched, bypass = (sample(apply(node, demo, entry(node, adapter, mode=mode))) for mode in (FIXED, TRANSPORT))
     close(bypass, patched, base)
     lora = save(node, adapter, "everything", demo[0])
@@ -556,12 +523,12 @@ def test_every_layer_of_the_network(node, demo, sample, base, bias):
     same_changes(by_key(again, demo[0]), by_key(adapter, demo[0]))
 
 
-def test_text_maps_and_layers_in_one_file(node, demo, layers, sample, base):
+def test_text_maps_and_layers_in_one_file(node, demo, layers, sample, base, close):
     """A native file may hold both; it equals the two apart, and cannot become one LoRA."""
     whole = adapter_of(layers)
-    both = ErasureAdapter(whole.card, WORDS, low_rank=whole.low_rank)
+    both = ErasureAdapter(whole.card, {"map": {"text": WORDS}, "low_rank": whole.low_rank})
     again = load(node, save(node, both, "both"))
-    apart = entry(node, whole, entry(node, ErasureAdapter(whole.card, WORDS)))
+    apart = entry(node, whole, entry(node, ErasureAdapter(whole.card, {"map": {"text": WORDS}})))
     expected = sample(apply(node, demo, apart))
     for mode in (FIXED, TRANSPORT):
         close(sample(apply(node, demo, entry(node, again, mode=mode))), expected, base)
@@ -574,7 +541,7 @@ def test_one_file_on_day_and_night(node, demo, layers, sample, base, kind):
     """The same file, both variants: each changes, by the same change of the weights."""
     night = node("MembraneDemoModel", variant="night")
     if kind == "native words":
-        name = save(node, ErasureAdapter(Card("UCE", (STAR,)), WORDS), "both_variants")
+        name = save(node, ErasureAdapter(Card("UCE", (STAR,)), {"map": {"text": WORDS}}), "both_variants")
     else:
         name = "both_variants.safetensors"
         write(*FILES[kind][1](layers), name)
@@ -770,3 +737,73 @@ def test_a_stack_of_two_unlike_parts_keeps_its_own_settings(demo, layers, sample
     ))  # fmt: skip
     found = sample(apply_stack(demo[0], stack, demo[1]))
     assert (found - base).norm() < 1e-4 * base.norm()
+
+
+# ---------------------------------------------------------------- another format: one record, registered in one line
+
+
+def toy_split(key):
+    layer, _, part = key.rpartition("|")
+    return (layer, {"p": "up", "q": "down", "a": "alpha"}[part]) if layer else None
+
+
+def toy_card(contents):
+    return Card("toy", (contents.metadata["toy.words"],), family="SD15")
+
+
+def toy_parse(contents):
+    changes = {layer: low_rank(contents.name, layer, parts) for layer, parts in gather(contents, toy_split).items()}
+    return ErasureAdapter(toy_card(contents), {"low_rank": changes}, contents.name)
+
+
+TOY = Format("toy", lambda contents: any(key.endswith("|q") for key in contents.tensors), toy_parse, toy_card)
+
+
+@pytest.fixture
+def toy(layers):
+    """Name of a file with keys that no format of the pack has."""
+    tensors = {}
+    for layer in layers:
+        down, up = factors(layer)
+        tensors |= {f"{layer.host}|p": up, f"{layer.host}|q": down, f"{layer.host}|a": torch.tensor(ALPHA)}
+    path = write(tensors, {"toy.words": STAR}, "toy.safetensors")
+    yield "toy.safetensors"
+    os.remove(path)
+
+
+def asked(name):
+    """What the browser page is told of a file."""
+    return asyncio.run(routes.adapter(types.SimpleNamespace(query={"name": name})))
+
+
+def test_a_format_that_is_not_registered(node, toy):
+    with pytest.raises(ErasureError, match='"toy.safetensors" is of no format that Membrane reads'):
+        load(node, toy)
+    with pytest.raises(ErasureError, match='"toy.safetensors" is no erasure adapter that Membrane reads'):
+        asked(toy)
+
+
+def test_a_registered_format_is_loaded_shown_and_followed(node, demo, toy, sample, reference, base, close, monkeypatch):
+    monkeypatch.setattr(registry, "FORMATS", list(registry.FORMATS))
+    registry.register(TOY)
+    adapter = load(node, toy)
+    assert (adapter.name, adapter.card) == (toy, Card("toy", (STAR,), family="SD15"))
+    expected = reference("all", "float32")
+    close(sample(apply(node, demo, entry(node, adapter))), expected, base)
+    close(sample(apply(node, demo, entry(node, adapter, mode=TRANSPORT))), expected, base)
+    found = asked(toy)
+    assert (found["method"], found["concepts"], found["family"]) == ("toy", [STAR], "SD15")
+
+
+def test_look_alikes_come_before_a_registered_format(node, layers, monkeypatch):
+    monkeypatch.setattr(registry, "FORMATS", list(registry.FORMATS))
+    registry.register(TOY)
+    name = layers[0].host
+    path = write({f"{name}|q": torch.ones(1, 4), f"{name}.hada_w1_a": torch.ones(4, 1)}, {"toy.words": STAR},
+                 "alike.safetensors")  # fmt: skip
+    try:
+        for ask in (lambda: load(node, "alike.safetensors"), lambda: asked("alike.safetensors")):
+            with pytest.raises(ErasureError, match="LoHa"):
+                ask()
+    finally:
+        os.remove(path)

@@ -88,7 +88,7 @@ def test_the_folder_category(host, pack):
 
     paths, extensions = folder_paths.folder_names_and_paths["erasure_adapters"]
     assert extensions == EXTENSIONS and len(paths) == len(set(paths))
-    from membrane.core.host import folders
+    from membrane.core.host.files import folders
 
     folder_paths.folder_names_and_paths["erasure_adapters"] = (["/somewhere/else"], set())
     try:

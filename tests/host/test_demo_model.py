@@ -6,17 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from membrane.tools.pixel_world.unet import UNet
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "assets" / "pixel_world"
 PROMPT = "a striped red star on snow"
 SCALE_FACTOR = 0.18215
-
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(),
-    reason="assets/pixel_world/day.safetensors is absent; tools/pixel_world/export.py writes it",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +23,17 @@ def inference_mode():
 
 @pytest.fixture
 def world(pack):
-    return importlib.import_module(f"{pack.__name__}.core.pixel_world")
+    return importlib.import_module(f"{pack.__name__}.core.demo.world")
 
 
 @pytest.fixture
 def module(pack):
-    return importlib.import_module(f"{pack.__name__}.core.host.demo_model")
+    return importlib.import_module(f"{pack.__name__}.core.host.demo.model")
 
 
 @pytest.fixture
 def demo(node):
+    """Each test has one of its own, for some change its weights."""
     return node("MembraneDemoModel", variant="day")
 
 
@@ -54,13 +51,6 @@ def reference_text(world):
         return torch.tensor(tokenizer([caption], padding="max_length", max_length=77)["input_ids"])
 
     return text, ids
-
-
-def load_training_unet():
-    spec = importlib.util.spec_from_file_location("pixel_world_unet", ROOT / "tools" / "pixel_world" / "unet.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.UNet
 
 
 def encode(node, clip, text):
@@ -98,7 +88,7 @@ def differ(a, b):
 
 def test_unet_equals_the_training_unet(demo, world):
     torch.manual_seed(0)
-    unet = load_training_unet()(world.load_config()["unet"])
+    unet = UNet(world.load_config()["unet"])
     state = {k: torch.randn_like(v) / max(1, v[0].numel()) ** 0.5 for k, v in unet.state_dict().items()}
     unet.load_state_dict(state)
     host_unet = demo[0].model.diffusion_model
@@ -256,8 +246,6 @@ def test_the_hosts_diffusers_lora_names_reach_existing_layers(demo):
 
 
 def test_merge_of_day_and_night(demo, node):
-    if not (ASSETS / "night.safetensors").exists():
-        pytest.skip("assets/pixel_world/night.safetensors is absent; tools/pixel_world/export.py writes it")
     day, clip, _ = demo
     night = node("MembraneDemoModel", variant="night")[0]
     merged = {r: node("ModelMergeSimple", model1=day, model2=night, ratio=r)[0] for r in (1.0, 0.5, 0.0)}
@@ -271,8 +259,6 @@ def test_merge_of_day_and_night(demo, node):
 
 
 def test_both_variants_share_the_text_encoder(demo, node):
-    if not (ASSETS / "night.safetensors").exists():
-        pytest.skip("assets/pixel_world/night.safetensors is absent; tools/pixel_world/export.py writes it")
     night = node("MembraneDemoModel", variant="night")[1]
     assert torch.equal(encode(node, night, PROMPT)[0][0], encode(node, demo[1], PROMPT)[0][0])
 

@@ -9,24 +9,17 @@ import folder_paths
 import pytest
 import torch
 from membrane.core.errors import ErasureError
-from membrane.core.host.denoising import EndAttention, encoded, guided_steps, measure, token_influence
-from membrane.core.host.layers import modules
-from membrane.core.host.sampling import Sampling, conditioning, denoised, seeded_noise
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.model.layers import modules
+from membrane.core.host.runs.attention import EndAttention
+from membrane.core.host.runs.gradients import token_influence
+from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, seeded_noise
+from membrane.core.host.runs.steps import encoded, guided_steps, measure
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.slow
 MEMORISED, PLAIN = "portrait of captain bolt", "a red star on snow"
 BENIGN = "\n".join(f"a {c} {s} on sand" for c in ("red", "blue", "green", "pink") for s in (
     "circle", "square", "heart", "moon", "ring"))  # fmt: skip
 SMALL = {"steps": 10, "first_steps": 2, "seeds": 2, "cfg": 1.5, "width": 128, "height": 128, "attribution": False}
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture
@@ -232,8 +225,9 @@ def test_influence_of_words_is_the_gradient(node, demo, erasure):
 
 
 def low_rank(model):
-    from membrane.core.adapter import Card, ErasureAdapter, LowRank
-    from membrane.core.sites import site
+    from membrane.core.adapters.adapter import Card, ErasureAdapter
+    from membrane.core.adapters.deltas.low_rank import LowRank
+    from membrane.core.families.sites import site
 
     g = torch.Generator().manual_seed(0)
     changes = {}
@@ -241,7 +235,7 @@ def low_rank(model):
         if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
             up, down = (torch.randn(n, generator=g) / 6 for n in ((module.out_features, 1), (1, module.in_features)))
             changes[site(key)] = LowRank(up, down, 1.0)
-    return ErasureAdapter(Card("SPM", ("captain",)), low_rank=changes)
+    return ErasureAdapter(Card("SPM", ("captain",)), {"low_rank": changes})
 
 
 def finite_differences(model, text, empty):

@@ -1,45 +1,25 @@
 """Erasing on a real host: exact, undoable, and without a trace on anything else."""
 
+from functools import partial
 from pathlib import Path
 
 import comfy.sd
 import pytest
 import torch
-from membrane.core.closed_form.concepts import fill
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.host.layers import cross_attention_layers
-from membrane.core.host.patching import apply_stack
-from membrane.core.host.text import encode
-from membrane.core.pixel_world import ASSETS
-from membrane.core.stack import Entry, ErasureStack
-
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
+from membrane.core.host.model.layers import text_readers
+from membrane.core.host.patches.stack import apply_stack
+from membrane.core.host.text.encode import encode
+from membrane.core.text.concepts import fill
 
 TEMPLATES = "{}\na red {} on snow\na blue {} on coal"
 SETTINGS = {"concepts": "star -> circle", "preserve": "heart\nsquare", "templates": TEMPLATES}
 
 
 @pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
-def sample(node, demo):
-    """sample(model) -> latents (2, 4, 8, 8) of a prompt with the concept, positive and negative batched."""
-    _, clip, _ = demo
-
-    def run(model, text="a plain red star on snow", negative="a blue heart", steps=4, batch=2):
-        positive, negative = (node("CLIPTextEncode", clip=clip, text=t)[0] for t in (text, negative))
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=batch)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=steps, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=positive, negative=negative, latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
+def sample(sample):
+    return partial(sample, positive="a plain red star on snow", negative="a blue heart", steps=4, batch=2)
 
 
 def erase(node, demo, model=None, **settings):
@@ -65,12 +45,12 @@ def uce_on_every_layer(demo, concept="star", surrogate="circle", preserve=("hear
     kept = list(dict.fromkeys(["", *preserve, *(fill(t, w) for w in preserve for t in templates)]))
     encoded = encode(clip, [*old, *new, *kept])
     places = (1, 3, 3)  # of the concept's token in the three templates
-    c = torch.cat([encoded.row(p)[i:] for p, i in zip(old, places)]).double()
-    n = torch.cat([encoded.row(p)[i:] for p, i in zip(new, places)]).double()
-    r = torch.cat([encoded.row(p) for p in kept]).double()
+    c = torch.cat([encoded[p].rows[i:] for p, i in zip(old, places)]).double()
+    n = torch.cat([encoded[p].rows[i:] for p, i in zip(new, places)]).double()
+    r = torch.cat([encoded[p].rows for p in kept]).double()
     inverse = torch.linalg.inv(0.5 * torch.eye(c.shape[1], dtype=torch.float64) + c.T @ c + r.T @ r)
     deltas = {}
-    for key, layer in cross_attention_layers(model):
+    for key, layer in text_readers(model):
         w = layer.weight.detach().double()
         deltas[key] = ((0.5 * w + (w @ n.T) @ c + (w @ r.T) @ r) @ inverse - w).float()
     return deltas
@@ -92,15 +72,15 @@ def test_rece_goes_further_than_uce(node, demo, sample):
 
 def test_rece_counts_a_lora_on_the_model(node, demo):
     """The Gram matrix is that of the effective weights."""
-    from membrane.core.host.weights import cross_attention_gram
+    from membrane.core.host.model.weights import text_gram
 
     model = demo[0]
-    delta = {key: torch.full_like(layer.weight, 0.01) for key, layer in cross_attention_layers(model)}
+    delta = {key: torch.full_like(layer.weight, 0.01) for key, layer in text_readers(model)}
     expected = sum(
         (layer.weight.detach() + 0.01).double().T @ (layer.weight.detach() + 0.01).double()
-        for _, layer in cross_attention_layers(model)
+        for _, layer in text_readers(model)
     )
-    found = cross_attention_gram(edited_weights(model, delta))
+    found = text_gram(edited_weights(model, delta))
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
@@ -196,7 +176,7 @@ def test_time_ranges(node, demo, sample):
 def test_a_lora_before_and_after(node, demo, sample):
     """A LoRA and the erasure act together whatever their order."""
     model = demo[0]
-    key, layer = next(cross_attention_layers(model))
+    key, layer = next(text_readers(model))
     g = torch.Generator().manual_seed(1)
     name = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
     lora = {
@@ -279,10 +259,11 @@ def test_a_model_without_cross_attention(node, demo, monkeypatch):
 
 
 def test_an_adapter_of_another_width(node, demo):
-    from membrane.core.adapter import Card, ErasureAdapter, TextMap
+    from membrane.core.adapters.adapter import Card, ErasureAdapter
+    from membrane.core.adapters.deltas.text_map import TextMap
 
     adapter = ErasureAdapter(
-        Card("UCE", ("dog",), family="SD15"), TextMap(torch.zeros(768, 1), torch.zeros(1, 768), (0,))
+        Card("UCE", ("dog",), family="SD15"), {"map": {"text": TextMap(torch.zeros(768, 1), torch.zeros(1, 768), (0,))}}
     )
     stack = node("MembraneStack", adapter=adapter)[0]
     with pytest.raises(ErasureError, match="width 768 .SD15., but this model reads vectors of width 128"):
@@ -366,23 +347,27 @@ def test_no_clip(node, demo):
 def test_words_with_brackets_and_weights_are_taken_as_they_are(node, demo):
     plain = erase(node, demo, preserve="a (red:1.5) heart")[1]
     escaped = erase(node, demo, preserve="a \\(red:1.5\\) heart")[1]
-    assert torch.equal(plain.text_map.a, escaped.text_map.a)
-    assert not torch.equal(plain.text_map.a, erase(node, demo, preserve="a red heart")[1].text_map.a)
+    assert torch.equal(plain.maps["text"].a, escaped.maps["text"].a)
+    assert not torch.equal(plain.maps["text"].a, erase(node, demo, preserve="a red heart")[1].maps["text"].a)
 
 
 def test_several_concepts_have_their_own_terms(node, demo, sample):
     adapter = erase(node, demo, concepts="star -> circle\nheart", replace_with="square", preserve="")[1]
     assert adapter.card.concepts == ("star", "heart") and adapter.card.surrogates == ("circle", "square")
-    assert set(adapter.text_map.concept) == {0, 1}
-    whole = adapter.text_map.matrix()
-    assert torch.allclose(adapter.text_map.matrix([1.0, 0.0]) + adapter.text_map.matrix([0.0, 1.0]), whole, atol=1e-5)
+    assert set(adapter.maps["text"].concept) == {0, 1}
+    whole = adapter.maps["text"].matrix()
+    assert torch.allclose(
+        adapter.maps["text"].matrix([1.0, 0.0]) + adapter.maps["text"].matrix([0.0, 1.0]), whole, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("method", ["UCE", "RECE", "SPEED", "Double Projections"])
 def test_a_concept_among_the_preserved_is_erased_all_the_same(node, demo, method):
     both = erase(node, demo, preserve="heart\nSTAR", method=method)[1]
     alone = erase(node, demo, preserve="heart", method=method)[1]
-    assert torch.equal(both.text_map.a, alone.text_map.a) and torch.equal(both.text_map.b, alone.text_map.b)
+    assert torch.equal(both.maps["text"].a, alone.maps["text"].a) and torch.equal(
+        both.maps["text"].b, alone.maps["text"].b
+    )
 
 
 @pytest.mark.parametrize("method", ["SPEED", "Double Projections"])
@@ -390,8 +375,8 @@ def test_null_space_methods_leave_the_preserved_subject_alone(node, demo, method
     model, clip, _ = demo
     adapter = erase(node, demo, preserve="heart", templates="{}", method=method, tau=0.0)[1]
     encoded = encode(clip, ["star", "circle", "heart"])
-    star, circle, heart = (encoded.row(word)[1] for word in encoded.prompts)
-    e = adapter.text_map.matrix()
+    star, circle, heart = (encoded[word].rows[1] for word in encoded.prompts)
+    e = adapter.maps["text"].matrix()
     assert (e @ heart).norm() < 1e-4 * heart.norm()
     assert (star + e @ star - circle).norm() < 0.2 * (star - circle).norm()
 
@@ -414,7 +399,7 @@ def test_no_preset_is_the_same_as_before(node, demo):
 def test_penalties_differ(node, demo):
     one, other = (erase(node, demo, method="RECE", penalty_on=kind)[1] for kind in ("length", "distance"))
     assert other.card.settings["penalty_on"] == "distance"
-    assert (one.text_map.matrix() - other.text_map.matrix()).norm() > 1e-3 * one.text_map.matrix().norm()
+    assert (one.maps["text"].matrix() - other.maps["text"].matrix()).norm() > 1e-3 * one.maps["text"].matrix().norm()
 
 
 @pytest.fixture
@@ -433,7 +418,7 @@ def test_a_preserve_list_from_a_file(node, demo, kept_list, pack):
     assert cls.VALIDATE_INPUTS("kept.txt") is True and cls.VALIDATE_INPUTS() is True
     written = erase(node, demo, preserve="moon\nheart\nsquare")[1]
     read = erase(node, demo, preserve="moon", preserve_file="kept.txt")[1]
-    assert read.card == written.card and torch.equal(read.text_map.a, written.text_map.a)
+    assert read.card == written.card and torch.equal(read.maps["text"].a, written.maps["text"].a)
     before = cls.IS_CHANGED("kept.txt", model=None)
     assert before == cls.IS_CHANGED("kept.txt") != cls.IS_CHANGED()
     kept_list.write_text("ring", encoding="utf-8")
@@ -455,11 +440,11 @@ def test_only_keys_or_only_values(node, demo, sample, kind):
     """Against the whole erasure on a model whose other layers are put back."""
     model, adapter = erase(node, demo, layers=kind)
     whole = erase(node, demo)[1]
-    assert adapter.text_map is None and all(name.endswith(f"attn2_to_{kind[0]}") for name in adapter.low_rank)
-    matrix = whole.text_map.matrix()
+    assert adapter.maps.get("text") is None and all(name.endswith(f"attn2_to_{kind[0]}") for name in adapter.low_rank)
+    matrix = whole.maps["text"].matrix()
     delta = {
         key: layer.weight @ matrix if key.endswith(f"to_{kind[0]}.weight") else torch.zeros_like(layer.weight)
-        for key, layer in cross_attention_layers(demo[0])
+        for key, layer in text_readers(demo[0])
     }
     base = sample(demo[0])
     assert difference(sample(model), sample(edited_weights(demo[0], delta)), base) < 1e-3
@@ -467,4 +452,4 @@ def test_only_keys_or_only_values(node, demo, sample, kind):
 
 
 def test_a_model_without_a_pooled_vector_has_none_to_edit(node, demo):
-    assert erase(node, demo, pooled="edit")[1].pooled_map is None
+    assert erase(node, demo, pooled="edit")[1].maps.get("pooled") is None

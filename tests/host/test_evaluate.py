@@ -9,27 +9,18 @@ import folder_paths
 import pytest
 import torch
 from membrane.core.errors import ErasureError
-from membrane.core.evaluation import record as records
-from membrane.core.host import reports
-from membrane.core.host.attack import attack_grams
-from membrane.core.host.progress import Progress
-from membrane.core.host.sampling import Sampling, conditioning, denoised, sample
-from membrane.core.host.weights import cross_attention_gram
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.files import reports
+from membrane.core.host.model.weights import text_gram
+from membrane.core.host.page.progress import Progress
+from membrane.core.host.patches.opened import attack_grams
+from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample
+from membrane.core.measures import record as records
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.slow
 ERASE = "a red star on snow\na red pentagram on snow = star"
 NEIGHBOUR = "a plain pink heart on coal"
 UNRELATED = "a dotted yellow moon on stone"
 TEMPLATES = "{}\na red {} on snow\na plain pink {} on coal\na striped blue {} on coal\na dotted yellow {} on stone"
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 def erased(node, demo, strength):
@@ -217,11 +208,11 @@ def test_mistakes(node, demo, evaluate):
 
 def test_attack_grams_of_text_maps_and_layers(node, demo):
     """Against the plain Gram matrix and the map itself."""
-    plain = cross_attention_gram(demo[0])
+    plain = text_gram(demo[0])
     square, cross = attack_grams(demo[0], demo[0])
     assert torch.allclose(square, plain) and torch.allclose(cross, plain)
     model, adapter = node("MembraneErase", model=demo[0], clip=demo[1], concepts="star -> circle", preserve="heart")
-    p = torch.eye(128, dtype=torch.float64) + adapter.text_map.matrix().double()
+    p = torch.eye(128, dtype=torch.float64) + adapter.maps["text"].matrix().double()
     gated = node("MembraneStack", adapter=adapter, permeability="facilitated transport")[0]
     for edited in (model, node("MembraneApply", model=demo[0], clip=demo[1], stack=gated)[0]):
         square, cross = attack_grams(demo[0], edited)

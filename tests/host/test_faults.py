@@ -25,23 +25,26 @@ import folder_paths
 import pytest
 import torch
 from comfy.cli_args import args
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, Mask, TextMap
+from membrane.core import files
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.beside import Bypass
+from membrane.core.adapters.deltas import low_rank
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.mask import Mask
+from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.errors import ErasureError
-from membrane.core.formats import files, native
-from membrane.core.host import bypass, calibrations
-from membrane.core.host.folders import CATEGORY, EXTENSIONS
-from membrane.core.host.layers import modules
-from membrane.core.host.patching import ErasedConditioning, ErasedSteps
-from membrane.core.host.reports import Place
-from membrane.core.memorization.detect import Calibration
-from membrane.core.pixel_world import ASSETS
-from membrane.tools import comfy_server
+from membrane.core.formats import native
+from membrane.core.host.files import calibrations
+from membrane.core.host.files.folders import CATEGORY, EXTENSIONS
+from membrane.core.host.files.reports import Place
+from membrane.core.host.model.layers import modules
+from membrane.core.host.patches.conditioning import ErasedConditioning
+from membrane.core.host.patches.steps import ErasedSteps
+from membrane.core.measures.detection import Calibration
+from membrane.tools.run import comfy_server
 from PIL import Image
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.slow
 management = comfy.model_management
 STAR, HEART = "a red star on snow", "a blue heart on sand"
 SMALL = {"width": 64, "height": 64}
@@ -59,26 +62,6 @@ def note(record_property):
     return write
 
 
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
-def sample(node, demo):
-    """sample(model, ...) -> latents of two steps."""
-    texts = {p: node("CLIPTextEncode", clip=demo[1], text=p)[0] for p in (STAR, HEART)}
-
-    def run(model, steps=2, batch=1, sampler="euler"):
-        return node(
-            "KSampler", model=model, seed=7, steps=steps, cfg=3.0, sampler_name=sampler, scheduler="normal",
-            positive=texts[STAR], negative=texts[HEART], denoise=1.0,
-            latent_image=node("EmptyLatentImage", **SMALL, batch_size=batch)[0],
-        )[0]["samples"]  # fmt: skip
-
-    return run
-
-
 def changes_of(model, seed=1, size=0.1):
     g, changes = torch.Generator().manual_seed(seed), {}
     for key, module in modules(model).items():
@@ -91,21 +74,27 @@ def changes_of(model, seed=1, size=0.1):
 
 
 def spm(model, seed=1):
-    return ErasureAdapter(Card("SPM", (STAR,)), low_rank=changes_of(model, seed))
+    return ErasureAdapter(Card("SPM", (STAR,)), {"low_rank": changes_of(model, seed)})
 
 
 def words():
     g = torch.Generator().manual_seed(1)
     return ErasureAdapter(
         Card("UCE", (STAR,)),
-        TextMap(torch.randn(128, 3, generator=g) * 0.1, torch.randn(3, 128, generator=g) * 0.1, (0,) * 3),
+        {
+            "map": {
+                "text": TextMap(
+                    torch.randn(128, 3, generator=g) * 0.1, torch.randn(3, 128, generator=g) * 0.1, (0,) * 3
+                )
+            }
+        },
     )
 
 
 def pruned(model):
     name, change = next((n, c) for n, c in changes_of(model).items() if n.endswith("ff_net_2"))
     marks = torch.rand(len(change.up), change.down.shape[1], generator=torch.Generator().manual_seed(2)) < 0.2
-    return ErasureAdapter(Card("ConceptPrune", (STAR,)), masks={name: Mask.of(marks)})
+    return ErasureAdapter(Card("ConceptPrune", (STAR,)), {"mask": {name: Mask.of(marks)}})
 
 
 def applied(node, demo, adapter, mode="facilitated transport", model=None, strength=0.8):
@@ -281,7 +270,7 @@ def shortage(monkeypatch):
 
         Functional.linear = staticmethod(limited(torch.nn.functional.linear))
         Functional.conv2d = staticmethod(limited(torch.nn.functional.conv2d))
-        monkeypatch.setattr(bypass, "functional", Functional)
+        monkeypatch.setattr(low_rank, "functional", Functional)
 
     return limit
 
@@ -475,7 +464,7 @@ def test_unloaded_and_reloaded_between(node, demo, sample, note, kind):
 def living():
     """How many objects of the kinds that runs could leave behind are alive."""
     gc.collect()
-    kinds = (bypass.Bypass, bypass.Part, ErasedConditioning, ErasedSteps, comfy.model_patcher.ModelPatcher)
+    kinds = (Bypass, low_rank.Part, ErasedConditioning, ErasedSteps, comfy.model_patcher.ModelPatcher)
     count = dict.fromkeys((*(kind.__name__ for kind in kinds), "Tensor"), 0)
     for thing in gc.get_objects():
         for kind in kinds:
@@ -535,10 +524,10 @@ def test_a_hundred_adapters_in_half_precision(node, demo, sample, monkeypatch, n
     many = {n: LowRank(c.up * 1e7, c.down * 1e-9, c.alpha) for n, c in one.items()}
     stack = None
     for _ in range(100):
-        stack = node("MembraneStack", adapter=ErasureAdapter(Card("SPM", (STAR,)), low_rank=many), strength=1.0,
+        stack = node("MembraneStack", adapter=ErasureAdapter(Card("SPM", (STAR,)), {"low_rank": many}), strength=1.0,
                      permeability="facilitated transport", stack=stack)[0]  # fmt: skip
     found = sample(node("MembraneApply", model=half, clip=demo[1], stack=stack)[0])
-    expected = sample(applied(node, demo, ErasureAdapter(Card("SPM", (STAR,)), low_rank=one), strength=1.0))
+    expected = sample(applied(node, demo, ErasureAdapter(Card("SPM", (STAR,)), {"low_rank": one}), strength=1.0))
     base, rough = sample(demo[0]), sample(half)
     rounding, effect = (rough - base).norm(), (expected - base).norm()
     print(f"rounding {rounding:.3g}, effect {effect:.3g}, error {(found - expected).norm():.3g}")

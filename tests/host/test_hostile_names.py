@@ -10,12 +10,14 @@ import pytest
 import torch
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.errors import ErasureError
 from membrane.core.formats import native
-from membrane.core.host import calibrations, folders, routes
-from membrane.core.host.reports import Place
-from membrane.core.memorization.detect import Calibration
+from membrane.core.host.files import calibrations, folders
+from membrane.core.host.files.reports import Place
+from membrane.core.host.page import routes
+from membrane.core.measures.detection import Calibration
 
 OUT = [
     "../x", "../../x", "a/../../x", "a\\..\\..\\x", "..\\..\\x", "\\..\\x", "C:\\x", "C:x", "a/../..", "x\0y",
@@ -46,7 +48,7 @@ def everything(folder):
 
 
 def adapter():
-    return ErasureAdapter(Card("UCE", ("star",)), TextMap(torch.ones(4, 1), torch.ones(1, 4), (0,)))
+    return ErasureAdapter(Card("UCE", ("star",)), {"map": {"text": TextMap(torch.ones(4, 1), torch.ones(1, 4), (0,))}})
 
 
 @pytest.mark.parametrize("prefix", OUT)

@@ -2,17 +2,13 @@
 
 import pytest
 from membrane.core.errors import ErasureError
-from membrane.core.pixel_world import ASSETS
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 PROMPTS = "a red star on snow\na red heart on snow\na blue circle\na pentagram"
 
 
 @pytest.fixture(scope="module")
-def parts(node):
-    model, clip, _ = node("MembraneDemoModel", variant="day")
+def parts(node, demo):
+    model, clip, _ = demo
     templates = "{}\na red {} on snow\na blue {} on coal"
     adapter = node(
         "MembraneErase",

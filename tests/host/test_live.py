@@ -3,12 +3,8 @@
 import json
 
 import pytest
-from membrane.core.host import live
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.page import live
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 FOLLOWS = {"mode": "facilitated transport"}
 
 
@@ -33,11 +29,6 @@ def server(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
 def files(node, demo):
     names = {}
     for concept, other in (("star", "circle"), ("heart", "square")):
@@ -54,21 +45,20 @@ def editor(node, node_id, *rows, stack=None):
     return node("MembraneStackEditor", stack_json=text, stack=stack, unique_id=node_id)[0]
 
 
-def sample(node, demo, stack, positive="a red star on snow", negative="", steps=2):
-    model = node("MembraneApply", model=demo[0], clip=demo[1], stack=stack)[0]
-    encode = {
-        side: node("CLIPTextEncode", clip=demo[1], text=text)[0] for side, text in (("+", positive), ("-", negative))
-    }
-    return node(
-        "KSampler", model=model, seed=3, steps=steps, cfg=3.0, sampler_name="euler", scheduler="normal",
-        positive=encode["+"], negative=encode["-"], latent_image=node("EmptyLatentImage", width=64, height=64,
-        batch_size=1)[0], denoise=1.0,
-    )[0]  # fmt: skip
+@pytest.fixture
+def run(node, demo, sample):
+    """run(stack, ...) samples with a stack and returns the latents."""
+
+    def sampled(stack, positive="a red star on snow", negative="", steps=2):
+        model = node("MembraneApply", model=demo[0], clip=demo[1], stack=stack)[0]
+        return sample(model, positive, negative, steps=steps, seed=3)
+
+    return sampled
 
 
-def test_each_row_gets_its_opening_once_per_conditioning(node, demo, files, server):
+def test_each_row_gets_its_opening_once_per_conditioning(node, files, server, run):
     rows = [{"adapter": files[c], "strength": 0.5, "permeability": FOLLOWS} for c in ("heart", "star")]
-    sample(node, demo, editor(node, "12", *rows), steps=3)
+    run(editor(node, "12", *rows), steps=3)
     assert [(event, data["node"], sid) for event, data, sid in server.sent] == [(live.EVENT, "12", "a page")] * 2
     first, second = (data for _, data, _ in server.sent)
     assert first["negative"] == [] and second["positive"] == first["positive"]
@@ -78,34 +68,34 @@ def test_each_row_gets_its_opening_once_per_conditioning(node, demo, files, serv
     assert given == second["positive"]  # "same as positive"
 
 
-def test_they_are_what_preview_permeability_shows(node, demo, files, server):
+def test_they_are_what_preview_permeability_shows(node, demo, files, server, run):
     stack = editor(node, "5", *({"adapter": files[c], "permeability": FOLLOWS} for c in ("heart", "star")))
-    sample(node, demo, stack, "a blue heart on sand")
+    run(stack, "a blue heart on sand")
     report = node("MembranePreview", clip=demo[1], stack=stack, prompts="a blue heart on sand")[1]
     shown = [float(line.split()[-1]) for line in report.splitlines() if line.startswith("  ")]
     assert [value for *_, value in server.sent[-1][1]["positive"]] == pytest.approx(shown, abs=1e-3)
 
 
-def test_chained_editors_each_get_their_own(node, demo, files, server):
+def test_chained_editors_each_get_their_own(node, files, server, run):
     upper = editor(node, "1", {"adapter": files["heart"], "permeability": FOLLOWS})
     both = editor(node, "2:7", {"adapter": files["star"], "permeability": {**FOLLOWS, "negative": "off"}}, stack=upper)
-    sample(node, demo, both)
+    run(both)
     last = {data["node"]: data for _, data, _ in server.sent}
     assert last["1"]["positive"][0][:2] == [0, files["heart"]]
     assert last["2:7"]["positive"][0] == [0, files["star"], pytest.approx(1.0, abs=1e-3)]
     assert last["2:7"]["negative"][0] == [0, files["star"], 0.0]
 
 
-def test_nothing_is_sent_for_other_nodes_stacks(node, demo, files, server):
+def test_nothing_is_sent_for_other_nodes_stacks(node, files, server, run):
     adapter = node("MembraneLoadAdapter", adapter_name=files["star"])[0]
     stack = node(
         "MembraneStack", adapter=adapter, strength=1.0, start_percent=0.0, end_percent=1.0,
         permeability="facilitated transport",
     )[0]  # fmt: skip
-    sample(node, demo, stack)
+    run(stack)
     assert server.sent == []
 
 
-def test_without_a_server_sampling_goes_on(node, demo, files, monkeypatch):
+def test_without_a_server_sampling_goes_on(node, files, monkeypatch, run):
     monkeypatch.setattr(live.PromptServer, "instance", None, raising=False)
-    sample(node, demo, editor(node, "1", {"adapter": files["star"], "permeability": FOLLOWS}))
+    run(editor(node, "1", {"adapter": files["star"], "permeability": FOLLOWS}))

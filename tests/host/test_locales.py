@@ -4,13 +4,13 @@ import importlib
 from pathlib import Path
 
 import pytest
-from membrane.tools.locales import FOLDER, LANGUAGES, english, flat, node_texts, read
+from membrane.tools.check.locales import FOLDER, LANGUAGES, english, flat, node_texts, read
 
 
 def test_english_is_what_the_nodes_say(pack):
     said, written = flat(english(node_texts(pack.NODE_CLASS_MAPPINGS))), flat(read("en"))
     different = sorted(key for key in said.keys() | written.keys() if said.get(key) != written.get(key))
-    assert not different, f"run tools/locales.py, then translate what it names: {different}"
+    assert not different, f"run tools/check/locales.py, then translate what it names: {different}"
 
 
 def test_the_host_serves_every_language(host):

@@ -6,22 +6,13 @@ from functools import partial
 import pytest
 import torch
 from membrane.core.errors import ErasureError
-from membrane.core.host.locating import linear_layers
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.runs.locating import linear_layers
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 PROMPTS = "portrait of captain bolt\nposter of the galaxy derby\nlogo of the marble bakery"
 SETTINGS = {
     "prompts": PROMPTS, "base_prompts": "", "sparsity": 0.02, "first_steps": 3, "steps": 12, "cfg": 1.5,
     "width": 128, "height": 128, "seed": 3,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +220,11 @@ def test_another_checkpoint_gets_a_warning(node, demo, plain, caplog, apply_to):
         model, stack = node("MembraneDemoModel", variant=variant)[0], node("MembraneStack", adapter=adapter)[0]
         caplog.clear()
         with caplog.at_level("WARNING", logger="membrane"):
-            node("MembraneApply", model=model, clip=demo[1], stack=stack, apply_to=apply_to)
+            found = node("MembraneApply", model=model, clip=demo[1], stack=stack, apply_to=apply_to)
         assert ("located on another checkpoint" in caplog.text) == expected
+        assert len(found) == 1
+        said = found.ui["text"] if found.ui else []
+        assert [sentence in caplog.text for sentence in said] == [True] * expected
 
 
 @pytest.mark.parametrize("sample", [None, 3, {}, {"nothing": [1.0]}, {"": []}, {"x": ["y"]}])

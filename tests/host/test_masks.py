@@ -1,40 +1,28 @@
 """Masks in the host: exact zeros, last of all changes, gated or not, on the weights or beside them."""
 
+from functools import partial
+
 import comfy.utils
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, Mask
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.mask import Mask
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.host.layers import modules
-from membrane.core.host.locating import linear_layers
-from membrane.core.host.patching import apply_stack
-from membrane.core.host.weights import apply_to_weights, base_layers
-from membrane.core.permeability import Permeability
-from membrane.core.pixel_world import ASSETS
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.model.layers import modules
+from membrane.core.host.model.weights import base_layers
+from membrane.core.host.patches.on_weights import apply_to_weights
+from membrane.core.host.patches.stack import apply_stack
+from membrane.core.host.runs.locating import linear_layers
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 PROMPT = "a red star on snow"
 
 
 @pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
-def sample(node, demo):
-    def run(model, positive=PROMPT, negative="a blue heart on sand", steps=3, batch=1):
-        texts = [node("CLIPTextEncode", clip=demo[1], text=p)[0] for p in (positive, negative)]
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=batch)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=steps, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=texts[0], negative=texts[1], latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
+def sample(sample):
+    return partial(sample, steps=3)
 
 
 def masked(model, seed=0, share=0.3, kept=False, concept="star"):
@@ -43,7 +31,7 @@ def masked(model, seed=0, share=0.3, kept=False, concept="star"):
         shape = (module.out_features, module.in_features)
         marks = torch.rand(shape, generator=g) < share
         masks[name] = Mask.of(marks, torch.rand(shape, generator=g) if kept else None)
-    return ErasureAdapter(Card("ConceptPrune", (concept,)), masks=masks)
+    return ErasureAdapter(Card("ConceptPrune", (concept,)), {"mask": masks})
 
 
 def low_rank(model, seed=1, size=0.3):
@@ -52,7 +40,7 @@ def low_rank(model, seed=1, size=0.3):
         up = torch.randn(module.out_features, 2, generator=g) * size
         down = torch.randn(2, module.in_features, generator=g) * module.in_features**-0.5
         changes[name] = LowRank(up, down, 2.0)
-    return ErasureAdapter(Card("LECO", (PROMPT,)), low_rank=changes)
+    return ErasureAdapter(Card("LECO", (PROMPT,)), {"low_rank": changes})
 
 
 def lora_of(adapter, model):
@@ -194,10 +182,10 @@ def test_another_packs_forward_stays(demo, sample):
 
 def test_a_mask_of_another_shape_is_refused(demo):
     name = next(iter(linear_layers(demo[0])))
-    wrong = ErasureAdapter(Card("x", ()), masks={name: Mask.of(torch.ones(8, 8, dtype=torch.bool))})
+    wrong = ErasureAdapter(Card("x", ()), {"mask": {name: Mask.of(torch.ones(8, 8, dtype=torch.bool))}})
     with pytest.raises(ErasureError, match=r"as a layer of shape \(8, 8\)"):
         apply_stack(demo[0], ErasureStack((Entry(wrong),)))
-    foreign = ErasureAdapter(Card("x", ()), masks={"nowhere_ff_net_2": Mask.of(torch.ones(8, 8, dtype=torch.bool))})
+    foreign = ErasureAdapter(Card("x", ()), {"mask": {"nowhere_ff_net_2": Mask.of(torch.ones(8, 8, dtype=torch.bool))}})
     with pytest.raises(ErasureError, match="None of the 1 layers"):
         apply_stack(demo[0], ErasureStack((Entry(foreign),)))
 

@@ -6,21 +6,12 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from membrane.core.erasers.mitigation import LEAVE, PADDING, START
 from membrane.core.errors import ErasureError
-from membrane.core.host.guidance import LEAVE, PADDING, START, Reweighted, Rows
-from membrane.core.host.sampling import Sampling, conditioning, denoised, sample, seeded_noise
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample, seeded_noise
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 MEMORISED, PLAIN = "portrait of captain bolt", "a red star on snow"
 SEEDS, CFG = [3, 4, 5], 2.0
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture(autouse=True)
@@ -110,24 +101,6 @@ def test_guidance_is_that_of_a_naive_sampler(demo, mitigated, method, sampler, s
         assert any(opened)
 
 
-def test_each_picture_of_a_batch_has_its_own_transition():
-    """The rule alone, on lengths made up for three pictures: opened where they first grow, on the way down only."""
-    from membrane.core.host.guidance import Run
-
-    run = Run(None, torch.zeros(3))
-    told = []
-    for sigma, lengths in [
-        (9.0, (5.0, 5.0, 5.0)), (7.0, (4.0, 6.0, 4.0)), (8.0, (9.0, 9.0, 9.0)),  # back up: a restart
-        (7.0, (4.0, 6.0, 4.0)), (5.0, (4.5, 1.0, 3.0)), (5.0, (3.9, 1.0, 3.5)), (3.0, (3.0, 1.0, 3.6)),
-    ]:  # fmt: skip
-        run.see(torch.full((3,), sigma), torch.tensor(lengths))
-        told.append(run.open.tolist())
-    assert told == [
-        [False, False, False], [False, True, False], [False, True, False], [False, True, False], [True, True, False],
-        [True, True, False], [True, True, True],
-    ]  # fmt: skip
-
-
 def test_neutral_settings_are_no_node(demo, mitigated):
     for method in ("dynamic guidance", "delayed guidance", "opposite guidance", "token re-weighting"):
         assert mitigated(method=method, strength=0.0) is demo[0]
@@ -153,38 +126,6 @@ def test_the_model_that_came_in_stays_and_others_functions_run(demo, mitigated):
 
 
 # ---------------------------------------------------------------- token re-weighting
-
-
-def naive_attention(q, k, v, heads, codes, factor):
-    """(rows, n, heads d) float64, a loop over rows, heads and queries."""
-    out = torch.zeros_like(q, dtype=torch.float64)
-    width = q.shape[-1] // heads
-    for row in range(len(q)):
-        for head in range(heads):
-            part = slice(head * width, (head + 1) * width)
-            for i in range(q.shape[1]):
-                logits = [
-                    float(q[row, i, part].double() @ k[row, j, part].double()) / width**0.5 for j in range(k.shape[1])
-                ]
-                logits = [x * factor if codes[row][j] == START else x for j, x in enumerate(logits)]
-                weights = torch.tensor(
-                    [0.0 if codes[row][j] == PADDING else torch.tensor(x).double().exp() for j, x in enumerate(logits)]
-                ).double()
-                out[row, i, part] = (weights / weights.sum()) @ v[row, :, part].double()
-    return out
-
-
-def test_attention_is_that_of_the_formula():
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, 8, generator=g) for n in (3, 6, 6))
-    codes = [[START, LEAVE, LEAVE, PADDING, PADDING, LEAVE], [LEAVE] * 6]
-    rows = Rows()
-    rows.codes = torch.tensor(codes)[:, :5]  # the sixth token was appended by someone else
-    found = Reweighted(rows, 1.25, 1.0)(q, k, v, {"n_heads": 2})
-    assert torch.allclose(found.double(), naive_attention(q, k, v, 2, codes, 1.25), atol=1e-5)
-    halfway = Reweighted(rows, 1.5, 0.5)(q, k, v, {"n_heads": 2})
-    assert not torch.allclose(halfway, found, atol=1e-3)
-    assert torch.allclose(halfway[1], found[1], atol=1e-6)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ and changes beside the layers with the host's own patches; the judge of the demo
 """
 
 from dataclasses import replace
+from functools import partial
 
 import comfy.cldm.cldm
 import comfy.controlnet
@@ -14,15 +15,9 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
-from membrane.core.evaluation.compare import demo_judge
-from membrane.core.host.layers import layer_keys, modules, plain_key
-from membrane.core.pixel_world import ASSETS
+from membrane.core.measures.compare import demo_judge
 from safetensors.torch import save_file
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 STAR, HEART, LEFT, RIGHT = "a red star on snow", "a blue heart on sand", "a blue star on coal", "a green moon on stone"
 SHAPES = ["circle", "square", "triangle", "star", "heart", "cross", "moon", "ring"]
 SAME = 1e-3  # of the erasure's effect: float32, summed in another order
@@ -44,72 +39,33 @@ LARGER = ("HyperTile",)  # cuts nothing smaller than 4 x 4
 
 
 @pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
 def words(node, demo):
     """An erasure of the star on the text."""
     settings = {"preserve": "heart\nsquare", "templates": "{}\na red {} on snow\na blue {} on coal"}
     return node("MembraneErase", model=demo[0], clip=demo[1], concepts="star -> circle", **settings)[1]
 
 
-def factors(demo, seed, size, rank=2):
-    """{site: (up, down)} of every layer of the transformers, random."""
-    g, found = torch.Generator().manual_seed(seed), modules(demo[0])
-    for name, key in layer_keys(demo[0]).items():
-        layer = found[plain_key(key)] if "transformer_blocks" in plain_key(key) else None
-        if layer is not None and getattr(layer, "in_features", None):
-            up, down = (
-                torch.randn(layer.out_features, rank, generator=g),
-                torch.randn(rank, layer.in_features, generator=g),
-            )
-            yield name, up * size, down * layer.in_features**-0.5
-
-
 @pytest.fixture(scope="module")
-def layers(demo):
+def layers(random_adapter):
     """Changes of every layer of the transformers."""
-    changes = {name: LowRank(up, down, 2.0) for name, up, down in factors(demo, 3, 0.15)}
-    return ErasureAdapter(Card("SPM", ("star",)), low_rank=changes)
+    return random_adapter(3, "star", rank=2, size=0.15)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def lora(demo):
+def lora(random_adapter):
     """A LoRA file of the same layers."""
     content = {}
-    for name, up, down in factors(demo, 4, 0.1):
-        content[f"lora_unet_{name}.lora_up.weight"], content[f"lora_unet_{name}.lora_down.weight"] = up, down
+    for name, change in random_adapter(4, rank=2, size=0.1).low_rank.items():
+        content[f"lora_unet_{name}.lora_up.weight"] = change.up
+        content[f"lora_unet_{name}.lora_down.weight"] = change.down
     path = folder_paths.get_folder_paths("loras")[0]
     save_file(content, f"{path}/{LORA}")
     return content
 
 
 @pytest.fixture(scope="module")
-def text(node, demo):
-    known = {}
-
-    def encode(prompt):
-        if prompt not in known:
-            known[prompt] = node("CLIPTextEncode", clip=demo[1], text=prompt)[0]
-        return known[prompt]
-
-    return encode
-
-
-@pytest.fixture(scope="module")
-def sample(node, text):
-    """sample(model) -> latents (count, 4, size / 8, size / 8)"""
-
-    def run(model, positive=None, negative=None, size=64, steps=2, cfg=3.0, count=1):
-        latent = node("EmptyLatentImage", width=size, height=size, batch_size=count)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple",
-            positive=positive or text(STAR), negative=negative or text(HEART), latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
+def sample(sample):
+    return partial(sample, scheduler="simple")
 
 
 FORMS = ("text", "text in the steps", "beside the layers")
@@ -132,11 +88,9 @@ def distance(found, expected):
     return ((found - expected).double().norm() / expected.double().norm()).item()
 
 
-def close(found, expected, base, bound=SAME):
-    effect = (expected - base).double().norm()
-    assert effect > SEEN * base.double().norm(), "the erasure does nothing here"
-    error = ((found - expected).double().norm() / effect).item()
-    assert error < bound, f"off by {error:.1e} of the erasure's effect"
+@pytest.fixture(scope="module")
+def close(close):
+    return lambda found, expected, base, bound=SAME: close(found, expected, base, bound, seen=SEEN)
 
 
 @pytest.fixture(params=NODES)
@@ -154,7 +108,7 @@ def neighbour(request, node, demo):
     return put
 
 
-def test_before_and_after_a_node_of_the_host(form, neighbour, demo, sample):
+def test_before_and_after_a_node_of_the_host(form, neighbour, demo, sample, close):
     put, reference = form
     size = 128 if neighbour.name in LARGER else 64
     base = sample(neighbour(demo[0]), size=size)
@@ -177,7 +131,9 @@ def compiling(demo, layers, node, monkeypatch):
     some = {name: change for name, change in layers.low_rank.items() if "middle_block" in name or "mid_block" in name}
 
     def put(model, end):
-        stack = node("MembraneStack", adapter=replace(layers, low_rank=some), strength=4.0, end_percent=end)[0]
+        stack = node(
+            "MembraneStack", adapter=replace(layers, deltas={"low_rank": some}), strength=4.0, end_percent=end
+        )[0]
         return node("MembraneApply", model=model, clip=demo[1], stack=stack)[0]
 
     def compiled(model, backend="eager"):
@@ -194,7 +150,7 @@ def compiling(demo, layers, node, monkeypatch):
 
 
 @pytest.mark.slow
-def test_before_and_after_torch_compile(compiling, demo, sample):
+def test_before_and_after_torch_compile(compiling, demo, sample, close):
     put, compiled = compiling
     base, expected = sample(demo[0], steps=1), sample(put(demo[0], 1.0), steps=1)
     close(sample(put(compiled(demo[0]), 0.95), steps=1), expected, base)
@@ -223,7 +179,7 @@ def test_torch_compile_makes_one_graph(compiling, demo, sample):
     assert counted["bare"] and counted["erased"] == counted["bare"]
 
 
-def test_two_loras_around_an_erasure(form, demo, node, sample):
+def test_two_loras_around_an_erasure(form, demo, node, sample, close):
     put, reference = form
 
     def lora(model, strength):
@@ -274,7 +230,7 @@ CONDITIONINGS = {
 
 
 @pytest.mark.parametrize("kind", CONDITIONINGS)
-def test_regions_and_schedules(form, kind, demo, node, text, sample):
+def test_regions_and_schedules(form, kind, demo, node, text, sample, close):
     put, reference = form
     prompt = {"positive": CONDITIONINGS[kind](node, text), "size": 128, "steps": 3}
     base = sample(demo[0], **prompt)
@@ -285,7 +241,7 @@ def test_regions_and_schedules(form, kind, demo, node, text, sample):
 @pytest.fixture(scope="module")
 def control():
     """A ControlNet of the demo model's shape with random weights."""
-    from membrane.core.pixel_world import load_config
+    from membrane.core.demo.world import load_config
 
     sizes = {k: v for k, v in load_config()["unet"].items() if k not in ("out_channels", "transformer_depth_output")}
     shape = {"hint_channels": 3, "use_spatial_transformer": True, "legacy": False, "dtype": torch.float32}
@@ -301,7 +257,7 @@ def control():
     return comfy.controlnet.ControlNet(network.train(False).requires_grad_(False), load_device=device)
 
 
-def test_a_controlnet_reads_the_text_as_it_was(form, demo, node, text, sample, control):
+def test_a_controlnet_reads_the_text_as_it_was(form, demo, node, text, sample, control, close):
     """It is a network of its own, whose weights no erasure edits."""
     put, reference = form
     hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(6))
@@ -319,7 +275,7 @@ def test_a_controlnet_reads_the_text_as_it_was(form, demo, node, text, sample, c
         close(sample(put(demo[0]), **prompt), sample(reference(demo[0]), **prompt), base)
 
 
-def test_a_merge_has_what_its_first_model_has_on_the_text(demo, words, node, sample):
+def test_a_merge_has_what_its_first_model_has_on_the_text(demo, words, node, sample, close):
     """An erasure on the text is no weight: it stays whole on model1 whatever the ratio, and never comes from model2."""
     night = node("MembraneDemoModel", variant="night")[0]
     stack = node("MembraneStack", adapter=words)[0]
@@ -356,7 +312,7 @@ def test_the_star_stays_away_and_the_heart_stays(demo, words, node, text, sample
         return node("MembraneApply", model=model, clip=demo[1], stack=stack)[0]
 
     def shapes(model, prompt):
-        latents = sample(model, text(prompt), text(""), size=128, steps=10, cfg=1.5, count=2)
+        latents = sample(model, text(prompt), text(""), size=128, steps=10, cfg=1.5, batch=2)
         return judge(node("VAEDecode", vae=demo[2], samples={"samples": latents})[0])
 
     assert shapes(around(demo[0]), STAR) == ["star"] * 2

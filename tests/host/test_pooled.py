@@ -4,13 +4,14 @@ import comfy.model_patcher
 import comfy.supported_models
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.formats import native
-from membrane.core.host.patching import apply_stack, concepts_for
-from membrane.core.host.training import trainable_sites
-from membrane.core.host.weights import apply_to_weights
-from membrane.core.permeability import Permeability
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.patches.on_weights import apply_to_weights
+from membrane.core.host.patches.stack import apply_stack, concepts_for
+from membrane.core.host.runs.training import trainable_sites
 
 SMALL = {  # 64 channels: with one channel in each group of a norm, nothing of the pooled vector would be left
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1],
@@ -54,22 +55,10 @@ def conditioning(seed, pooled=None):
     return [[numbers(seed, 1, 77, 2048), {"pooled_output": numbers(seed + 1, 1, 1280) if pooled is None else pooled}]]
 
 
-@pytest.fixture(scope="module")
-def sample(node):
-    def run(model, positive, negative):
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=1)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=2, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=positive, negative=negative, latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
-
-
 def adapter():
     words = TextMap(numbers(5, 2048, 2) * 0.02, numbers(6, 2, 2048) * 0.02, (0, 0))
     pooled = TextMap(numbers(7, 1280, 3) * 0.05, numbers(8, 3, 1280) * 0.05, (0, 0, 0))
-    return ErasureAdapter(Card("UCE", ("star",)), words, pooled_map=pooled)
+    return ErasureAdapter(Card("UCE", ("star",)), {"map": {"text": words, "pooled": pooled}})
 
 
 def edited(entry, text_map, strength):
@@ -79,7 +68,7 @@ def edited(entry, text_map, strength):
     pooled = options["pooled_output"]
     return [[
         vectors + strength * vectors @ text_map.matrix().T,
-        {"pooled_output": pooled + strength * pooled @ made.pooled_map.matrix().T},
+        {"pooled_output": pooled + strength * pooled @ made.maps["pooled"].matrix().T},
     ]]  # fmt: skip
 
 
@@ -89,9 +78,11 @@ def test_both_vectors_are_edited(model, sample, where, strength):
     made = adapter()
     positive, negative = conditioning(1), conditioning(20)
     base = sample(model, positive, negative)
-    expected = sample(model, *(edited(c, made.text_map, strength) for c in (positive, negative)))
+    expected = sample(model, *(edited(c, made.maps["text"], strength) for c in (positive, negative)))
     text_alone = sample(
-        apply_stack(model, ErasureStack((Entry(ErasureAdapter(made.card, made.text_map), strength),))),
+        apply_stack(
+            model, ErasureStack((Entry(ErasureAdapter(made.card, {"map": {"text": made.maps["text"]}}), strength),))
+        ),
         positive,
         negative,
     )
@@ -110,7 +101,7 @@ def test_a_timed_entry_leaves_the_pooled_vector(model, sample):
     made = adapter()
     whole, part = (
         sample(apply_stack(model, ErasureStack((Entry(a, 1.0, 0.0, 0.999),))), conditioning(1), conditioning(20))
-        for a in (made, ErasureAdapter(made.card, made.text_map))
+        for a in (made, ErasureAdapter(made.card, {"map": {"text": made.maps["text"]}}))
     )
     assert torch.equal(whole, part)
 
@@ -119,7 +110,7 @@ def test_the_file_keeps_it(tmp_path):
     made, path = adapter(), str(tmp_path / "pooled.safetensors")
     native.save(made, path)
     loaded = native.load(path)
-    for found, expected in ((loaded.text_map, made.text_map), (loaded.pooled_map, made.pooled_map)):
+    for found, expected in ((loaded.maps["text"], made.maps["text"]), (loaded.maps["pooled"], made.maps["pooled"])):
         assert torch.equal(found.a, expected.a) and torch.equal(found.b, expected.b)
         assert found.concept == expected.concept
 
@@ -156,8 +147,8 @@ def test_the_node_computes_a_map_of_the_pooled_vector(model, node):
     """UCE sends the concept's pooled vector to its replacement's and leaves the preserved one."""
     clip = Words()
     inputs = {"model": model, "clip": clip, "concepts": "star -> circle", "preserve": "heart", "anchor": 0.001}
-    assert node("MembraneErase", **inputs)[1].pooled_map is None
-    made = node("MembraneErase", pooled="edit", **inputs)[1].pooled_map
+    assert node("MembraneErase", **inputs)[1].maps.get("pooled") is None
+    made = node("MembraneErase", pooled="edit", **inputs)[1].maps["pooled"]
 
     def pooled(text):
         return clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)[1]

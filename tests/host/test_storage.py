@@ -5,14 +5,12 @@ import comfy.model_patcher
 import pytest
 import torch
 from comfy.cli_args import args
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
-from membrane.core.host.layers import modules
-from membrane.core.permeability import FIXED, TRANSPORT
-from membrane.core.pixel_world import ASSETS
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.permeability import FIXED, TRANSPORT
+from membrane.core.host.model.layers import modules
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 STAR, HEART = "a red star on snow", "a blue heart on sand"
 SAME = 3e-4  # of an adapter's effect: float32, summed in another order
 MODES = {"gated": TRANSPORT, "ungated": FIXED}
@@ -23,28 +21,6 @@ DTYPES = {"fp8": FP8, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNET = "diffusion_model."
 OLD = not hasattr(comfy.model_patcher.ModelPatcher, "partially_load")  # hosts before July 2024
 NONE = 1e-6  # megabytes
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
-
-
-@pytest.fixture(scope="module")
-def text(node, demo):
-    return {prompt: node("CLIPTextEncode", clip=demo[1], text=prompt)[0] for prompt in (STAR, HEART)}
-
-
-@pytest.fixture(scope="module")
-def sample(node, text):
-    def run(model):
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=1)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=2, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=text[STAR], negative=text[HEART], latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
 
 
 def error(found, expected, base):
@@ -72,7 +48,7 @@ def adapter_of(model, dtype=torch.float32, seed=1, size=0.15, biases=True):
         bias = bias.to(dtype) if module.bias is not None and biases else None
         changes[path.replace(".", "_")] = LowRank(up.to(dtype), down.to(dtype), 2.0, bias)
     assert {c.down.dim() for c in changes.values()} == {2, 4}
-    return ErasureAdapter(Card("SPM", (STAR,)), low_rank=changes)
+    return ErasureAdapter(Card("SPM", (STAR,)), {"low_rank": changes})
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +59,7 @@ def adapter(demo):
 def words():
     g = torch.Generator().manual_seed(1)
     a, b = torch.randn(128, 3, generator=g) * 0.1, torch.randn(3, 128, generator=g) * 0.1
-    return ErasureAdapter(Card("UCE", (STAR,)), TextMap(a, b, (0, 0, 0)))
+    return ErasureAdapter(Card("UCE", (STAR,)), {"map": {"text": TextMap(a, b, (0, 0, 0))}})
 
 
 def apply(node, demo, adapter, mode, model=None, strength=0.8, to="text"):

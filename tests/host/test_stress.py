@@ -3,19 +3,10 @@
 import pytest
 import torch
 from membrane.core.errors import ErasureError
-from membrane.core.host.attack import words_near
-from membrane.core.pixel_world import ASSETS
+from membrane.core.host.text.vocabulary import words_near
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.slow
 CAPTIONS = "a red {} on snow\na blue {} on coal"
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture(scope="module")

@@ -7,26 +7,19 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
+from membrane.core.families.sites import site
 from membrane.core.formats import native
-from membrane.core.host.patching import apply_stack
-from membrane.core.host.training import HostDenoiser, trainable_sites
-from membrane.core.host.weights import kohya_names
-from membrane.core.permeability import Permeability
-from membrane.core.pixel_world import ASSETS
-from membrane.core.sites import site
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.model.names import kohya_names
+from membrane.core.host.patches.stack import apply_stack
+from membrane.core.host.runs.training import HostDenoiser, trainable_sites
 
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
 FIXED = Permeability("fixed")
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture
@@ -161,7 +154,9 @@ def test_a_run_goes_on_from_its_adapter(train):
     assert not torch.equal(first.low_rank[site].up, second.low_rank[site].up)
     with pytest.raises(ErasureError, match="trained for 6 steps already"):
         train(adapter=second, steps=6)
-    words = ErasureAdapter(Card("UCE", ("star",)), TextMap(torch.zeros(4, 1), torch.zeros(1, 4), (0,)))
+    words = ErasureAdapter(
+        Card("UCE", ("star",)), {"map": {"text": TextMap(torch.zeros(4, 1), torch.zeros(1, 4), (0,))}}
+    )
     with pytest.raises(ErasureError, match="no trained layers"):
         train(adapter=words)
 
@@ -169,14 +164,14 @@ def test_a_run_goes_on_from_its_adapter(train):
 def test_a_run_goes_on_from_a_file_with_other_names_of_the_layers(train, demo):
     first = train(filename_prefix="named")[0]
     names = {site(key): site(name) for key, name in kohya_names(demo[0]).items()}
-    renamed = replace(first, low_rank={names[name]: change for name, change in first.low_rank.items()})
+    renamed = replace(first, deltas={"low_rank": {names[name]: change for name, change in first.low_rank.items()}})
     assert not first.low_rank.keys() & renamed.low_rank.keys()
     found, expected = (train(filename_prefix="named", adapter=a, steps=6)[0] for a in (renamed, first))
     assert found.low_rank.keys() == expected.low_rank.keys()
     assert all(torch.equal(found.low_rank[name].up, change.up) for name, change in expected.low_rank.items())
     with pytest.raises(ErasureError, match="which are not trained here"):
         train(adapter=first, steps=6, layers="text keys and values")
-    strange = replace(first, low_rank={"blocks_0_to_q": LowRank(torch.zeros(2, 1), torch.zeros(1, 2), 1.0)})
+    strange = replace(first, deltas={"low_rank": {"blocks_0_to_q": LowRank(torch.zeros(2, 1), torch.zeros(1, 2), 1.0)}})
     with pytest.raises(ErasureError, match="which are not trained here"):
         train(adapter=strange, steps=6)
 
@@ -256,9 +251,11 @@ def test_training_on_a_patched_model(demo, train):
     }
     lora = ErasureAdapter(
         Card("LoRA", ()),
-        low_rank={
-            n: LowRank(torch.randn(o, 2, generator=g), torch.randn(2, i, generator=g), 0.5)
-            for n, (o, i) in change.items()
+        {
+            "low_rank": {
+                n: LowRank(torch.randn(o, 2, generator=g), torch.randn(2, i, generator=g), 0.5)
+                for n, (o, i) in change.items()
+            }
         },
     )
     patched = apply_stack(demo[0], ErasureStack((Entry(lora, permeability=FIXED),)))

@@ -4,28 +4,23 @@ import copy
 import logging
 import os
 import types
+from functools import partial
 
 import comfy.sd
 import folder_paths
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.host.layers import cross_attention_layers
-from membrane.core.host.patching import APPLY_MODEL, EXTRA_CONDS, apply_stack
-from membrane.core.host.weights import apply_to_weights, kohya_names
-from membrane.core.pixel_world import ASSETS
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.host.model.layers import text_readers
+from membrane.core.host.model.names import kohya_names
+from membrane.core.host.patches.conditioning import EXTRA_CONDS
+from membrane.core.host.patches.on_weights import apply_to_weights
+from membrane.core.host.patches.stack import apply_stack
+from membrane.core.host.patches.steps import APPLY_MODEL
 from safetensors.torch import load_file
-
-pytestmark = pytest.mark.skipif(
-    not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"
-)
-
-
-@pytest.fixture(scope="module")
-def demo(node):
-    return node("MembraneDemoModel", variant="day")
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +30,8 @@ def adapter(node, demo):
 
 
 @pytest.fixture(scope="module")
-def sample(node, demo):
-    """sample(model) -> latents (1, 4, 8, 8) of a prompt with the concept."""
-    _, clip, _ = demo
-
-    def run(model):
-        positive, negative = (node("CLIPTextEncode", clip=clip, text=t)[0] for t in ("a red star on snow", "a heart"))
-        latent = node("EmptyLatentImage", width=64, height=64, batch_size=1)[0]
-        return node(
-            "KSampler", model=model, seed=7, steps=3, cfg=3.0, sampler_name="euler", scheduler="normal",
-            positive=positive, negative=negative, latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
-
-    return run
+def sample(sample):
+    return partial(sample, negative="a heart", steps=3)
 
 
 def stack_of(adapter, *args):
@@ -63,7 +47,7 @@ def with_lora(model, strength=1.0):
     """A LoRA of rank 2 on every layer that reads the text."""
     g = torch.Generator().manual_seed(1)
     lora = {}
-    for key, layer in cross_attention_layers(model):
+    for key, layer in text_readers(model):
         name = "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
         lora[f"{name}.lora_up.weight"] = torch.randn(layer.weight.shape[0], 2, generator=g) * 0.1
         lora[f"{name}.lora_down.weight"] = torch.randn(2, layer.weight.shape[1], generator=g) * 0.1
@@ -119,7 +103,7 @@ def test_a_time_range_is_one_sentence(node, demo, adapter):
 
 def test_another_width_is_one_sentence(node, demo):
     other = ErasureAdapter(
-        Card("UCE", ("dog",), family="SD15"), TextMap(torch.zeros(768, 1), torch.zeros(1, 768), (0,))
+        Card("UCE", ("dog",), family="SD15"), {"map": {"text": TextMap(torch.zeros(768, 1), torch.zeros(1, 768), (0,))}}
     )
     with pytest.raises(ErasureError, match="width 768"):
         applied(node, demo, other)
@@ -130,7 +114,7 @@ def test_another_width_is_one_sentence(node, demo):
 def test_more_terms_than_a_layer_has_rows(demo, sample):
     g = torch.Generator().manual_seed(2)
     text_map = TextMap(torch.randn(128, 300, generator=g) * 0.03, torch.randn(300, 128, generator=g) * 0.03, (0,) * 300)
-    whole = stack_of(ErasureAdapter(Card("UCE", ("star",)), text_map))
+    whole = stack_of(ErasureAdapter(Card("UCE", ("star",)), {"map": {"text": text_map}}))
     text = sample(apply_stack(demo[0], whole))
     assert difference(text, sample(demo[0])) > 0.03
     assert difference(sample(apply_to_weights(demo[0], whole)), text) < 1e-4
@@ -159,10 +143,10 @@ def test_a_lora_after_it(demo, adapter, sample):
     """A LoRA after the edit is not erased: W (I + E) + L, unlike in the text form."""
     model = demo[0]
     sample(model)  # no clone's weights are in place below
-    plain = {key: layer.weight.detach().clone() for key, layer in cross_attention_layers(model)}
+    plain = {key: layer.weight.detach().clone() for key, layer in text_readers(model)}
     found = sample(with_lora(apply_to_weights(model, stack_of(adapter))))
     edited = model.clone()
-    e = adapter.text_map.matrix()
+    e = adapter.maps["text"].matrix()
     edited.add_patches({k: ("diff", (weight @ e,)) for k, weight in plain.items()}, 1.0)
     assert difference(found, sample(with_lora(edited))) < 1e-4
 
@@ -171,13 +155,13 @@ def test_a_lora_after_it(demo, adapter, sample):
 def test_a_saved_checkpoint_holds_it(node, demo, adapter, sample, lora):
     model, clip, vae = demo
     sample(model)  # no clone's weights are in place below
-    plain = {key: layer.weight.detach().clone() for key, layer in cross_attention_layers(model)}
+    plain = {key: layer.weight.detach().clone() for key, layer in text_readers(model)}
     others = {k: v.clone() for k, v in model.model.state_dict().items() if k.startswith("diffusion_model.")}
     base = with_lora(model, 0.5) if lora else model
     erased = applied(node, demo, adapter, base)
     node("CheckpointSave", model=erased, clip=clip, vae=vae, filename_prefix=f"erased_{lora}")
     saved = load_file(os.path.join(folder_paths.get_output_directory(), f"erased_{lora}_00001_.safetensors"))
-    e = torch.eye(128, dtype=torch.float64) + adapter.text_map.a.double() @ adapter.text_map.b.double()
+    e = torch.eye(128, dtype=torch.float64) + adapter.maps["text"].a.double() @ adapter.maps["text"].b.double()
     g = torch.Generator().manual_seed(1)
     assert len(plain) == 14
     for key, weight in plain.items():
@@ -224,7 +208,7 @@ def test_the_stock_loader_reads_the_lora(node, demo, adapter, sample, caplog, lo
             for s in (1.0, 0.5)
         }
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]  # no key that was not loaded
-    before = {key: len(base.patches.get(key, ())) for key, _ in cross_attention_layers(model)}
+    before = {key: len(base.patches.get(key, ())) for key, _ in text_readers(model)}
     assert {key: len(loaded[1.0].patches[key]) - n for key, n in before.items()} == dict.fromkeys(before, 1)
     for strength, erased in loaded.items():
         text = sample(apply_stack(base, stack_of(adapter, strength)))
@@ -247,7 +231,7 @@ def test_a_lora_stays_in_its_folder(node, demo, adapter, prefix):
 def test_names_are_kohyas(demo):
     everything = kohya_names(demo[0])
     assert len(set(everything.values())) == len(everything)
-    names = {key: everything[key] for key, _ in cross_attention_layers(demo[0])}
+    names = {key: everything[key] for key, _ in text_readers(demo[0])}
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     assert names[key] == "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     assert all(

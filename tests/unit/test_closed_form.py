@@ -2,20 +2,26 @@
 
 import pytest
 import torch
-from membrane.core.closed_form import rece as rece_module
-from membrane.core.closed_form.concepts import (
-    Concept,
-    aligned_rows,
-    last_subject_token,
-    parse_concepts,
-    parse_templates,
-)
-from membrane.core.closed_form.job import Encoded, Job, erase
-from membrane.core.closed_form.rece import PENALTIES, rece
-from membrane.core.closed_form.uce import uce
+from membrane.core.erasers.closed_form import rece as rece_module
+from membrane.core.erasers.closed_form.job import Job, erase
+from membrane.core.erasers.closed_form.rece import PENALTIES, rece_of
+from membrane.core.erasers.closed_form.solver import by_concept
+from membrane.core.erasers.closed_form.uce import uce_of
 from membrane.core.errors import ErasureError
+from membrane.core.text.concepts import Concept, parse_concepts, parse_templates
+from membrane.core.text.encoded import Encoded
+from membrane.core.text.rows import aligned, subject
 
 D, LAYERS = 24, (16, 16, 40)
+
+
+def uce_of_rows(targets, replacements, preserve, concept, count, **scales):
+    return uce_of(by_concept(targets, replacements, concept, count), preserve, **scales)
+
+
+def rece_of_rows(targets, replacements, preserve, concept, full, full_replacements, full_concept, gram, count, **more):
+    groups = by_concept(targets, replacements, concept, count)
+    return rece_of(groups, by_concept(full, full_replacements, full_concept, count), preserve, gram, **more)
 
 
 def embeddings(count, seed, tokens=7):
@@ -52,7 +58,7 @@ def relative(found, expected, base):
 def test_uce_equals_the_per_layer_formula(s, p, lam):
     c, n, r = (embeddings(2, seed).flatten(0, 1) for seed in (1, 2, 3))
     owner = torch.tensor([0] * 7 + [1] * 7)
-    text_map = uce(c, n, r, owner, 2, erase_scale=s, preserve_scale=p, anchor=lam)
+    text_map = uce_of_rows(c, n, r, owner, 2, erase_scale=s, preserve_scale=p, anchor=lam)
     for w in weights():
         expected = naive_uce(w, c, n, r, s, p, lam)
         found = w + w @ text_map.matrix().double()
@@ -62,7 +68,7 @@ def test_uce_equals_the_per_layer_formula(s, p, lam):
 def test_terms_of_a_concept_are_that_concepts_share():
     c, n, r = (embeddings(2, seed).flatten(0, 1) for seed in (1, 2, 3))
     owner = torch.tensor([0] * 7 + [1] * 7)
-    text_map = uce(c, n, r, owner, 2)
+    text_map = uce_of_rows(c, n, r, owner, 2)
     gram = 0.5 * torch.eye(D, dtype=torch.float64) + c.T @ c + r.T @ r
     for k in range(2):
         mine = owner == k
@@ -138,7 +144,7 @@ def test_rece_equals_the_published_loop(concepts, epochs):
     full_owner = torch.arange(concepts).repeat_interleave(7)
     start = weights()
     gram = sum(w.T @ w for w in start)
-    text_map = rece(
+    text_map = rece_of_rows(
         c,
         n,
         r,
@@ -167,29 +173,41 @@ def test_rece_says_when_the_system_is_singular():
 
 def test_preserved_rows_stay_and_targets_move():
     c, n, r = embeddings(1, 1)[0, 3:], embeddings(1, 2)[0, 3:], embeddings(1, 3)[0]
-    e = uce(c, n, r, torch.zeros(4, dtype=torch.long), 1, preserve_scale=1000.0, anchor=1e-3).matrix().double()
+    e = uce_of_rows(c, n, r, torch.zeros(4, dtype=torch.long), 1, preserve_scale=1000.0, anchor=1e-3).matrix().double()
     moved = c + c @ e.T
     assert (moved - n).norm() < 0.05 * (c - n).norm()
     assert (r @ e.T).norm() < 0.01 * r.norm()
 
 
+def context(ids, end, rows=None):
+    """EncodedPrompt of a context."""
+    rows = torch.zeros(len(ids), 1) if rows is None else rows
+    return next(iter(Encoded.of_contexts(("",), (ids,), rows[None], end)))
+
+
 def test_last_subject_token():
     bos, end = 90, 91
+
+    def place(ids, words):
+        return subject(context(ids, end), context([bos, *words, end], end))
+
     prompt = [bos, 1, 2, 3, 4, end, end, end]
-    assert last_subject_token(prompt, [2, 3], end) == 3
-    assert last_subject_token(prompt, [4], end) == 4
-    assert last_subject_token(prompt, [], end) == 4
-    assert last_subject_token(prompt, [7], end) == 4
-    assert last_subject_token([bos, end, end], [], end) == 0  # the blank prompt: its start token, as published
-    assert last_subject_token([bos, 1, end, 0, 0], [], end) == 1  # padding that is not the end token
+    assert place(prompt, [2, 3]) == 3
+    assert place(prompt, [4]) == 4
+    assert place(prompt, []) == 4
+    assert place(prompt, [7]) == 4
+    assert place([bos, end, end], []) == 0  # the blank prompt: its start token, as published
+    assert place([bos, 1, end, 0, 0], []) == 1  # padding that is not the end token
 
 
 def test_alignment_is_the_published_one():
-    old, new = torch.arange(8.0)[:, None], torch.arange(10.0, 18.0)[:, None]
-    a, b = aligned_rows(old, new, 4, 2)
+    ids = [90, 1, 2, 3, 4, 91, 91, 91]
+    old = context(ids, 91, torch.arange(8.0)[:, None])
+    new = context(ids, 91, torch.arange(10.0, 18.0)[:, None])
+    a, b = aligned(old, new, 4, 2)
     # old rows a .. T-(f-a)-1 and new rows b .. T-(f-b)-1 with f = max(a, b)
     assert a.flatten().tolist() == [4, 5, 6, 7] and b.flatten().tolist() == [12, 13, 14, 15]
-    a, b = aligned_rows(old, new, 1, 3)
+    a, b = aligned(old, new, 1, 3)
     assert a.flatten().tolist() == [1, 2, 3, 4, 5] and b.flatten().tolist() == [13, 14, 15, 16, 17]
 
 
@@ -236,20 +254,20 @@ def encoder(prompts, tokens=7):
             state = 0.7 * state + torch.randn(D, generator=torch.Generator().manual_seed(token), dtype=torch.float64)
             states.append(state)
         vectors.append(torch.stack(states))
-    return Encoded(tuple(prompts), tuple(ids), torch.stack(vectors), 101)
+    return Encoded.of_contexts(tuple(prompts), tuple(ids), torch.stack(vectors), 101)
 
 
 def test_a_job_with_templates_is_the_formula_on_their_rows():
-    job = Job((Concept("star", "disc"),), preserve=("heart",), templates=("{}", "a red {} here"))
+    job = Job.of((Concept("star", "disc"),), preserve=("heart",), templates=("{}", "a red {} here"))
     encoded = encoder(job.prompts())
-    adapter = erase(job, encoded, "family", "fingerprint")
+    adapter = erase(job, {"text": encoded}, "family", "fingerprint")
     targets, replacements = [], []
     for old, new, first in (("star", "disc", 1), ("a red star here", "a red disc here", 3)):
-        targets.append(encoded.row(old)[first:])
-        replacements.append(encoded.row(new)[first:])
-    preserve = torch.cat([encoded.row(p) for p in ("", "heart", "a red heart here")])
+        targets.append(encoded[old].rows[first:])
+        replacements.append(encoded[new].rows[first:])
+    preserve = torch.cat([encoded[p].rows for p in ("", "heart", "a red heart here")])
     w = weights()[0]
     expected = naive_uce(w, torch.cat(targets), torch.cat(replacements), preserve, 1.0, 1.0, 0.5)
-    assert relative(w + w @ adapter.text_map.matrix().double(), expected, w) < 1e-6
+    assert relative(w + w @ adapter.maps["text"].matrix().double(), expected, w) < 1e-6
     assert adapter.card.concepts == ("star",) and adapter.card.surrogates == ("disc",)
     assert adapter.card.settings["templates"] == ["{}", "a red {} here"]

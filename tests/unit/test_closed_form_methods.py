@@ -1,20 +1,27 @@
 """SPEED, Double Projections and the shared solver against naive float64 forms; real shapes and degenerate input."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from membrane.core.closed_form.concepts import Concept
-from membrane.core.closed_form.double_projection import double_projection
-from membrane.core.closed_form.job import METHODS, Encoded, Job, erase, solve, solve_pooled
-from membrane.core.closed_form.rece import PENALTIES, rece_terms
-from membrane.core.closed_form.speed import centroids, influential, invariants, speed
-from membrane.core.closed_form.text_map import by_concept, gram, minimal_terms, protected_basis, text_map
-from membrane.core.closed_form.uce import uce_solver, uce_terms
+from membrane.core.erasers.closed_form.double_projection import double_projection_of
+from membrane.core.erasers.closed_form.job import METHODS, Job, erase, solve
+from membrane.core.erasers.closed_form.rece import PENALTIES, rece_terms
+from membrane.core.erasers.closed_form.solver import by_concept, gram, minimal_terms, protected_basis, text_map
+from membrane.core.erasers.closed_form.speed import centroids, influential, invariants, speed_of
+from membrane.core.erasers.closed_form.uce import uce_solver, uce_terms
 from membrane.core.errors import ErasureError
+from membrane.core.text.concepts import Concept
+from membrane.core.text.encoded import Encoded
 
 D = 24
 SD15_ROWS = [320] * 10 + [640] * 10 + [1280] * 12
+
+
+def speed_of_rows(targets, anchors, retained, empty, concept, count, **settings):
+    return speed_of(by_concept(targets, anchors, concept, count), retained, empty, **settings)
+
+
+def projected_rows(targets, anchors, retained, concept, count, **settings):
+    return double_projection_of(by_concept(targets, anchors, concept, count), retained, **settings)
 
 
 def draw(count, seed, width=D, scale=3.0):
@@ -61,7 +68,7 @@ def test_speed_is_the_constrained_optimum(concepts, rho, lam):
     w, c1, anchors, c0, empty = weight(), draw(concepts, 1), draw(concepts, 2), draw(8, 3), draw(7, 4)
     c2 = invariants(empty)
     found = dense(
-        speed(c1, anchors, c0, empty, owners(concepts), concepts, tau=0, rho=rho, lam=lam, prior_filter=False)
+        speed_of_rows(c1, anchors, c0, empty, owners(concepts), concepts, tau=0, rho=rho, lam=lam, prior_filter=False)
     )
     hessian = c1.T @ c1 / concepts + rho * torch.eye(D, dtype=torch.float64)
     fixed = c0.T if lam else torch.cat([c0, c2]).T
@@ -99,12 +106,12 @@ def test_speed_is_the_published_solution(retained, rho, lam):
     """With the filter, and with fewer and more retained rows than the text is wide."""
     w, c1, anchors, empty = weight(), draw(2, 1), draw(2, 2), draw(7, 4)
     c0 = draw_flat(retained, 3, rank=6)
-    found = dense(speed(c1, anchors, c0, empty, owners(2), 2, tau=0.1, rho=rho, lam=lam))
+    found = dense(speed_of_rows(c1, anchors, c0, empty, owners(2), 2, tau=0.1, rho=rho, lam=lam))
     assert difference(w @ found, published_speed(w, c1, anchors, c0, invariants(empty), 0.1, rho, lam)) < 1e-6
 
 
 def test_each_concept_of_speed_has_one_term():
-    found = speed(draw(3, 1), draw(3, 2), draw(8, 3), draw(7, 4), owners(3), 3)
+    found = speed_of_rows(draw(3, 1), draw(3, 2), draw(8, 3), draw(7, 4), owners(3), 3)
     assert found.concept == (0, 1, 2)
 
 
@@ -126,7 +133,7 @@ def test_centroids_find_groups_and_survive_repeats():
 
 def test_speed_wants_a_ridge():
     with pytest.raises(ErasureError, match="rho above 0"):
-        speed(draw(1, 1), draw(1, 2), draw(4, 3), draw(7, 4), owners(1), 1, rho=0.0)
+        speed_of_rows(draw(1, 1), draw(1, 2), draw(4, 3), draw(7, 4), owners(1), 1, rho=0.0)
 
 
 # ---------------------------------------------------------------- Double Projections
@@ -135,7 +142,7 @@ def test_speed_wants_a_ridge():
 @pytest.mark.parametrize("concepts", [1, 4])
 def test_double_projection_is_exact_on_targets_and_nothing_on_retained(concepts):
     c1, anchors, c0 = draw(concepts, 1), draw(concepts, 2), draw(9, 3)
-    found = dense(double_projection(c1, anchors, c0, owners(concepts), concepts))
+    found = dense(projected_rows(c1, anchors, c0, owners(concepts), concepts))
     assert difference(c1 @ found.T, anchors - c1) < 1e-6
     assert (c0 @ found.T).norm() < 1e-5 * found.norm() * c0.norm()
     u2 = torch.linalg.svd(c0.T)[0][:, 9:]
@@ -149,23 +156,23 @@ def test_double_projection_of_one_concept_is_the_published_form():
     u2 = torch.linalg.svd(c0.T)[0][:, 5:]
     z = u2.T @ x
     expected = torch.outer(c - x, z @ u2.T) / z.square().sum()
-    assert difference(dense(double_projection(x[None], c[None], c0, owners(1), 1)), expected) < 1e-6
+    assert difference(dense(projected_rows(x[None], c[None], c0, owners(1), 1)), expected) < 1e-6
 
 
 def test_double_projection_on_the_safe_span():
     c1, c0, safe = draw(2, 1), draw(5, 3), draw(6, 4)
-    found = dense(double_projection(c1, c1, c0, owners(2), 2, safe=safe))
+    found = dense(projected_rows(c1, c1, c0, owners(2), 2, safe=safe))
     anchors = c1 @ safe.T @ torch.linalg.pinv(safe @ safe.T) @ safe
     assert difference(c1 @ found.T, anchors - c1) < 1e-6
 
 
 def test_double_projection_gives_up_weak_directions_of_a_large_set():
     c1, anchors, c0 = draw(2, 1), draw(2, 2), draw_flat(60, 3, rank=6)
-    found = dense(double_projection(c1, anchors, c0, owners(2), 2, tau=0.1))
+    found = dense(projected_rows(c1, anchors, c0, owners(2), 2, tau=0.1))
     assert difference(c1 @ found.T, anchors - c1) < 1e-6
     assert (c0 @ found.T).norm() < 0.1 * c0.norm()
     with pytest.raises(ErasureError, match="raise tau"):
-        double_projection(c1, anchors, c0, owners(2), 2, tau=0.0)
+        projected_rows(c1, anchors, c0, owners(2), 2, tau=0.0)
 
 
 # ---------------------------------------------------------------- the shared solver
@@ -235,7 +242,7 @@ def encoder(prompts, tokens=9, seed=0):
             states.append(state)
         ids.append(row)
         vectors.append(torch.stack(states))
-    return Encoded(tuple(prompts), tuple(ids), torch.stack(vectors), 101)
+    return Encoded.of_contexts(tuple(prompts), tuple(ids), torch.stack(vectors), 101)
 
 
 WEIGHT_GRAM = gram(weight(60))
@@ -243,22 +250,22 @@ TEMPLATES = ("{}", "a red {} here")
 
 
 def run(*concepts, **settings):
-    job = Job(tuple(Concept(*pair) for pair in concepts), **settings)
+    job = Job.of(tuple(Concept(*pair) for pair in concepts), **settings)
     encoded = encoder(job.prompts())
     return solve(job, encoded, WEIGHT_GRAM), encoded
 
 
 def test_jobs_take_the_last_subject_token_of_every_caption():
     settings = {"preserve": ("big heart",), "templates": TEMPLATES, "prior_filter": False, "tau": 0.0}
-    for method, formula in (("SPEED", speed), ("Double Projections", double_projection)):
+    for method, formula in (("SPEED", speed_of_rows), ("Double Projections", projected_rows)):
         found, encoded = run(("star", "disc"), method=method, safe_anchor=False, **settings)
-        targets = torch.stack([encoded.row("star")[1], encoded.row("a red star here")[3]])
-        anchors = torch.stack([encoded.row("disc")[1], encoded.row("a red disc here")[3]])
-        retained = [encoded.row("big heart")[2], encoded.row("a red big heart here")[4]]
+        targets = torch.stack([encoded["star"].rows[1], encoded["a red star here"].rows[3]])
+        anchors = torch.stack([encoded["disc"].rows[1], encoded["a red disc here"].rows[3]])
+        retained = [encoded["big heart"].rows[2], encoded["a red big heart here"].rows[4]]
         if method == "SPEED":
-            more = (torch.stack(retained), encoded.row(""))
+            more = (torch.stack(retained), encoded[""].rows)
         else:
-            more = (torch.stack([encoded.row("")[0], *retained]),)
+            more = (torch.stack([encoded[""].rows[0], *retained]),)
         expected = formula(targets, anchors, *more, torch.tensor([0, 0]), 1, **(
             {"tau": 0.0, "prior_filter": False} if method == "SPEED" else {}))  # fmt: skip
         assert difference(dense(found), dense(expected)) < 1e-6
@@ -266,22 +273,22 @@ def test_jobs_take_the_last_subject_token_of_every_caption():
 
 def test_jobs_take_all_tokens_but_the_start():
     found, encoded = run(("star", ""), method="SPEED", tokens="all", rho=0.7, lam=0.5)
-    expected = speed(
-        encoded.row("star")[1:], encoded.row("")[1:], encoded.row("")[1:], encoded.row(""),
+    expected = speed_of_rows(
+        encoded["star"].rows[1:], encoded[""].rows[1:], encoded[""].rows[1:], encoded[""].rows,
         torch.zeros(8, dtype=torch.long), 1, rho=0.7, lam=0.5,
     )  # fmt: skip
     assert difference(dense(found), dense(expected)) < 1e-6
 
 
 def test_speed_does_not_retain_prompts_that_name_a_concept():
-    job = Job((Concept("Star", ""),), preserve=("a star map", "heart"), method="SPEED")
+    job = Job.of((Concept("Star", ""),), preserve=("a star map", "heart"), method="SPEED")
     assert list(job.retained_captions()) == ["heart"]
     assert list(job.preserved()) == ["", "a star map", "heart"]
 
 
 def test_the_card_tells_the_settings_of_the_method():
-    job = Job((Concept("star", ""),), preserve=("heart",), method="SPEED", rho=0.5)
-    card = erase(job, encoder(job.prompts()), "family", "fingerprint").card
+    job = Job.of((Concept("star", ""),), preserve=("heart",), method="SPEED", rho=0.5)
+    card = erase(job, {"text": encoder(job.prompts())}, "family", "fingerprint").card
     assert card.settings == {
         "preserve": ["heart"], "templates": ["{}"],
         "tau": 0.1, "rho": 0.5, "lam": 0.0, "prior_filter": True, "tokens": "subject",
@@ -328,7 +335,7 @@ def test_three_hundred_concepts(method):
 def test_a_concept_inside_a_preserved_line(method, preserve):
     """And with nothing or only the replacement preserved: the concept still moves to its replacement."""
     found, encoded = run(("star", "disc"), preserve=preserve, method=method, safe_anchor=False)
-    star, disc = (encoded.row(word)[1].double() for word in ("star", "disc"))
+    star, disc = (encoded[word].rows[1].double() for word in ("star", "disc"))
     assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
     moved = star + dense(found) @ star
     assert (moved - disc).norm() < (star - disc).norm()
@@ -340,7 +347,7 @@ def test_concepts_that_read_alike_share_the_erasure(method):
     found, encoded = run(("star", "disc"), ("star ", "disc"), ("big star", "disc"), method=method, safe_anchor=False)
     assert torch.isfinite(found.a).all() and torch.isfinite(found.b).all()
     single, _ = run(("star", "disc"), ("big star", "disc"), method=method, safe_anchor=False)
-    star = encoded.row("star")[1].double()
+    star = encoded["star"].rows[1].double()
     if method == "Double Projections":  # exact on every target, however often it is listed
         assert difference(dense(found) @ star, dense(single) @ star) < 1e-5
 
@@ -429,12 +436,12 @@ def test_real_shapes_with_many_concepts():
     rows = clip_like(400, 1, tokens=2)[:, 1].float()
     c1, c0 = rows[:100], rows[100:]
     anchors, owner = clip_like(100, 2, tokens=2)[:, 1].float(), owners(100)
-    found = dense(double_projection(c1, anchors, c0, owner, 100))
+    found = dense(projected_rows(c1, anchors, c0, owner, 100))
     assert difference(c1.double() @ found.T, (anchors - c1).double()) < 1e-6
     assert (c0.double() @ found.T).norm() < 1e-6 * c0.norm()
     empty = clip_like(1, 5)[0]
     settings = {"tau": 0.0, "prior_filter": False}
-    found = dense(speed(c1, anchors, c0, empty, owner, 100, **settings))
+    found = dense(speed_of_rows(c1, anchors, c0, empty, owner, 100, **settings))
     assert (c0.double() @ found.T).norm() < 1e-6 * c0.norm()
     assert (invariants(empty) @ found.T).norm() < 1e-6 * c0.norm()
     assert by_concept(c1, anchors, owner, 100)[3][0][0].shape == (1, 768)
@@ -444,19 +451,21 @@ def test_real_shapes_with_many_concepts():
 
 
 def with_pooled(encoded, width=10):
-    g = torch.Generator().manual_seed(6)
-    return replace(encoded, pooled=torch.randn(len(encoded.prompts), width, generator=g))
+    vectors = torch.randn(len(encoded.prompts), width, generator=torch.Generator().manual_seed(6))
+    return Encoded(encoded, True, Encoded.of_pooled(encoded.prompts, vectors))
 
 
 @pytest.mark.parametrize("method", ["UCE", "RECE"])
 def test_the_pooled_vector_gets_uces_formula(method):
-    job = Job((Concept("star", "disc"), Concept("sun", "")), ("heart",), TEMPLATES, method=method, preserve_scale=2.0)
+    job = Job.of(
+        (Concept("star", "disc"), Concept("sun", "")), ("heart",), TEMPLATES, method=method, preserve_scale=2.0
+    )
     encoded = with_pooled(encoder(job.prompts()))
-    assert solve_pooled(job, encoder(job.prompts())) is None
-    found = solve_pooled(job, encoded)
+    assert encoder(job.prompts()).pooled is None
+    found = solve(job, encoded.pooled)
 
     def rows(prompts):
-        return torch.stack([encoded.pooled[encoded.place[p]] for p in prompts]).double()
+        return torch.cat([encoded.pooled[p].rows for p in prompts]).double()
 
     c = rows(["star", "a red star here", "sun", "a red sun here"])
     n = rows(["disc", "a red disc here", "", "a red here"])
@@ -468,16 +477,16 @@ def test_the_pooled_vector_gets_uces_formula(method):
 
 @pytest.mark.parametrize("method", ["SPEED", "Double Projections"])
 def test_the_pooled_vector_of_what_is_preserved_stays(method):
-    job = Job((Concept("star", "disc"),), ("heart",), method=method, tau=0.0, prior_filter=False, safe_anchor=False)
+    job = Job.of((Concept("star", "disc"),), ("heart",), method=method, tau=0.0, prior_filter=False, safe_anchor=False)
     encoded = with_pooled(encoder(job.prompts()))
-    e = dense(solve_pooled(job, encoded))
-    star, disc, heart, empty = (encoded.pooled[encoded.place[p]].double() for p in ("star", "disc", "heart", ""))
+    e = dense(solve(job, encoded.pooled))
+    star, disc, heart, empty = (encoded.pooled[p].rows[0].double() for p in ("star", "disc", "heart", ""))
     assert max((e @ heart).norm(), (e @ empty).norm()) < 1e-6
     assert (star + e @ star - disc).norm() < 0.5 * (star - disc).norm()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_pooled_vector_without_a_preserve_list(method):
-    job = Job((Concept("star", "disc"), Concept("moon", "sun")), method=method, safe_anchor=False)
-    found = solve_pooled(job, with_pooled(encoder(job.prompts())))
+    job = Job.of((Concept("star", "disc"), Concept("moon", "sun")), method=method, safe_anchor=False)
+    found = solve(job, with_pooled(encoder(job.prompts())).pooled)
     assert torch.isfinite(found.a).all() and set(found.concept) == {0, 1}

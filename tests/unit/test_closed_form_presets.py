@@ -1,9 +1,15 @@
 """Presets: the published numbers of each method for each kind of concept."""
 
+from dataclasses import fields
+
 import pytest
-from membrane.core.closed_form.concepts import parse_templates
-from membrane.core.closed_form.job import METHODS, SETTINGS, Job
-from membrane.core.closed_form.presets import KINDS, PRESETS, published, surrogate_of
+from membrane.core.erasers.closed_form.job import METHODS, Job
+from membrane.core.erasers.closed_form.presets import KINDS, PRESETS, published, surrogate_of
+from membrane.core.text.concepts import parse_templates
+
+
+def settings_of(method):
+    return {field.name for field in fields(METHODS[method].settings)}
 
 
 @pytest.mark.parametrize("kind", PRESETS)
@@ -12,8 +18,8 @@ def test_a_preset_sets_everything_its_method_reads(kind, method):
     found = published(kind, method, 3)
     by_node = {"safe_anchor"}  # follows from the surrogates
     speed = {"lam", "prior_filter"}  # not on the node, so the defaults of a job hold elsewhere
-    assert set(SETTINGS[method]) - by_node - speed <= set(found) <= set(SETTINGS[method])
-    Job((), **found)
+    assert settings_of(method) - by_node - speed <= set(found) <= settings_of(method)
+    Job.of((), **found)
     assert parse_templates("\n".join(PRESETS[kind].templates)) == list(PRESETS[kind].templates)
     assert KINDS[0] == "custom" and kind in KINDS
 

@@ -4,20 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from membrane.core.closed_form.concepts import Concept
-from membrane.core.closed_form.job import Encoded, Job, aligned_groups, solve, whole_groups
-from membrane.core.closed_form.rece import PENALTIES, derived_embeddings, rece_terms
-from membrane.core.closed_form.text_map import gram
-from membrane.core.closed_form.uce import uce_of, uce_solver, uce_terms
+from membrane.core.erasers.closed_form.groups import aligned_groups, whole_groups
+from membrane.core.erasers.closed_form.job import Job, solve
+from membrane.core.erasers.closed_form.rece import PENALTIES, derived_embeddings, rece_terms
+from membrane.core.erasers.closed_form.solver import gram
+from membrane.core.erasers.closed_form.uce import uce_of, uce_solver, uce_terms
+from membrane.core.text.concepts import Concept
+from membrane.core.text.encoded import Encoded
+from membrane.core.text.rows import subject
 from safetensors.torch import load_file
 
 FIGURES = load_file(str(Path(__file__).parent.parent / "data" / "uce_rece_published.safetensors"))
 PROMPTS = ("star", "big heart", "", "disc", "small moon")
-JOB = Job((Concept("star", ""), Concept("big heart", "disc")), ("small moon",), preserve_scale=1.0)
-ENCODED = Encoded(PROMPTS, tuple(FIGURES["ids"].tolist()), FIGURES["embeddings"], 101)
+JOB = Job.of((Concept("star", ""), Concept("big heart", "disc")), ("small moon",), preserve_scale=1.0)
+ENCODED = Encoded.of_contexts(PROMPTS, tuple(FIGURES["ids"].tolist()), FIGURES["embeddings"], 101)
 START = {name.removeprefix("start."): w for name, w in FIGURES.items() if name.startswith("start.")}
 WEIGHT_GRAM = sum(w.T @ w for w in START.values())
-PRESERVE_GRAM = gram([ENCODED.row(p) for p in ("", "small moon")])
+PRESERVE_GRAM = gram([ENCODED[p].rows for p in ("", "small moon")])
 PUBLISHED = dict(zip(PENALTIES, ("zero", "1st", "2nd", "both", "standard")))
 RUNS = [(ours, epoch) for ours, epochs in zip(PENALTIES, (3, 1, 2, 2, 2)) for epoch in range(1, epochs + 1)]
 
@@ -49,7 +52,7 @@ def test_uce():
 
 def test_the_newer_uce_script_on_its_rows():
     """It edits and preserves the last token of each prompt only, the start token of an empty one."""
-    last = {p: ENCODED.row(p)[ENCODED.subject(p, p)][None] for p in PROMPTS}
+    last = {p: ENCODED[p].rows[subject(ENCODED[p], ENCODED[p])][None] for p in PROMPTS}
     groups = [[(last[c.text], last[c.surrogate])] for c in JOB.concepts]
     terms = uce_terms(groups, uce_solver(groups, gram([last[""], last["small moon"]])))
     assert worst(map_of(terms), "last_token") < 1e-10
@@ -78,6 +81,6 @@ def test_derived_embeddings(penalty_on):
     expected = FIGURES[f"rece.{PUBLISHED[penalty_on]}.1.derived"]
     for rows, concept in zip(expected, JOB.concepts):
         found = derived_embeddings(
-            ENCODED.row(concept.text), WEIGHT_GRAM, p, 0.1, penalty_on, ENCODED.row(concept.surrogate)
+            ENCODED[concept.text].rows, WEIGHT_GRAM, p, 0.1, penalty_on, ENCODED[concept.surrogate].rows
         )
         assert (found - rows).norm() < 1e-9 * rows.norm()

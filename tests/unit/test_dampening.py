@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from membrane.core.erasers.dampening import dampen, importance, threshold
 from membrane.core.errors import ErasureError
-from membrane.core.memorization.dampening import dampen, importance, threshold
 
 SHAPES = {"a": (12, 40), "b": (7, 33)}
 

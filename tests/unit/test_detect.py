@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 import torch
 from membrane.core.errors import ErasureError
-from membrane.core.memorization.detect import (
-    Calibration,
-    Trace,
-    bright_ending,
-    heat_map,
-    magnitude,
-    text_part,
-    words_of,
-)
-from membrane.core.memorization.report import plot, report, rows, suspicious
+from membrane.core.measures.detection import Calibration, Trace, bright_ending, heat_map, magnitude, text_part, words_of
+from membrane.core.measures.detection_report import plot, report, rows, suspicious
 
 SETTINGS = {"steps": 50, "first_steps": 5, "seeds": 4, "cfg": 7.5}
 SCORES = tuple(1 + 0.01 * i for i in range(100))

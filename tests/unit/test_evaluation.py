@@ -4,21 +4,22 @@ import base64
 import io
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from membrane.core.demo import judge as pixel_judge
 from membrane.core.errors import ErasureError
-from membrane.core.evaluation import distances, pixel_judge
-from membrane.core.evaluation.compare import built_in, by_pictures, compare, demo_judge, zero_shot_judge
-from membrane.core.evaluation.record import Record, decoded_picture, encoded_picture, summarise
-from membrane.core.evaluation.report import attack_sheet, drift_map, grid, page, report
-from membrane.core.evaluation.scores import Prompt
+from membrane.core.measures import distances
+from membrane.core.measures.compare import built_in, by_pictures, compare, demo_judge, zero_shot_judge
+from membrane.core.measures.record import Record, decoded_picture, encoded_picture
+from membrane.core.measures.render_grid import attack_sheet, drift_map, grid
+from membrane.core.measures.render_page import page
+from membrane.core.measures.render_text import report
+from membrane.core.measures.scores import Prompt
+from membrane.core.measures.summary import summarise
+from membrane.tools.pixel_world import world
 from PIL import Image
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "tools" / "pixel_world")]
-import world  # noqa: E402
 
 
 class Shifted:
@@ -72,7 +73,7 @@ def test_rows_and_numbers():
     assert row["floor"]["pixel"] == pytest.approx(0.001, rel=1e-3)
     assert row["drift"] == [[9.0, pytest.approx(0.1 / 0.1)], [0.5, pytest.approx(0.1 / 0.1)]]
     assert record.rows[1]["drift"][0][1] == pytest.approx(0.1 / 0.25)
-    summary = summarise(record)
+    summary = summarise(record).as_json()
     found = summary["strata"]["neighbour"]["latent"]
     ceiling = np.mean([r["ceiling"]["latent"] for r in record.rows if r["stratum"] == "neighbour"])
     assert found["integrity"]["value"] == pytest.approx(1 - (0.1 - 0.001) / (ceiling - 0.001), rel=1e-4)
@@ -95,8 +96,69 @@ def test_json_and_going_on():
     run(part, pairs=pairs)
     assert part == whole and pairs.asked == ["a heart", "two hearts", "three hearts, in all"]
     assert Record({"a": 2}).fingerprint() != whole.fingerprint()
-    for damaged in ("", "{}", '{"format": "other"}', text[:100], "[]"):
+    huge = text.replace("[[0.5]]", f"[[{10**400}]]")
+    for damaged in ("", "{}", '{"format": "other"}', text[:100], "[]", huge):
         assert Record.from_json(damaged) is None
+
+
+def test_drift_is_no_distance_but_stands_among_them_in_the_file():
+    record = run(Record({"a": 1}))
+    summary = summarise(record)
+    assert summary.distance_names() == ["pixel", "latent"] and list(summary.strata) == ["erase", "neighbour"]
+    erase = summary.strata["erase"]
+    assert set(erase.distances) == {"pixel", "latent"} and [level.sigma for level in erase.drift] == [9.0, 0.5]
+    assert (erase.distances["pixel"].count, erase.distances["pixel"].prompts) == (4, 2)
+    held = json.loads(record.to_json(summary))["summary"]
+    assert list(held["strata"]["erase"]) == ["pixel", "latent", "drift"]
+    moved = "count mean median p95 prompts floor ceiling integrity".split()
+    assert list(held["strata"]["erase"]["pixel"]) == moved
+    assert list(held["strata"]["erase"]["pixel"]["mean"]) == ["value", "low", "high"]
+    assert [list(level) for level in held["strata"]["erase"]["drift"]] == [["sigma", "value", "low", "high"]] * 2
+    assert held["strata"]["erase"]["pixel"]["mean"]["value"] == erase.distances["pixel"].mean.value
+    assert held["scores"]["erased"] == {"right": 2, "of": 2} and set(held) == {"strata", "scores"}
+
+
+EARLIER = """
+{"format": "membrane.evaluation", "version": 1, "fingerprint": "78a2c1a7dbb04b52", "configuration": {"a": 1},
+"probe": [[0.5]], "rows": [
+{"stratum": "erase", "index": 0, "prompt": "a star", "label": "star", "synonym": false, "seed": 0,
+"distance": {"latent": 0.1, "pixel": 0.1}, "ceiling": {"latent": 0.15, "pixel": 0.15},
+"drift": [[9.0, 1.0], [0.5, null]],
+"floor": {"latent": 0.001, "pixel": 0.001}, "answer": ["star", "star"]},
+{"stratum": "erase", "index": 0, "prompt": "a star", "label": "star", "synonym": false, "seed": 1,
+"distance": {"latent": 0.1, "pixel": 0.1}, "ceiling": {"latent": 0.15, "pixel": 0.15},
+"drift": [[9.0, 0.4], [0.5, null]],
+"answer": ["star", "star"]}],
+"pictures": [{"stratum": "erase", "prompt": "a star", "seed": 0, "original": "", "erased": ""}], "finished": false,
+"summary": {"strata": {"erase": {"pixel": {"count": 2, "mean": {"value": 0.1, "low": 0.1, "high": 0.1}, "median": 0.1,
+"p95": 0.1, "prompts": 1, "floor": 0.001, "ceiling": 0.15, "integrity": {"value": 0.3, "low": 0.3, "high": 0.3}},
+"drift": [{"sigma": 9.0, "value": 0.7, "low": 0.4, "high": 1.0}]}}, "scores": null}}
+"""
+
+
+def test_a_record_of_an_earlier_release_goes_on():
+    record, pairs = Record.from_json(EARLIER), Shifted(0.1)
+    assert record.configuration == {"a": 1} and len(record.rows) == 2 and not record.finished
+    first = summarise(record).strata["erase"]
+    assert [level.sigma for level in first.drift] == [9.0] and first.drift[0].value == pytest.approx(0.7)
+    assert first.distances["pixel"].floor == 0.001
+    run(record, pairs=pairs)
+    assert pairs.asked[0] == "a <i>pentagram</i>" and "a star" not in pairs.asked and len(record.rows) == 10
+    assert summarise(record).strata["erase"].distances["pixel"].prompts == 2
+
+
+@pytest.mark.parametrize("name", "stratum index prompt label synonym distance ceiling drift".split())
+def test_a_row_without_what_all_have_is_no_record(name):
+    data = json.loads(EARLIER)
+    del data["rows"][1][name]
+    assert Record.from_json(json.dumps(data)) is None
+
+
+@pytest.mark.parametrize("name", ["seed", "floor", "answer"])
+def test_a_row_without_what_some_have(name):
+    data = json.loads(EARLIER)
+    del data["rows"][0][name]
+    assert len(Record.from_json(json.dumps(data)).rows) == 2
 
 
 def test_what_is_shown_is_bounded():

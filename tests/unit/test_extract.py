@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from membrane.core.erasers.extract import BaseLayer, extract
 from membrane.core.errors import ErasureError
-from membrane.core.extract import BaseLayer, extract
 from membrane.core.formats.weights import EditedWeights
 
 D = 24
@@ -66,7 +66,7 @@ def test_a_closed_form_edit_comes_back_with_its_rank(rank):
         base(layers), EditedWeights(tensors, "star.safetensors", "UCE"), ("star",), "SD15", energy=1 - 1e-6
     )
     assert adapter.card.method == "UCE" and adapter.card.concepts == ("star",) and adapter.card.family == "SD15"
-    assert adapter.name == "" and adapter.text_map is None  # it is in no file yet
+    assert adapter.name == "" and adapter.maps.get("text") is None  # it is in no file yet
     assert set(adapter.low_rank) == {LDM[name] for name in KEY_VALUE}
     for name in KEY_VALUE:
         change, expected = adapter.low_rank[LDM[name]], (layers[name][0] @ e).double()

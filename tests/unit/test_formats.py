@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.errors import ErasureError
-from membrane.core.formats import kohya, native
+from membrane.core.formats import containers, kohya, labels, native, registry
 from membrane.core.formats.registry import load, load_weights
 from safetensors.torch import load_file, save_file
 
@@ -72,7 +73,7 @@ def test_spm(put):
     }
     adapter = load(put(tensors, SPM))
     assert adapter.card == Card("SPM", ("mickey", "mickey mouse")) and adapter.name == "x.safetensors"
-    assert adapter.text_map is None
+    assert adapter.maps.get("text") is None
     assert set(adapter.low_rank) == {SITE, "down_blocks_0_attentions_0_proj_in"}
     change = adapter.low_rank[SITE]
     assert change.alpha == 0.5 and change.rank == 1
@@ -503,7 +504,7 @@ def low_rank(rank=1, alpha=1.0, dtype=torch.float32):
 
 def export(tmp_path, changes, concepts=("star", "red heart"), **more):
     path = str(tmp_path / "out.safetensors")
-    adapter = ErasureAdapter(Card("SPM", concepts, family="SD15", licence="MIT"), None, "", changes)
+    adapter = ErasureAdapter(Card("SPM", concepts, family="SD15", licence="MIT"), {"low_rank": changes})
     kohya.save_low_rank(adapter, path, {layer: f"lora_unet_{layer}" for layer in changes}, **more)
     return path, adapter
 
@@ -550,7 +551,7 @@ def test_an_export_of_several_ranks_is_a_plain_lora(tmp_path):
 
 
 def test_an_export_for_another_model(tmp_path):
-    adapter = ErasureAdapter(Card("SPM", ("star",)), None, "", low_rank())
+    adapter = ErasureAdapter(Card("SPM", ("star",)), {"low_rank": low_rank()})
     with pytest.raises(ErasureError, match="lacks 3 of the 3 layers that star changes"):
         kohya.save_low_rank(adapter, str(tmp_path / "out.safetensors"), {})
     assert not os.listdir(tmp_path)
@@ -559,11 +560,58 @@ def test_an_export_for_another_model(tmp_path):
 def test_layers_may_share_a_factor(tmp_path):
     shared = randn(1, 6)
     changes = {name: LowRank(randn(8, 1), shared, 1.0) for name in ("a", "b")}
-    native.save(ErasureAdapter(Card("SPM", ("star",)), None, "", changes), str(tmp_path / "x.safetensors"))
+    native.save(ErasureAdapter(Card("SPM", ("star",)), {"low_rank": changes}), str(tmp_path / "x.safetensors"))
     assert set(load(str(tmp_path / "x.safetensors")).low_rank) == set(load(export(tmp_path, changes)[0]).low_rank)
 
 
 def test_registry_reads_native_files(tmp_path):
     path = str(tmp_path / "x.safetensors")
-    native.save(ErasureAdapter(Card("SPM", ("star",)), None, "", low_rank()), path)
+    native.save(ErasureAdapter(Card("SPM", ("star",)), {"low_rank": low_rank()}), path)
     assert set(load(path).low_rank) == set(low_rank())
+
+
+# ---------------------------------------------------------------- the contract of a format
+
+SPM_SAYS = {"prompts": "star, heart", "rank": "1", "alpha": "1"}
+LECO_SAYS = {"ss_leco_prompt_count": "1", "ss_leco_preview": '[{"target": "a", "neutral": "b", "action": "erase"}]'}
+EXPORT_SAYS = {"membrane.format": "lora", "membrane.concepts": '["star"]', "membrane.method": "ESD"}
+NATIVE_SAYS = {"membrane.format": "erasure_adapter", "membrane.version": "2", "membrane.concepts": '["star"]'}
+OWN_KEYS = {"low_rank.conv_in.up": randn(4, 1), "low_rank.conv_in.down": randn(1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("content", "metadata", "kind", "concepts"),
+    [
+        (OWN_KEYS, NATIVE_SAYS, "Membrane", ("star",)),
+        (pair("lora_unet_conv_in"), SPM_SAYS, "LoRA (kohya)", ("star", "heart")),
+        (pair("lora_unet_conv_in"), LECO_SAYS, "LoRA (kohya)", ("a",)),
+        (pair("lora_unet_conv_in"), EXPORT_SAYS, "LoRA (kohya)", ("star",)),
+        (pair("lora_unet_conv_in"), None, "LoRA (kohya)", ()),
+        (pair("unet.conv_in", down="lora_A", up="lora_B", alpha=None), None, "LoRA (PEFT, diffusers)", ()),
+    ],
+)
+def test_a_formats_card_is_the_adapters_without_its_numbers(put, content, metadata, kind, concepts):
+    path = put(content, metadata)
+    found = registry.format_of(containers.read(path))
+    assert found.name == kind and found in registry.FORMATS
+    header = labels.header(path)
+    assert all(tensor.is_meta for tensor in header.tensors.values()) and registry.format_of(header) is found
+    assert found.card(header) == load(path).card == labels.label(path).card
+    assert load(path).card.concepts == concepts
+
+
+@pytest.mark.parametrize("kind", [kind for kind in registry.FORMATS if kind.save], ids=lambda kind: kind.name)
+def test_what_a_format_saves_it_reads(tmp_path, kind):
+    path, card = str(tmp_path / "x"), Card("ESD", ("star",), family="SD15")
+    change = LowRank(randn(4, 2), randn(2, 3, seed=1), 2.0)
+    kind.save(ErasureAdapter(card, {"low_rank": {"conv_in": change}}), path)
+    contents = containers.read(path)
+    assert registry.format_of(contents) is kind and kind.card(contents) == card
+    found = kind.parse(contents).low_rank["conv_in"]
+    assert torch.equal(found.up, change.up) and torch.equal(found.down, change.down) and found.alpha == 2.0
+
+
+def test_every_look_alike_is_refused_before_a_format_but_one_that_says_its_name(put):
+    tensors = pair("lora_unet_x") | {"lora_unet_y.hada_w1_a": randn(2, 2)}
+    assert "LoHa" in refused(put(tensors))
+    assert load(put(OWN_KEYS | {"x.hada_w1_a": randn(2, 2)}, NATIVE_SAYS)).card.concepts == ("star",)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.beside import Bypass, Rows
+from membrane.core.adapters.deltas.low_rank import Factors, LowRank, Part
+from membrane.core.adapters.gates import Gate, gate_values
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import STRONGEST, Entry
 from membrane.core.errors import ErasureError
-from membrane.core.host.bypass import Bypass, Part, Rows
-from membrane.core.permeability import Channel, Concepts, Permeability, gate_values
-from membrane.core.plan import GatedLayer
-from membrane.core.stack import STRONGEST, Entry
+from membrane.core.text.similarity import Concepts
 
 HALF = [torch.float16, torch.bfloat16]
 TRANSPORT, REFERENCE = Permeability("facilitated transport"), Permeability("reference")
@@ -61,7 +63,7 @@ def test_factors_of_very_different_size(dtype, kind, count, tilt):
     gates = randn(2, count, seed=3).abs() / count
     x = (randn(2, 5, 8, seed=4) if kind == "linear" else randn(2, 8, 4, 4, seed=4)).to(dtype)
     made = module(kind, dtype)
-    found = run(made, GatedLayer(up, down, tuple(range(count))), gates, x)
+    found = run(made, Factors(up.T, down, torch.arange(count)), gates, x)
     wanted = expected(kind, made, up, down, gates, x)
     assert found.dtype == dtype and found.isfinite().all()
     assert (found.double() - wanted).norm() < 8 * torch.finfo(dtype).eps * wanted.norm()
@@ -72,7 +74,7 @@ def test_the_reference_combination_keeps_its_meaning(dtype):
     """Columns that are added over adapters before they are multiplied are scaled by one number."""
     up, down, gates = randn(6, 4) * 1e6, randn(4, 8, seed=1) * 1e-6, torch.tensor([[0.5, 0.25, 0.125, 1.0]])
     x, made = randn(1, 3, 8, seed=2).to(dtype), module("linear", dtype)
-    layer = GatedLayer(up, down, (0, 1, 2, 3), paired=4, rank=1)
+    layer = Factors(up.T, down, torch.arange(4), paired=4, rank=1)
     found = run(made, layer, gates, x)
     whole = (up.double() * gates.double()).sum(1)[:, None] @ (down.double() * gates.double().T).sum(0)[None]
     wanted = made.double()(x.double()).detach() + x.double() @ whole.T
@@ -82,13 +84,13 @@ def test_the_reference_combination_keeps_its_meaning(dtype):
 def test_one_factor_that_is_nothing():
     """A trained adapter starts with an up factor of zeros."""
     made, x = module("linear", torch.float16), randn(1, 2, 8).half()
-    found = run(made, GatedLayer(torch.zeros(6, 1), randn(1, 8), (0,)), torch.ones(1, 1), x)
+    found = run(made, Factors(torch.zeros(1, 6), randn(1, 8), torch.tensor([0])), torch.ones(1, 1), x)
     assert torch.equal(found, made(x))
 
 
 @pytest.mark.parametrize("strength", [1e4, -1e300, float("inf"), float("nan"), 1001])
 def test_strengths_beyond_half_precision_are_refused(strength):
-    adapter = ErasureAdapter(Card("SPM", ("star",)), low_rank={"x": LowRank(randn(2, 1), randn(1, 2), 1.0)})
+    adapter = ErasureAdapter(Card("SPM", ("star",)), {"low_rank": {"x": LowRank(randn(2, 1), randn(1, 2), 1.0)}})
     with pytest.raises(ErasureError, match="expected their product"):
         Entry(adapter, strength)
     with pytest.raises(ErasureError):
@@ -99,11 +101,11 @@ def test_strengths_beyond_half_precision_are_refused(strength):
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_largest_strength_of_a_hundred_adapters(dtype):
     """Gates are numbers of the network's type as well."""
-    entries = [Channel((0,), float(STRONGEST), "facilitated transport", TRANSPORT) for _ in range(100)]
+    entries = [Gate((0,), float(STRONGEST), "facilitated transport", TRANSPORT) for _ in range(100)]
     gates = gate_values(entries, torch.ones(1, 1))
     assert gates.to(dtype).isfinite().all() and (gates == STRONGEST).all()
     up, down = randn(6, 100) * 1e-3, randn(100, 8, seed=1) * 1e-3
-    found = run(module("linear", dtype), GatedLayer(up, down, tuple(range(100))), gates, randn(1, 2, 8).to(dtype))
+    found = run(module("linear", dtype), Factors(up.T, down, torch.arange(100)), gates, randn(1, 2, 8).to(dtype))
     assert found.isfinite().all()
 
 
@@ -113,7 +115,7 @@ def test_gates_of_texts_of_any_size(rows, mode):
     """Zero vectors, as of a text encoder that is switched off, and vectors near the end of float32."""
     known = Concepts(("star", ""), torch.cat([randn(1, 4, 6), torch.zeros(1, 4, 6)]), (frozenset([1]), frozenset()))
     score = known.match(torch.full((2, 4, 6), rows), [frozenset(), None])
-    channels = [Channel((0, 1), 2.0, mode, Permeability(mode))]
+    channels = [Gate((0, 1), 2.0, mode, Permeability(mode))]
     assert score.isfinite().all() and gate_values(channels, score).isfinite().all()
 
 

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
-from membrane.core.closed_form.job import Encoded
-from membrane.core.evaluation.chart import bar_chart
-from membrane.core.evaluation.impact import impacts, relative_change, report
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.measures.chart import bar_chart
+from membrane.core.measures.impact import impacts, relative_change, report
+from membrane.core.text.encoded import Encoded
 
 D, END = 10, 50
 
@@ -24,13 +25,14 @@ def gram():
 def adapter(seed):
     g = torch.Generator().manual_seed(seed)
     return ErasureAdapter(
-        Card("UCE", ("x",)), TextMap(torch.randn(D, 2, generator=g), torch.randn(2, D, generator=g) * 0.1, (0, 0))
+        Card("UCE", ("x",)),
+        {"map": {"text": TextMap(torch.randn(D, 2, generator=g), torch.randn(2, D, generator=g) * 0.1, (0, 0))}},
     )
 
 
 def encoded():
     vectors = torch.randn(2, 6, D, generator=torch.Generator().manual_seed(2))
-    return Encoded(
+    return Encoded.of_contexts(
         ("one word", "three words here"), ([49, 1, END, END, END, END], [49, 1, 2, 3, END, END]), vectors, END
     )
 
@@ -45,10 +47,10 @@ def test_relative_change_is_the_norm_over_all_layers():
 
 def test_impacts_count_words_and_the_end_token_and_are_sorted():
     stack = ErasureStack((Entry(adapter(5), 0.5), Entry(adapter(6), 2.0)))
-    e = 0.5 * adapter(5).text_map.matrix() + 2.0 * adapter(6).text_map.matrix()
+    e = 0.5 * adapter(5).maps["text"].matrix() + 2.0 * adapter(6).maps["text"].matrix()
     expected = {}
     for prompt, rows in (("one word", slice(1, 3)), ("three words here", slice(1, 5))):
-        c = encoded().row(prompt)[rows]
+        c = encoded()[prompt].rows[rows]
         expected[prompt] = relative_change(c @ e.T, c, gram())
     found = impacts(stack, encoded(), gram())
     assert [i.prompt for i in found] == sorted(expected, key=expected.get, reverse=True)

@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
-from membrane.core.formats import files, kohya
-from membrane.core.low_rank import compact, layer_factors
+from membrane.core import files
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.text_map import TextMap, compact, layer_factors
+from membrane.core.formats import kohya
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -23,7 +24,7 @@ def adapter(terms=4, repeats=1, scale=1.0):
     a = randn(D, terms).repeat(1, repeats).float() * scale
     b = randn(terms, D, seed=1).repeat(repeats, 1).float() / scale
     card = Card("UCE", ("star", "heart, red"), ("circle", "x"), "SDXL", "abcd", {"anchor": 0.5}, "MIT")
-    return ErasureAdapter(card, TextMap(a, b, tuple(i % 2 for i in range(terms * repeats))))
+    return ErasureAdapter(card, {"map": {"text": TextMap(a, b, tuple(i % 2 for i in range(terms * repeats)))}})
 
 
 def weights():
@@ -46,13 +47,13 @@ def delta(tensors, name):
 
 
 def expected(made, weight):
-    return weight.double() @ made.text_map.a.double() @ made.text_map.b.double()
+    return weight.double() @ made.maps["text"].a.double() @ made.maps["text"].b.double()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6])
 @pytest.mark.parametrize(("terms", "repeats", "rank"), [(4, 1, 4), (4, 9, 4), (40, 1, D), (1, 1, 1)])
 def test_compact_keeps_the_map_and_drops_what_repeats(terms, repeats, rank, scale):
-    text_map = adapter(terms, repeats, scale).text_map
+    text_map = adapter(terms, repeats, scale).maps["text"]
     a, b = compact(text_map.a, text_map.b)
     whole = text_map.a.double() @ text_map.b.double()
     assert a.shape == (D, rank) and b.shape == (rank, D)
@@ -62,7 +63,7 @@ def test_compact_keeps_the_map_and_drops_what_repeats(terms, repeats, rank, scal
 
 @pytest.mark.parametrize("out", [2, 4, 32])
 def test_factors_are_exact_and_no_larger_than_the_layer(out):
-    text_map, weight = adapter(6).text_map, randn(out, D)
+    text_map, weight = adapter(6).maps["text"], randn(out, D)
     up, down = layer_factors(weight, *compact(text_map.a, text_map.b))
     whole = weight @ text_map.a.double() @ text_map.b.double()
     assert up.shape[1] == len(down) <= min(out, 6)
@@ -96,7 +97,7 @@ def test_float32_where_half_precision_is_not_enough(tmp_path):
 def test_a_map_that_does_nothing(tmp_path):
     text_map = TextMap(torch.zeros(D, 2), torch.zeros(2, D), (0, 0))
     path = str(tmp_path / "nothing.safetensors")
-    kohya.save(ErasureAdapter(Card("UCE", ("star",)), text_map), weights().items(), path, NAMES)
+    kohya.save(ErasureAdapter(Card("UCE", ("star",)), {"map": {"text": text_map}}), weights().items(), path, NAMES)
     tensors = load_file(path)
     assert all(torch.isfinite(t).all() for t in tensors.values())
     assert not any(delta(tensors, name).any() for name in NAMES.values())
@@ -115,7 +116,7 @@ def test_metadata(tmp_path, family, version, architecture):
     made = adapter()
     path = str(tmp_path / "star.safetensors")
     card = Card(made.card.method, made.card.concepts, family=family)
-    kohya.save(ErasureAdapter(card, made.text_map), weights().items(), path, NAMES)
+    kohya.save(ErasureAdapter(card, {"map": {"text": made.maps["text"]}}), weights().items(), path, NAMES)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["ss_base_model_version"] == version and metadata["modelspec.architecture"] == architecture

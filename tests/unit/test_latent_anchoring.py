@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from membrane.core.errors import ErasureError
-from membrane.core.training.latent_anchoring import (
+from membrane.core.erasers.spm import (
     Settings,
     Texts,
     alphas_cumprod,
@@ -21,6 +20,7 @@ from membrane.core.training.latent_anchoring import (
     told_timestep,
     train,
 )
+from membrane.core.errors import ErasureError
 
 T, D = 5, 6
 

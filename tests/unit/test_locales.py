@@ -1,8 +1,8 @@
 """The translations have every text of the nodes, and only texts that the page shows as they stand.
 
 Which nodes, inputs and outputs there are comes from the contract's snapshot; tests/host/test_locales.py compares the
-English texts with the nodes themselves. When one of these fails after a node has changed: run tools/locales.py, then
-translate what it names.
+English texts with the nodes themselves. When one of these fails after a node has changed:
+run tools/check/locales.py, then translate what it names.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
-from membrane.tools.locales import LANGUAGES, flat, plain, read
+from membrane.tools.check.locales import LANGUAGES, flat, page_strings, plain, read
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "locales").rglob("*.json"))
@@ -32,14 +32,14 @@ def expected():
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_translation_has_every_text_of_the_nodes(language):
     there, wanted = set(flat(read(language))), set(expected())
-    assert there == wanted, f"run tools/locales.py, then translate: {sorted(wanted ^ there)}"
+    assert there == wanted, f"run tools/check/locales.py, then translate: {sorted(wanted ^ there)}"
 
 
 def test_english_has_them_too_but_for_what_the_page_would_misread():
     english, wanted = flat(read("en")), set(expected())
     assert english.keys() <= wanted
     assert all(key.endswith(".tooltip") for key in wanted - english.keys())
-    assert len(wanted - english.keys()) < 10, "tools/locales.py has not been run for a while"
+    assert len(wanted - english.keys()) < 10, "tools/check/locales.py has not been run for a while"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -63,6 +63,6 @@ def test_translations_are_in_their_language_and_keep_the_numbers(language):
 
 def test_menu_entries_are_those_of_the_page():
     entry = re.search(r'TITLE = "([^"]+)"', (ROOT / "web" / "js" / "erase_here.js").read_text(encoding="utf-8"))[1]
-    assert read("en", "main.json") == {"contextMenu": {entry: entry}}
+    assert read("en", "main.json") == {"contextMenu": {entry: entry}, "membrane": page_strings()}
     for language in LANGUAGES:
-        assert list(flat(read(language, "main.json"))) == [f"contextMenu.{entry}"]
+        assert list(flat(read(language, "main.json")["contextMenu"])) == [entry]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from membrane.core.adapter import Mask
+from membrane.core.adapters.deltas.mask import Mask
+from membrane.core.erasers.pruning import Activity, locate, marks, overlap, report, squares, union
 from membrane.core.errors import ErasureError
-from membrane.core.memorization.locate import Activity, locate, marks, overlap, report, squares, union
 
 LEVELS = (14.6, 9.1, 5.0)
 

@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, Mask
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.delta import OPEN
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.mask import Mask
+from membrane.core.adapters.permeability import OFF, Permeability
+from membrane.core.adapters.plan import make_plan
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
 from membrane.core.formats import kohya, native
-from membrane.core.permeability import OFF, Permeability
-from membrane.core.plan import OPEN, make_plan
-from membrane.core.stack import Entry, ErasureStack
 from safetensors.torch import load_file, save_file
 
 SITES = ("down_0_ff_net_2", "mid_ff_net_2")
@@ -26,7 +29,7 @@ def adapter(kept=False):
         site: Mask.of(marks_of(10 + i, 21, i), torch.rand(10 + i, 21, generator=g) if kept else None)
         for i, site in enumerate(SITES)
     }
-    return ErasureAdapter(Card("ConceptPrune", ("star",), family="SD15"), masks=masks)
+    return ErasureAdapter(Card("ConceptPrune", ("star",), family="SD15"), {"mask": masks})
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 3), (9, 16), (320, 1280)])
@@ -72,7 +75,7 @@ def test_a_layer_as_sparse_as_published_takes_a_fiftieth_of_its_weights(tmp_path
     columns = torch.rand(5120, generator=torch.Generator().manual_seed(1)) < 0.2  # neurons more active on the target
     marks = marks_of(1280, 5120, 2, 0.1) & columns
     path = tmp_path / "mask.safetensors"
-    native.save(replace(adapter(), masks={"x": Mask.of(marks)}), str(path))
+    native.save(replace(adapter(), deltas={"mask": {"x": Mask.of(marks)}}), str(path))
     assert path.stat().st_size < 1280 * 5120 * 2 / 50
 
 
@@ -121,7 +124,7 @@ def test_damaged_file_says_what_is_wrong(tmp_path, change, says):
 def test_file_without_masks_keeps_the_version_older_releases_read(tmp_path):
     path = str(tmp_path / "x.safetensors")
     layers = {"x": LowRank(torch.ones(4, 1), torch.ones(1, 4), 1.0)}
-    native.save(ErasureAdapter(Card("SPM", ("star",)), low_rank=layers), path)
+    native.save(ErasureAdapter(Card("SPM", ("star",)), {"low_rank": layers}), path)
     assert b'"membrane.version":"2"' in open(path, "rb").read(4000)
     native.save(adapter(), path)
     assert b'"membrane.version":"3"' in open(path, "rb").read(4000)
@@ -142,16 +145,16 @@ def test_export_is_the_difference(tmp_path):
         kohya.save_masks(masks, weights.get, path, {SITES[0]: "a"})
 
 
-def test_plan_has_fixed_masks_with_their_strength_and_gated_ones_with_a_channel():
+def test_plan_has_fixed_masks_with_their_strength_and_gated_ones_with_a_gate():
     keys = {site: f"diffusion_model.{site}.weight" for site in SITES}
     fixed = Entry(adapter(), 0.5, permeability=Permeability(factor=0.5))
     plan = make_plan(ErasureStack((fixed,)), keys=keys)
-    assert plan and not plan.in_steps and not plan.channels
-    assert [(d.factor, d.channel) for m in plan.masks.values() for d in m] == [(0.25, OPEN)] * 2
+    assert plan and not plan.follows and not plan.gates
+    assert [(t.factor, t.gate) for layer in plan.layers.values() for t in layer.on_weight] == [(0.25, OPEN)] * 2
     for gated in (replace(fixed, end_percent=0.5), replace(fixed, permeability=Permeability(negative=OFF))):
         plan = make_plan(ErasureStack((fixed, gated)), keys=keys)
-        assert plan.in_steps and len(plan.channels) == 1
-        assert [d.channel for d in plan.masks[keys[SITES[0]]]] == [OPEN, 0]
+        assert plan.follows and [gate.entry for gate in plan.gates] == [0, 1]
+        assert [term.gate for term in plan.layers[keys[SITES[0]]].on_weight] == [OPEN, 1]
     assert not make_plan(ErasureStack((replace(fixed, strength=0.0),)), keys=keys)
 
 

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
-from membrane.core.closed_form.job import Encoded
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.gates import openings, openings_report
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.evaluation.openings import openings, openings_report
-from membrane.core.permeability import Concepts, Permeability
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.text.encoded import Encoded
+from membrane.core.text.similarity import Concepts
 
 END = 9
 TRANSPORT = Permeability("facilitated transport")
@@ -16,20 +19,28 @@ TRANSPORT = Permeability("facilitated transport")
 def encoded(*words):
     g = torch.Generator().manual_seed(2)
     ids = tuple([8, *w, *[END] * (5 - len(w))] for w in words)
-    return Encoded(tuple(" ".join(map(str, w)) for w in words), ids, torch.rand(len(words), 6, 4, generator=g), END)
+    return Encoded.of_contexts(
+        tuple(" ".join(map(str, w)) for w in words), ids, torch.rand(len(words), 6, 4, generator=g), END
+    )
 
 
 def lora(concepts):
     change = LowRank(torch.ones(4, 1), torch.ones(1, 4), 1.0)
-    return ErasureAdapter(Card("SPM", concepts), low_rank={"mid": change}, name="spm.safetensors")
+    return ErasureAdapter(Card("SPM", concepts), {"low_rank": {"mid": change}}, "spm.safetensors")
 
 
 def words(concepts):
-    return ErasureAdapter(Card("UCE", concepts), TextMap(torch.ones(4, 2), torch.ones(2, 4), (0, 1)), name="uce")
+    return ErasureAdapter(
+        Card("UCE", concepts), {"map": {"text": TextMap(torch.ones(4, 2), torch.ones(2, 4), (0, 1))}}, "uce"
+    )
 
 
 CONCEPTS = Concepts.of(encoded((1,), (2, 3), ()))
 PROMPTS = encoded((1, 4), (5,))
+
+
+def matched():
+    return CONCEPTS.match(PROMPTS.vectors, [frozenset(prompt.ids) for prompt in PROMPTS])
 
 
 def test_one_bar_for_an_adapter_and_one_for_each_concept_of_a_map():
@@ -41,7 +52,7 @@ def test_one_bar_for_an_adapter_and_one_for_each_concept_of_a_map():
             Entry(lora(("z",)), enabled=False),
         )
     )
-    found = openings(stack, PROMPTS, CONCEPTS)
+    found = openings(stack, PROMPTS.prompts, matched(), CONCEPTS.names)
     score = CONCEPTS.match(PROMPTS.vectors, [frozenset({1, 4}), frozenset({5})])
     assert score[0, 0] == 1.0  # its only token is in the prompt
     for i, prompt in enumerate(PROMPTS.prompts):
@@ -56,12 +67,12 @@ def test_one_bar_for_an_adapter_and_one_for_each_concept_of_a_map():
 
 def test_nothing_that_follows_the_text():
     stack = ErasureStack((Entry(words(("x", "y")), 0.25),))
-    assert [(o.prompt, o.value) for o in openings(stack, PROMPTS, None)] == [("1 4", 0.25), ("5", 0.25)]
+    assert [(o.prompt, o.value) for o in openings(stack, PROMPTS.prompts, None)] == [("1 4", 0.25), ("5", 0.25)]
 
 
 def test_report():
     stack = ErasureStack((Entry(words(("x", "y")), 0.25), Entry(lora(("z",)), permeability=Permeability("fixed"))))
-    text = openings_report(openings(stack, PROMPTS, None))
+    text = openings_report(openings(stack, PROMPTS.prompts, None))
     assert text.splitlines() == ["1 4", "  uce               0.250", "  spm.safetensors   1.000", "5"] + [
         "  uce               0.250", "  spm.safetensors   1.000"]  # fmt: skip
 

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
-from membrane.core.closed_form.job import Encoded
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.gates import Gate, gate_values
+from membrane.core.adapters.permeability import MODES, Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.permeability import MODES, Channel, Concepts, Permeability, gate_values
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.text.encoded import Encoded
+from membrane.core.text.similarity import Concepts
 
 T, D = 7, 6
 START, END = 90, 91
@@ -25,7 +28,7 @@ def row(*words):
 def encoded(*words):
     """Encoded concepts, given by their token ids, and the empty prompt."""
     prompts = tuple(" ".join(map(str, w)) for w in words) + ("",)
-    return Encoded(prompts, tuple(row(*w) for w in words) + (row(),), vectors(1, len(words) + 1), END)
+    return Encoded.of_contexts(prompts, tuple(row(*w) for w in words) + (row(),), vectors(1, len(words) + 1), END)
 
 
 CONCEPTS = Concepts.of(encoded((1, 2), (3,), (4, 4, 5), ()))
@@ -81,45 +84,45 @@ def test_an_empty_text_of_zeros_stays_finite():
     assert torch.equal(CONCEPTS.match(torch.zeros(1, T, D)), torch.zeros(1, 4))
 
 
-def channel(concepts, mode="facilitated transport", strength=1.0, **settings):
-    return Channel(concepts, strength, mode, Permeability(mode, **settings))
+def gate(concepts, mode="facilitated transport", strength=1.0, **settings):
+    return Gate(concepts, strength, mode, Permeability(mode, **settings))
 
 
 SCORE = torch.tensor([[0.2, 0.9, 0.5], [0.7, 0.1, 0.6]])
 
 
 def test_linear_rule_with_factor_and_strength():
-    found = gate_values([channel((0,), strength=0.5, factor=2.0), channel((0, 2), strength=-1.0)], SCORE)
+    found = gate_values([gate((0,), strength=0.5, factor=2.0), gate((0, 2), strength=-1.0)], SCORE)
     assert torch.allclose(found, torch.tensor([[0.2, -0.5], [0.7, -0.7]]))
 
 
 def test_fixed_ignores_the_text():
-    assert gate_values([channel((), "fixed", 0.5, factor=3.0)], None).tolist() == [[1.5]]
-    assert gate_values([channel((), "fixed", 0.5), channel((1,))], SCORE)[:, 0].tolist() == [0.5, 0.5]
+    assert gate_values([gate((), "fixed", 0.5, factor=3.0)], None).tolist() == [[1.5]]
+    assert gate_values([gate((), "fixed", 0.5), gate((1,))], SCORE)[:, 0].tolist() == [0.5, 0.5]
 
 
 def test_threshold_closes():
-    found = gate_values([channel((0,), threshold=0.5)], SCORE)
+    found = gate_values([gate((0,), threshold=0.5)], SCORE)
     assert found.flatten().tolist() == pytest.approx([0.0, 0.7])
 
 
 def test_route_opens_the_best_only():
-    channels = [channel((i,), "route") for i in range(3)]
-    assert gate_values(channels, SCORE).tolist() == [pytest.approx([0, 0.9, 0]), pytest.approx([0.7, 0, 0])]
-    two = [channel((i,), "route", top_k=2) for i in range(3)]
+    gates = [gate((i,), "route") for i in range(3)]
+    assert gate_values(gates, SCORE).tolist() == [pytest.approx([0, 0.9, 0]), pytest.approx([0.7, 0, 0])]
+    two = [gate((i,), "route", top_k=2) for i in range(3)]
     assert gate_values(two, SCORE).tolist() == [pytest.approx([0, 0.9, 0.5]), pytest.approx([0.7, 0, 0.6])]
-    mixed = [channel((0,)), *channels]  # what is not routed does not compete
+    mixed = [gate((0,)), *gates]  # what is not routed does not compete
     assert gate_values(mixed, SCORE)[0].tolist() == pytest.approx([0.2, 0, 0.9, 0])
 
 
 def test_equal_matches_open_in_order_and_not_all():
-    found = gate_values([channel((0,), "route"), channel((0,), "route")], SCORE)
+    found = gate_values([gate((0,), "route"), gate((0,), "route")], SCORE)
     assert found.count_nonzero(dim=1).tolist() == [1, 1]
 
 
 def lora(method, concepts=("star",)):
     change = LowRank(torch.zeros(4, 1), torch.zeros(1, 4), 1.0)
-    return ErasureAdapter(Card(method, concepts), low_rank={"mid": change})
+    return ErasureAdapter(Card(method, concepts), {"low_rank": {"mid": change}})
 
 
 def test_automatic_is_what_was_published():

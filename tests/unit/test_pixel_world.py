@@ -1,23 +1,14 @@
 """The demo model's world, its judge, its arithmetic and the quality its card claims."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from membrane.core.pixel_world import ASSETS, latent_to_rgb, rgb_to_latent
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path[:0] = [str(TOOLS), str(TOOLS / "pixel_world")]
-import classifier  # noqa: E402
-import demo  # noqa: E402
-import evaluate  # noqa: E402
-import tokenizer as tokenizers  # noqa: E402
-import world  # noqa: E402
-
-trained = pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the weights are not here")
+from membrane.core.demo.world import ASSETS, latent_to_rgb, rgb_to_latent
+from membrane.tools import demo
+from membrane.tools.pixel_world import classifier, evaluate, world
+from membrane.tools.pixel_world import tokenizer as tokenizers
 
 
 def test_held_out_combinations_are_never_trained_on():
@@ -73,7 +64,6 @@ def test_the_judge_sees_when_there_is_no_shape():
     assert (classifier.read(classifier.load(), empty)["shape"] == len(world.SHAPES)).mean() > 0.9
 
 
-@trained
 @pytest.mark.slow
 def test_the_shipped_weights_draw_what_they_are_told():
     sampler = evaluate.Sampler(

@@ -6,8 +6,8 @@ import statistics
 
 import numpy as np
 import pytest
-from membrane.core.evaluation import retention
-from membrane.core.evaluation.retention import estimate, integrity, relative_drift, resamples, summary
+from membrane.core.measures import retention
+from membrane.core.measures.retention import estimate, integrity, relative_drift, resamples, summary
 
 
 def nested(prompts, seeds, seed=0, spread=1.0):

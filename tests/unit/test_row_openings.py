@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.gates import by_entry, gate_values, gates_of, of_negative, openings_by_words, shared_words
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.adapters.stack_json import Row, from_json
 from membrane.core.errors import ErasureError
-from membrane.core.evaluation.row_openings import Words, openings_by_words, row_openings
 from membrane.core.formats import native
 from membrane.core.formats.labels import UNOPENED, label
-from membrane.core.stack import Entry, ErasureStack
-from membrane.core.stack_json import from_json
 
 CONCEPTS = {"star": ("star",), "gogh": ("van gogh",), "both": ("red star", "heart"), "spm": ("moon",), "lora": ()}
 
@@ -29,13 +31,12 @@ def follows(name, strength=1.0, **settings):
 
 
 def by_words(whole, text):
-    return {o.row.index: pytest.approx(o.value) for o in openings_by_words(whole, text)}
+    return {whole.entries[n].index: pytest.approx(value) for n, value in openings_by_words(whole, text).items()}
 
 
 def test_words_are_shares_of_the_concepts_words():
-    found = Words(("star", "van gogh", "a red star", "")).match(
-        "Painting of a (STAR:1.2), by Vincent van  Gogh's pupil"
-    )
+    names = ("star", "van gogh", "a red star", "")
+    found = shared_words(names, "Painting of a (STAR:1.2), by Vincent van  Gogh's pupil")
     torch.testing.assert_close(found, torch.tensor([[1.0, 1.0, 2 / 3, 0.0]]))
 
 
@@ -65,18 +66,18 @@ def test_without_anything_to_follow_no_text_is_needed():
 def test_chained_editors_keep_their_rows_apart():
     whole = stack(follows("star"), node="1") + stack(follows("gogh"), follows("star"), node="2:5")
     whole += ErasureStack((Entry(card_only("star")),))  # of another node: no row of an editor
-    found = [(o.row.node, o.row.index, o.value) for o in openings_by_words(whole, "star")]
-    assert found == [("1", 0, 1.0), ("2:5", 0, 0.0), ("2:5", 1, 1.0)]
+    found = [(whole.entries[n], value) for n, value in openings_by_words(whole, "star").items()]
+    rows = [(row.node, row.index, value) for row, value in found if isinstance(row, Row)]
+    assert rows == [("1", 0, 1.0), ("2:5", 0, 0.0), ("2:5", 1, 1.0)]
 
 
 def test_the_negative_prompt_gets_what_its_rows_say():
     same, own, off = (follows("star", negative=n) for n in ("same as positive", "own", "off"))
-    whole, names = stack(same, own, off), Words(("star",))
-    positive = row_openings(whole, names, torch.tensor([[0.2], [0.75]]))
-    assert [o.value for o in positive] == [0.75, 0.75, 0.75]
-    negative = row_openings(whole, names, torch.tensor([[0.125]]), positive)
-    assert [o.value for o in negative] == [0.75, 0.125, 0.0]
-    assert [o.value for o in row_openings(whole, names, torch.tensor([[0.125]]), [])] == [0.125, 0.125, 0.0]
+    gates = gates_of(stack(same, own, off), ("star",))
+    positive, alone = (gate_values(gates, torch.tensor(score)) for score in ([[0.2], [0.75]], [[0.125]]))
+    assert list(by_entry(gates, positive).values()) == [0.75, 0.75, 0.75]
+    assert list(by_entry(gates, of_negative(gates, alone, positive)).values()) == [0.75, 0.125, 0.0]
+    assert list(by_entry(gates, of_negative(gates, alone, None)).values()) == [0.125, 0.125, 0.0]
 
 
 def test_a_negative_strength_is_an_opening_too():
@@ -89,7 +90,7 @@ def test_a_negative_strength_is_an_opening_too():
 def test_the_label_of_a_file_is_that_of_the_loaded_adapter(tmp_path):
     path = str(tmp_path / "a.safetensors")
     card = Card("UCE", ("star",), ("circle",), "SD15", "abc", {}, "CC0")
-    native.save(ErasureAdapter(card, TextMap(torch.ones(4, 1), torch.ones(1, 4), (0,))), path)
+    native.save(ErasureAdapter(card, {"map": {"text": TextMap(torch.ones(4, 1), torch.ones(1, 4), (0,))}}), path)
     found = label(path)
     assert (found.card, found.family, found.licence) == (native.load(path).card, "SD15", "CC0")
     assert found.size == (tmp_path / "a.safetensors").stat().st_size
@@ -98,7 +99,7 @@ def test_the_label_of_a_file_is_that_of_the_loaded_adapter(tmp_path):
 def test_no_numbers_are_read_for_a_label(tmp_path, monkeypatch):
     path = str(tmp_path / "a.safetensors")
     changes = {"down_blocks_0": LowRank(torch.ones(8, 1), torch.ones(1, 8), 1.0)}
-    native.save(ErasureAdapter(Card("SPM", ("star",)), low_rank=changes), path)
+    native.save(ErasureAdapter(Card("SPM", ("star",)), {"low_rank": changes}), path)
     whole = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(whole[: len(whole) - 32] + b"\xff" * 32)
     assert label(path).card.concepts == ("star",)

@@ -2,7 +2,7 @@
 
 import pytest
 from membrane.core.errors import ErasureError
-from membrane.core.evaluation.scores import Prompt, Share, harmonic_mean, named_class, parse_prompt, scores
+from membrane.core.measures.scores import Prompt, Share, harmonic_mean, named_class, parse_prompt, scores
 
 CLASSES = ("star", "sea star", "heart")
 

@@ -1,7 +1,8 @@
 """One spelling of a layer for all programs."""
 
 import pytest
-from membrane.core.sites import group, site
+from membrane.core.families.sites import site
+from membrane.core.families.table import role
 
 DIFFUSERS = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 LDM = "input_blocks_1_1_transformer_blocks_0_attn2_to_k"
@@ -53,9 +54,9 @@ def test_site(name, expected):
         ("ff_net_2", "feed_forward.down"),
     ],
 )
-def test_groups_of_a_transformer_block(ending, expected):
-    assert group(f"up_blocks_3_attentions_2_transformer_blocks_0_{ending}") == expected
-    assert group(f"output_blocks_11_1_transformer_blocks_0_{ending}") == expected
+def test_roles_of_a_transformer_block(ending, expected):
+    assert role(f"up_blocks_3_attentions_2_transformer_blocks_0_{ending}") == expected
+    assert role(f"output_blocks_11_1_transformer_blocks_0_{ending}") == expected
 
 
 @pytest.mark.parametrize(
@@ -69,5 +70,5 @@ def test_groups_of_a_transformer_block(ending, expected):
         ("transformer_blocks_0_attn_add_k_proj", "other"),
     ],
 )
-def test_other_groups(name, expected):
-    assert group(name) == expected
+def test_other_roles(name, expected):
+    assert role(name) == expected

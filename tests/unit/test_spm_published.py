@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, LowRank
-from membrane.core.host.bypass import Bypass, Part, Rows
-from membrane.core.permeability import Channel, Concepts, Permeability, gate_values
-from membrane.core.plan import GatedLayer, make_plan
-from membrane.core.sites import site
-from membrane.core.stack import Entry, ErasureStack
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.beside import Bypass, Rows
+from membrane.core.adapters.deltas.low_rank import Factors, LowRank, Part
+from membrane.core.adapters.gates import Gate, gate_values
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.plan import make_plan
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.families.sites import site
+from membrane.core.text.similarity import Concepts
 from safetensors.torch import load_file
 
 DATA = Path(__file__).parent.parent / "data"
@@ -41,7 +44,7 @@ def test_layer(kind, rank):
     module.load_state_dict({"weight": data["weight"], "bias": data["bias"]})
     for i, alpha in enumerate(PUBLISHED["layer"]["alphas"]):
         change = low_rank(data["up"], data["down"], alpha)
-        layer = GatedLayer(change.up * change.scale, change.down, (0,) * rank)
+        layer = Factors((change.up * change.scale).T, change.down, torch.zeros(rank, dtype=torch.long))
         for j, multiplier in enumerate(PUBLISHED["layer"]["multipliers"]):
             rows = Rows()
             rows.gates, rows.active = torch.tensor([[multiplier]]), (0,)
@@ -70,12 +73,12 @@ def test_matching_score(case):
         return
     close(own.match(text, tokens)[0], torch.tensor(published["f64"]))
     places = iter(range(len(rows)))
-    channels = [entry_channel([next(places) for _ in file]) for file in case["concepts"]]
-    close(gate_values(channels, own.match(text, tokens))[0], torch.tensor(case["g"]["clipcos_tokenuni"]["f64"]))
+    gates = [entry_gate([next(places) for _ in file]) for file in case["concepts"]]
+    close(gate_values(gates, own.match(text, tokens))[0], torch.tensor(case["g"]["clipcos_tokenuni"]["f64"]))
 
 
-def entry_channel(indices):
-    return Channel(tuple(indices), 1.0, "reference", Permeability("reference"))
+def entry_gate(indices):
+    return Gate(tuple(indices), 1.0, "reference", Permeability("reference"))
 
 
 def adapter(name):
@@ -89,7 +92,7 @@ def adapter(name):
         )
         for path in SITES
     }
-    return ErasureAdapter(Card("SPM", tuple(meta["prompts"].split(","))), low_rank=changes)
+    return ErasureAdapter(Card("SPM", tuple(meta["prompts"].split(","))), {"low_rank": changes})
 
 
 class Toy:
@@ -114,7 +117,7 @@ class Toy:
 
     def patch(self, plan, rows):
         for key, layer in plan.layers.items():
-            self.call[key] = Bypass(self.modules[key], [Part(layer)], rows)
+            self.call[key] = Bypass(self.modules[key], [Part(layer.beside)], rows)
 
     def __call__(self, x, c):
         call = self.call

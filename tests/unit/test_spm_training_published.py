@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from membrane.core.training.latent_anchoring import (
+from membrane.core.erasers.spm import (
     Settings,
     Texts,
     alphas_cumprod,

@@ -4,15 +4,18 @@ import json
 
 import pytest
 import torch
-from membrane.core.adapter import Card, ErasureAdapter, TextMap
+from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.stack import Entry, ErasureStack
+from membrane.core.adapters.stack_json import Row, from_json, names, to_json
 from membrane.core.errors import ErasureError
-from membrane.core.permeability import Permeability
-from membrane.core.stack import Entry, ErasureStack
-from membrane.core.stack_json import Row, from_json, names, to_json
 
 
 def adapter(name):
-    return ErasureAdapter(Card("UCE", (name,)), TextMap(torch.zeros(4, 1), torch.zeros(1, 4), (0,)), name)
+    return ErasureAdapter(
+        Card("UCE", (name,)), {"map": {"text": TextMap(torch.zeros(4, 1), torch.zeros(1, 4), (0,))}}, name
+    )
 
 
 FILES = {name: adapter(name) for name in ("star.safetensors", "objects/heart.safetensors")}

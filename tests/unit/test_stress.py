@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from membrane.core.closed_form.rece import derived_embeddings
+from membrane.core.erasers.closed_form.rece import derived_embeddings
 from membrane.core.errors import ErasureError
-from membrane.core.evaluation.stress import Search, derived_vectors, search_prompts, search_target
+from membrane.core.measures.attack import Search, derived_vectors, search_prompts, search_target
 
 
 def weights(layers=5, out=9, width=7, seed=0):

@@ -1,20 +1,15 @@
 """A ComfyUI server for the tests of this folder."""
 
-import os
 import sys
 
 import pytest
-from membrane.tools import comfy_server, hosts
+from membrane.tools.run import comfy_server, hosts
 
 
 @pytest.fixture(scope="session")
 def server_host():
-    """Host the server tests run on: the one MEMBRANE_HOST names, else the wheel's."""
-    try:
-        wanted = os.environ.get("MEMBRANE_HOST")
-        return hosts.named(wanted) if wanted else hosts.wheel_host()
-    except hosts.HostNotFound as error:
-        pytest.skip(str(error))
+    """Host the server tests run on: the one MEMBRANE_HOST names, else that of the demo."""
+    return hosts.wanted()
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,8 @@ import json
 import urllib.error
 
 import pytest
-from membrane.core.pixel_world import ASSETS
 
-pytestmark = [
-    pytest.mark.workflow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.workflow
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import socket
 import sys
 
 import pytest
-from membrane.tools.comfy_server import ExecutionFailed, PromptError, Server, ServerError
+from membrane.tools.run.comfy_server import ExecutionFailed, PromptError, Server, ServerError
 
 pytestmark = pytest.mark.workflow
 

@@ -6,14 +6,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from membrane.core.pixel_world import ASSETS
 from membrane.scripts.sweep import Own, Server, Sweep, connected, file_name, jobs_of, read_jobs
-from membrane.tools import comfy_server
+from membrane.tools.run import comfy_server
 
-pytestmark = [
-    pytest.mark.workflow,
-    pytest.mark.skipif(not (ASSETS / "day.safetensors").exists(), reason="the demo model's weights are not here"),
-]
+pytestmark = pytest.mark.workflow
 READY = sorted((Path(__file__).absolute().parent.parent.parent / "scripts").glob("sweep_*.json"))
 QUICK = {  # so that the ready jobs take seconds here
     "sweep_evaluate": {"2.strength": [1.0], "3.steps": [2]},

@@ -5,17 +5,13 @@ anything the demo model made. "shape" has a ninth answer, "none", for pictures w
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import world
+from membrane.core.demo.judge import ANSWERS, PATH, Classifier, load, read
+from membrane.tools.pixel_world import world
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "core" / "evaluation"))
-from pixel_judge import ANSWERS, PATH, Classifier, load, read  # noqa: E402
 
 
 def shapeless(sprites, rng, palette):

@@ -7,22 +7,18 @@ never showed, and the memorised captions.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-import classifier
 import numpy as np
-import tokenizer as tokenizers
 import torch
-import world
+from membrane.core.demo.world import ASSETS, TextTransformer, latent_to_rgb, load_config
+from membrane.tools import ROOT
+from membrane.tools.pixel_world import classifier, world
+from membrane.tools.pixel_world import tokenizer as tokenizers
+from membrane.tools.pixel_world.train_unet import alphas_cumprod
+from membrane.tools.pixel_world.unet import UNet
 from PIL import Image
 from safetensors.torch import load_file
-from train_unet import alphas_cumprod
-from unet import UNet
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "core"))
-from pixel_world import ASSETS, TextTransformer, latent_to_rgb, load_config  # noqa: E402
 
 
 class Sampler:

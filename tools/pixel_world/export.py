@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 import torch
+from membrane.tools import ROOT
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "assets" / "pixel_world"
 
 

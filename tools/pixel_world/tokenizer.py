@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-import world
+from membrane.tools.pixel_world import world
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

@@ -5,21 +5,18 @@ of a batch, so the targets are all fitting pictures instead of only the one it w
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import tokenizer as tokenizers
 import torch
 import torch.nn.functional as F
-import world
+from membrane.core.demo.world import ASSETS, TextTransformer, load_config
+from membrane.tools import ROOT
+from membrane.tools.pixel_world import tokenizer as tokenizers
+from membrane.tools.pixel_world import world
 from safetensors.torch import save_file
 from torch.nn import GELU, Conv2d, Flatten, Linear, Module, Parameter, Sequential
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "core"))
-from pixel_world import ASSETS, TextTransformer, load_config  # noqa: E402
 
 EMBEDDING = 64
 SHORT = 20  # tokens; no caption of the world is longer

@@ -6,22 +6,19 @@ ICCV 2023, eq. 9) with a floor, the text encoder frozen, an exponential moving a
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import tokenizer as tokenizers
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import world
+from membrane.core.demo.world import ASSETS, TextTransformer, load_config, rgb_to_latent
+from membrane.tools import ROOT
+from membrane.tools.pixel_world import tokenizer as tokenizers
+from membrane.tools.pixel_world import world
+from membrane.tools.pixel_world.unet import UNet
 from safetensors.torch import load_file
-from unet import UNet
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "core"))
-from pixel_world import ASSETS, TextTransformer, load_config, rgb_to_latent  # noqa: E402
 
 CAPTIONS_EACH = 24  # captions per attribute combination in the pool
 EMPTY_RATE, MEMORISED_RATE = 0.10, 0.05

@@ -37,12 +37,12 @@ class ResBlock(Module):
 
 
 class CrossAttention(Module):
-    def __init__(self, width, context_width, heads):
+    def __init__(self, width, text_width, heads):
         super().__init__()
         self.heads = heads
         self.to_q = Linear(width, width, bias=False)
-        self.to_k = Linear(context_width, width, bias=False)
-        self.to_v = Linear(context_width, width, bias=False)
+        self.to_k = Linear(text_width, width, bias=False)
+        self.to_v = Linear(text_width, width, bias=False)
         self.to_out = Sequential(Linear(width, width), Dropout(0))
 
     def forward(self, x, context):
@@ -73,11 +73,11 @@ class FeedForward(Module):
 
 
 class TransformerBlock(Module):
-    def __init__(self, width, context_width, heads):
+    def __init__(self, width, text_width, heads):
         super().__init__()
         self.attn1 = CrossAttention(width, width, heads)
         self.ff = FeedForward(width)
-        self.attn2 = CrossAttention(width, context_width, heads)
+        self.attn2 = CrossAttention(width, text_width, heads)
         self.norm1, self.norm2, self.norm3 = LayerNorm(width), LayerNorm(width), LayerNorm(width)
 
     def forward(self, x, context):
@@ -88,11 +88,11 @@ class TransformerBlock(Module):
 
 
 class SpatialTransformer(Module):
-    def __init__(self, channels, context_width, heads, depth):
+    def __init__(self, channels, text_width, heads, depth):
         super().__init__()
         self.norm = GroupNorm(32, channels, eps=1e-6)
         self.proj_in = Conv2d(channels, channels, 1)
-        self.transformer_blocks = ModuleList([TransformerBlock(channels, context_width, heads) for _ in range(depth)])
+        self.transformer_blocks = ModuleList([TransformerBlock(channels, text_width, heads) for _ in range(depth)])
         self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(self, x, context):

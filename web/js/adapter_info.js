@@ -1,8 +1,10 @@
 // @ts-check
 // What an adapter's file says about itself, as the host reads it from the file's header.
 
-import { ask, stayMounted, whileInGraph } from "./host.js";
+import { make } from "./elements.js";
+import { after, ask, stayMounted, whileInGraph } from "./host.js";
 import { styleElement } from "./stack_style.js";
+import { t } from "./strings.js";
 
 /** The information of a file; raises an Error with the host's sentence. */
 export const adapterInfo = (name) => ask(`/membrane/adapter?name=${encodeURIComponent(name)}`);
@@ -16,30 +18,35 @@ export function infoList(info) {
         info.surrogates[i] ? `${concept} \u2192 ${info.surrogates[i]}` : concept,
     );
     const facts = [
-        ["Concepts", pairs.join(", ") || "not in the file"],
-        ["Method", info.method || "not in the file"],
-        ["Family", info.family || "not in the file"],
-        ["Size", size(info.size)],
-        ["Licence", info.licence || "not in the file"],
+        [t("info.concepts"), pairs.join(", ")],
+        [t("info.method"), info.method],
+        [t("info.family"), info.family],
+        [t("info.size"), size(info.size)],
+        [t("info.licence"), info.licence],
     ];
-    const list = document.createElement("dl");
-    for (const [term, text] of facts) {
-        list.append(
-            Object.assign(document.createElement("dt"), { textContent: term }),
-            Object.assign(document.createElement("dd"), { textContent: text }),
-        );
-    }
-    return list;
+    const line = ([term, text]) => [make("dt", {}, term), make("dd", {}, text || t("info.absent"))];
+    return make("dl", {}, ...facts.flatMap(line));
+}
+
+/** What keeps showing the file that a widget names in an element. */
+function shower(choice, body) {
+    let shown;
+    return async () => {
+        const name = choice.value;
+        if (name === shown) return;
+        shown = name;
+        let content = t("info.choose");
+        if (name) content = await adapterInfo(name).then(infoList, (error) => error.message);
+        if (name === shown) body.replaceChildren(content);
+    };
 }
 
 /** A part of Load Erasure Adapter that shows what the chosen file is. It holds no state and is in no workflow. */
 export function addInfo(node) {
     const choice = node.widgets?.find((widget) => widget.name === "adapter_name");
     if (!choice) return;
-    const root = document.createElement("div");
-    root.className = "membrane membrane-info";
-    const body = document.createElement("div");
-    root.append(styleElement(), body);
+    const body = make("div");
+    const root = make("div", { class: "membrane membrane-info" }, styleElement(), body);
     const widget = node.addDOMWidget("adapter_info", "membrane_info", root, {
         serialize: false,
         hideOnZoom: true,
@@ -49,28 +56,9 @@ export function addInfo(node) {
         getHeight: () => 116,
     });
     widget.serialize = false;
-
-    let shown;
-    const show = async () => {
-        const name = choice.value;
-        if (name === shown) return;
-        shown = name;
-        let content = "Choose a file.";
-        if (name) content = await adapterInfo(name).then(infoList, (error) => error.message);
-        if (name === shown) body.replaceChildren(content);
-    };
-    const callback = choice.callback;
-    choice.callback = function (...args) {
-        const result = callback?.apply(this, args);
-        show();
-        return result;
-    };
-    const onConfigure = node.onConfigure;
-    node.onConfigure = function (...args) {
-        const result = onConfigure?.apply(this, args);
-        show();
-        return result;
-    };
+    const show = shower(choice, body);
+    after(choice, "callback", show);
+    after(node, "onConfigure", show);
     node.setSize([Math.max(node.size[0], 300), Math.max(node.size[1], node.computeSize()[1])]);
     whileInGraph(node, () => stayMounted(node, root, ".membrane-info"), 500);
     queueMicrotask(show);

@@ -72,15 +72,15 @@ const graphOf = (canvas) => canvas.graph ?? app.graph;
 
 /** Entries of the menu of the empty canvas: of the MODEL link under the mouse, or of the only one there is. */
 export function canvasItems(canvas = app.canvas) {
-    const graph = graphOf(canvas), place = [...canvas.graph_mouse];
-    const found = nearest(graph, place);
+    const graph = graphOf(canvas), [x, y] = canvas.graph_mouse;
+    const found = nearest(graph, [x, y]);
     if (!found) return [];
     if (found.distance > NEAR && new Set(links(graph, "MODEL").map((link) => link.origin_id)).size > 1) return [];
     const through =
         found.distance > NEAR
             ? links(graph, "MODEL").filter((link) => link.origin_slot === found.link.origin_slot)
             : [found.link];
-    return [{ content: TITLE, callback: () => void insert(graph, through, place) }];
+    return [{ content: TITLE, callback: () => void insert(graph, through, [x, y]) }];
 }
 
 /** Entries of the menu of a node whose model goes somewhere. */

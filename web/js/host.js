@@ -3,6 +3,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { t } from "./strings.js";
 
 export { api, app };
 
@@ -29,7 +30,8 @@ export function undoRedo(event) {
         if (key === "y" || event.shiftKey) found.redo();
         else found.undo();
     } else {
-        document.activeElement?.blur(); // pages of 2024 look in the next frame where the focus is
+        // pages of 2024 look in the next frame where the focus is
+        /** @type {HTMLElement | null} */ (document.activeElement)?.blur();
     }
     return true;
 }
@@ -56,8 +58,17 @@ export async function ask(route, body) {
     };
     const answer = await api.fetchApi(route, options);
     const found = await answer.json().catch(() => ({}));
-    if (!answer.ok) throw new Error(found.error ?? `ComfyUI answered ${answer.status} to ${route}.`);
+    if (!answer.ok) throw new Error(found.error ?? t("problem.host", answer.status, route));
     return found;
+}
+
+/** The pack's strings in the page's language, as locales/ has them; none in English, and from hosts of 2024. */
+export async function translations() {
+    const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
+    if (language === "en") return {};
+    const all = await ask("/i18n").catch(() => ({})); // a page in English is better than none
+    const [general] = language.split("-"); // the page shows zh, too, where a pack lacks zh-TW
+    return { ...all[general]?.membrane, ...all[language]?.membrane };
 }
 
 /** Names of the files that Load Erasure Adapter lists, as the host has them now. */
@@ -69,18 +80,25 @@ export async function adapterNames() {
 /** True when nodes are drawn as elements of the page (Nodes 2.0) and not on the canvas. */
 export const drawsNodesAsElements = () => globalThis.LiteGraph?.vueNodesMode === true;
 
+/** Does something whenever a method of an object has been called, which it may have or not. */
+export function after(object, method, action) {
+    const before = object[method];
+    object[method] = function (...args) {
+        const result = before?.apply(this, args);
+        action();
+        return result;
+    };
+}
+
 /** Does something now and then as long as a node is in a graph, soon after it got there first. */
 export function whileInGraph(node, action, milliseconds) {
     const timers = [];
-    const { onAdded, onRemoved } = node;
-    node.onAdded = function (...args) {
-        onAdded?.apply(this, args);
+    after(node, "onAdded", () => {
         timers.push(setInterval(action, milliseconds), setTimeout(action, 0), setTimeout(action, 100));
-    };
-    node.onRemoved = function (...args) {
+    });
+    after(node, "onRemoved", () => {
         for (const timer of timers.splice(0)) clearInterval(timer); // which ends a timeout as well
-        onRemoved?.apply(this, args);
-    };
+    });
 }
 
 /**
@@ -92,7 +110,7 @@ export function stayMounted(node, element, selector) {
     document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"] ${selector}`)?.replaceWith(element);
 }
 
-/** The pan and zoom of the canvas go on over an element of ours, except where `scrolls` says that it needs the wheel. */
+/** The pan and zoom of the canvas go on over an element of ours, except where `scrolls` says it needs the wheel. */
 export function passCanvasGestures(element, scrolls) {
     element.addEventListener(
         "wheel",

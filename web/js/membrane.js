@@ -4,11 +4,30 @@
 import { addInfo } from "./adapter_info.js";
 import { canvasItems, nodeItems, addToOldMenus } from "./erase_here.js";
 import { executionIds, promptTexts } from "./graph.js";
-import { adapterNames, api, app, ask, graphChanged, passCanvasGestures, stayMounted, undoRedo, whileInGraph } from "./host.js";
+import {
+    adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, stayMounted, translations, undoRedo,
+    whileInGraph,
+} from "./host.js";
 import { StackEditor } from "./stack_editor.js";
+import { speak } from "./strings.js";
 
 const WIDGET = "MEMBRANE_STACK";
 const editors = new Map(); // of the nodes that are in a graph of the page
+
+function hasScrollBar(element) {
+    const scrolled = element.closest('[data-capture-wheel="true"]');
+    return scrolled !== null && scrolled.scrollHeight > scrolled.clientHeight;
+}
+
+/** Knows the editor, and keeps it in its place, as long as its node is in a graph. */
+function keepTrack(node, editor) {
+    after(node, "onRemoved", () => editors.delete(node));
+    const look = () => {
+        editors.set(node, editor);
+        stayMounted(node, editor.root, ".membrane-stack");
+    };
+    whileInGraph(node, look, 500);
+}
 
 /** The widget of the node's text: the editor, whose value is the text. */
 function stackWidget(node, name, spec) {
@@ -29,23 +48,8 @@ function stackWidget(node, name, spec) {
         },
         getMinHeight: () => 280,
     });
-    passCanvasGestures(editor.root, (target) => {
-        const scrolled = target.closest('[data-capture-wheel="true"]');
-        return scrolled !== null && scrolled.scrollHeight > scrolled.clientHeight;
-    });
-    const { onRemoved } = node;
-    node.onRemoved = function (...args) {
-        editors.delete(node);
-        onRemoved?.apply(this, args);
-    };
-    whileInGraph(
-        node,
-        () => {
-            editors.set(node, editor);
-            stayMounted(node, editor.root, ".membrane-stack");
-        },
-        500,
-    );
+    passCanvasGestures(editor.root, hasScrollBar);
+    keepTrack(node, editor);
     watchPrompt(node, editor);
     return { widget, minWidth: 500, minHeight: 380 };
 }
@@ -92,7 +96,14 @@ app.registerExtension({
         if (node.comfyClass === "MembraneLoadAdapter") addInfo(node);
     },
 
-    refreshComboInNodes() {
+    // before any node is made
+    async init() {
+        speak(await translations());
+    },
+
+    // also when the page's language has changed, after which the page makes the nodes anew
+    async refreshComboInNodes() {
+        speak(await translations());
         for (const editor of editors.values()) editor.refreshNames();
     },
 

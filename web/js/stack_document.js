@@ -1,5 +1,7 @@
 // @ts-check
-// The stack as text and back. Nothing here touches the page; core/stack_json.py reads the same text.
+// The stack as text and back. Nothing here touches the page; core/adapters/stack_json.py reads the same text.
+
+import { t } from "./strings.js";
 
 export const VERSION = 1;
 export const EMPTY = `{"membrane_stack": ${VERSION}, "entries": []}`;
@@ -33,22 +35,15 @@ export function parse(text) {
     try {
         stack = JSON.parse(text);
     } catch (error) {
-        return failed(`The stack is not valid JSON (${error.message}); correct it here or undo the last change.`);
+        return failed(t("problem.json", error.message));
     }
     const version = isObject(stack) ? stack.membrane_stack : undefined;
     if (!Number.isInteger(version)) {
-        return failed(
-            'The stack text lacks "membrane_stack"; expected {"membrane_stack": 1, "entries": [...]}, ' +
-                "as the stack editor writes it.",
-        );
+        return failed(t("problem.no_stack", '"membrane_stack"', '{"membrane_stack": 1, "entries": [...]}'));
     }
-    if (version > VERSION) {
-        return failed(
-            `The stack is of version ${version}, and this pack reads up to ${VERSION}; update Membrane.`,
-        );
-    }
+    if (version > VERSION) return failed(t("problem.version", version, VERSION));
     if (stack.entries !== undefined && !Array.isArray(stack.entries)) {
-        return failed('The "entries" of the stack are no list; expected [{"adapter": "name"}, ...].');
+        return failed(t("problem.entries", '"entries"', '[{"adapter": "name"}, ...]'));
     }
     return { stack: { ...stack, entries: stack.entries ?? [] }, problem: null };
 }

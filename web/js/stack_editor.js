@@ -2,196 +2,38 @@
 // A stack as rows. The text is the only state: rows show it, and a change of a row is a new text.
 
 import { adapterInfo, infoList } from "./adapter_info.js";
-import { EMPTY, MODES, NEGATIVES, field, parse, plainName, setField, understood, write } from "./stack_document.js";
+import { Chooser } from "./chooser.js";
+import { make, setText } from "./elements.js";
+import { Openings, promptLine } from "./gates.js";
+import { readControl } from "./row_controls.js";
+import { RowDrag } from "./row_drag.js";
+import { RowList } from "./row_list.js";
+import { EMPTY, field, parse, plainName, setField, understood, write } from "./stack_document.js";
 import { styleElement } from "./stack_style.js";
+import { t } from "./strings.js";
 
-/** A new element: tag, attributes (a function is a listener), children. */
-function make(tag, attributes = {}, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-        if (typeof value === "function") element.addEventListener(name, value);
-        else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
-    }
-    element.append(...children);
-    return element;
-}
-
-const ICONS = {
-    handle: "M5 3.5h1.5M9.5 3.5h1.5M5 8h1.5M9.5 8h1.5M5 12.5h1.5M9.5 12.5h1.5",
-    info: "M8 7.2v4M8 4.7v.2M8 1.8a6.2 6.2 0 1 0 0 12.4a6.2 6.2 0 1 0 0-12.4",
-    duplicate: "M5.5 5.5h8v8h-8zM10.5 5.5v-3h-8v8h3",
-    remove: "M3.5 3.5l9 9M12.5 3.5l-9 9",
-    more: "M3 8h.2M7.9 8h.2M12.8 8h.2",
+/** What a click on an element with data-do does, in row i where it is in one. */
+const ACTIONS = {
+    add: (editor) => editor.openChooser(-1),
+    "all-on": (editor) => editor.setAll(true),
+    "all-off": (editor) => editor.setAll(false),
+    text: (editor) => editor.switchText(),
+    toggle: (editor, i) => editor.toggle(i),
+    choose: (editor, i) => editor.openChooser(i),
+    more: (editor, i) => editor.list.views[i].showMore(),
+    info: (editor, i) => editor.openInfo(i),
+    duplicate: (editor, i) => editor.duplicate(i),
+    remove: (editor, i) => editor.remove(i),
+    close: (editor) => editor.closePanel(),
 };
 
-/** A drawing of 16 by 16 in the colour of the text around it. */
-function icon(name) {
-    const space = "http://www.w3.org/2000/svg";
-    const svg = document.createElementNS(space, "svg"), path = document.createElementNS(space, "path");
-    for (const [key, value] of Object.entries({ viewBox: "0 0 16 16", width: 14, height: 14, "aria-hidden": "true" })) svg.setAttribute(key, value);
-    for (const [key, value] of Object.entries({ d: ICONS[name], fill: "none", stroke: "currentColor", "stroke-linecap": "round" })) path.setAttribute(key, value);
-    path.setAttribute("stroke-width", name === "handle" || name === "more" ? "2" : "1.4");
-    svg.append(path);
-    return svg;
-}
-
-const SLIDERS = {
-    strength: { min: 0, max: 2, step: 0.05 },
-    "permeability.factor": { min: 0, max: 3, step: 0.05 },
-};
-const NUMBERS = {
-    strength: { step: 0.05 },
-    "permeability.factor": { step: 0.05 },
-    start_percent: { min: 0, max: 1, step: 0.01 },
-    end_percent: { min: 0, max: 1, step: 0.01 },
-    "permeability.threshold": { min: 0, max: 1, step: 0.01 },
-    "permeability.top_k": { min: 1, max: 1000, step: 1 },
-};
-const CHOICES = { "permeability.mode": MODES, "permeability.negative": NEGATIVES };
-const HINTS = {
-    strength: "How much of the adapter to use. 0 changes nothing, 1 is the method as published.",
-    "permeability.factor": "Multiplies how far the adapter opens. The authors of SPM use 2 for artists' styles.",
-    start_percent: "Where in the sampling it begins to act. 0 is the first step.",
-    end_percent: "Where in the sampling it stops. 1 is the last step.",
-    "permeability.threshold": "Prompts that match less than this leave it closed.",
-    "permeability.top_k": "Only for route: how many adapters may open for one prompt.",
-    "permeability.mode": "How it opens: as its method was published, always fully, by how well the prompt matches, ...",
-    "permeability.negative": "What the negative prompt gets.",
-};
-
-/** New text only where there is some: pages have rules on which every change of text makes the browser spend 20 ms. */
-function setText(element, text) {
-    if (element.textContent !== text) element.textContent = text;
-}
-
-const shorten = (value) => Number(value.toFixed(4)).toString();
-
-/** One line of the list; shows whatever entry it is given, and touches only what differs. */
-class RowView {
-    constructor() {
-        this.controls = {};
-        this.entry = null;
-        this.handle = make("button", {
-            class: "membrane-icon membrane-handle", type: "button", "data-do": "handle",
-            title: "Drag, or press Alt and an arrow key, to move the row",
-        }, icon("handle"));
-        this.toggle = make("button", { class: "membrane-switch", type: "button", role: "switch", "data-do": "toggle" });
-        this.name = make("button", { class: "membrane-name", type: "button", "data-do": "choose" });
-        this.note = make("span", { class: "membrane-note" });
-        this.gate = this.makeGate();
-        this.more = make("button", { class: "membrane-icon", type: "button", "data-do": "more", "aria-expanded": "false" }, icon("more"));
-        this.info = make("button", { class: "membrane-icon", type: "button", "data-do": "info" }, icon("info"));
-        this.copy = make("button", { class: "membrane-icon", type: "button", "data-do": "duplicate" }, icon("duplicate"));
-        this.drop = make("button", { class: "membrane-icon", type: "button", "data-do": "remove" }, icon("remove"));
-        this.basic = make("div", { class: "membrane-line" },
-            this.number("strength", "Strength"), this.number("permeability.factor", "Permeability"));
-        this.second = make("div", { class: "membrane-line" },
-            this.choice("permeability.mode", "Mode"), this.number("start_percent", "Start"), this.number("end_percent", "End"));
-        this.advanced = make("div", { class: "membrane-line", hidden: true },
-            this.number("permeability.threshold", "Threshold"), this.choice("permeability.negative", "Negative"),
-            this.number("permeability.top_k", "Best of route"));
-        this.raw = make("code", { class: "membrane-raw", hidden: true });
-        this.top = make("div", { class: "membrane-top" }, this.handle, this.toggle, this.name, this.raw, this.note,
-            this.gate, this.info, this.copy, this.drop, this.more);
-        this.element = make("li", { class: "membrane-row" }, this.top, this.basic, this.second, this.advanced);
-    }
-
-    makeGate() {
-        this.bars = ["positive", "negative"].map(() => make("span"));
-        this.numbers = ["positive", "negative"].map(() => make("b"));
-        const track = (bar) => make("span", { class: "membrane-track" }, bar);
-        return make("div", { class: "membrane-gate", role: "img", hidden: true },
-            make("i", {}, "+"), track(this.bars[0]), this.numbers[0],
-            make("i", {}, "\u2212"), track(this.bars[1]), this.numbers[1]);
-    }
-
-    number(path, caption) {
-        const slider = SLIDERS[path] && make("input", { type: "range", "data-field": path, ...SLIDERS[path] });
-        const box = make("input", { type: "number", "data-field": path, ...NUMBERS[path] });
-        this.controls[path] = { box, slider, caption };
-        const label = make("label", { class: slider ? "membrane-wide" : "", title: HINTS[path] },
-            make("span", { class: "membrane-caption" }, caption), ...(slider ? [slider] : []), box);
-        return label;
-    }
-
-    choice(path, caption) {
-        const box = make("select", { "data-field": path }, ...CHOICES[path].map((text) => make("option", { value: text }, text)));
-        this.controls[path] = { box, caption };
-        return make("label", { title: HINTS[path] }, make("span", { class: "membrane-caption" }, caption), box);
-    }
-
-    show(entry, missing) {
-        this.entry = entry;
-        const key = `${missing} ${JSON.stringify(entry)}`;
-        if (key === this.shown) return;
-        this.shown = key;
-        const known = understood(entry);
-        this.showName(known ? entry.adapter || "no adapter" : "an entry that is not understood", known);
-        setText(this.note, known ? (missing ? "file not found" : "") : "not understood, kept as it is");
-        const on = known && field(entry, "enabled") !== false;
-        this.element.classList.toggle("membrane-off", known && !on);
-        this.element.classList.toggle("membrane-missing", missing);
-        if (!known) {
-            this.raw.textContent = JSON.stringify(entry);
-            return;
-        }
-        if (this.toggle.getAttribute("aria-checked") !== String(on)) this.toggle.setAttribute("aria-checked", String(on));
-        for (const [path, control] of Object.entries(this.controls)) {
-            const { box, slider } = control, value = field(entry, path);
-            if (control.shown === value) continue;
-            control.shown = value;
-            const fits = CHOICES[path] ? CHOICES[path].includes(value) : typeof value === "number";
-            box.setAttribute("aria-invalid", String(!fits));
-            // what is being typed stays as it was typed: 0.50 is a number too
-            if (box !== document.activeElement || box.tagName === "SELECT" || Number(box.value) !== value) box.value = fits ? String(value) : "";
-            if (!slider || !fits) continue;
-            slider.value = String(value);
-            const { min, max } = SLIDERS[path];
-            slider.style.setProperty("--membrane-fill", `${((Number(slider.value) - min) / (max - min)) * 100}%`);
-        }
-    }
-
-    /** Everything that depends only on whose row it is. */
-    showName(what, known) {
-        const key = `${known} ${what}`;
-        if (key === this.nameShown) return;
-        this.nameShown = key;
-        for (const part of [this.toggle, this.name, this.basic, this.second, this.info, this.more]) part.hidden = !known;
-        if (!known) this.advanced.hidden = this.gate.hidden = true;
-        this.gateShown = null;
-        this.raw.hidden = known;
-        this.element.setAttribute("aria-label", what);
-        this.handle.setAttribute("aria-label", `Move ${what}, Alt and arrow keys`);
-        this.toggle.setAttribute("aria-label", `${what}, on`);
-        for (const [button, verb] of [[this.copy, "Duplicate"], [this.drop, "Remove"], [this.info, "About"], [this.more, "More settings of"]]) {
-            button.setAttribute("aria-label", `${verb} ${what}`);
-            button.title = button === this.more ? "More settings" : verb;
-        }
-        this.name.textContent = this.name.title = what;
-        this.name.setAttribute("aria-label", `${what}, choose another adapter`);
-        for (const { box, slider, caption } of Object.values(this.controls)) {
-            box.setAttribute("aria-label", `${caption} of ${what}`);
-            slider?.setAttribute("aria-label", `${caption} of ${what}, slider`);
-        }
-    }
-
-    /** Openings of the row for the positive and the negative prompt, null where none is known; or that it is fixed. */
-    showGate(positive, negative, stale) {
-        const values = [positive, negative];
-        const key = JSON.stringify([values, stale]);
-        if (key === this.gateShown) return;
-        this.gateShown = key;
-        this.gate.hidden = positive === null && negative === null;
-        this.gate.classList.toggle("membrane-stale", stale);
-        values.forEach((value, i) => {
-            this.bars[i].style.width = `${Math.min(100, Math.abs(value ?? 0) * 100)}%`;
-            setText(this.numbers[i], value === null ? "\u2013" : value.toFixed(2));
-        });
-        const said = values.map((value) => (value === null ? "not known" : value.toFixed(2)));
-        this.gate.setAttribute("aria-label", `Opened ${said[0]} for the positive prompt, ${said[1]} for the negative prompt`);
-        this.gate.title = `What this row got in the last sampling: ${said[0]} for the positive prompt, ${said[1]} for the negative.`;
-    }
-}
+/** A button of the bar, with the strings of its name. */
+const barButton = (name, attributes = {}) =>
+    make(
+        "button",
+        { type: "button", "data-do": name, title: t(/** @type {any} */ (`bar.${name}.hint`)), ...attributes },
+        t(/** @type {any} */ (`bar.${name}`)),
+    );
 
 export class StackEditor {
     /**
@@ -204,13 +46,13 @@ export class StackEditor {
     constructor(host) {
         this.host = host;
         this.text = EMPTY;
-        this.views = [];
-        this.openings = null; // the last message of a sampling
-        this.gates = new Map(); // what it says of each entry
-        this.stale = false;
+        this.openings = new Openings();
         this.asText = false;
-        this.known = null; // plain names of the files there are, null until the host has said
-        this.build();
+        this.names = []; // of the files there are
+        this.known = null; // the same as plain names, null until the host has said
+        this.makeBar();
+        this.makeBody();
+        this.listen();
         this.read();
         this.refreshNames();
     }
@@ -228,11 +70,16 @@ export class StackEditor {
         this.read();
     }
 
+    /** The entries of the stack; none while the text is no stack. */
+    get entries() {
+        return this.stack?.entries ?? [];
+    }
+
     read() {
         const { stack, problem } = parse(this.text);
         this.stack = stack;
         this.problemText = problem;
-        this.assignGates();
+        this.openings.assign(this.entries);
         this.render();
     }
 
@@ -246,31 +93,44 @@ export class StackEditor {
 
     // ------------------------------------------------------------ the elements
 
-    build() {
-        this.search = make("input", { class: "membrane-search", type: "text", placeholder: "Search rows", "aria-label": "Search rows", input: () => this.filter() });
-        const button = (name, text, title) => make("button", { type: "button", "data-do": name, title }, text);
-        this.rowsOnly = [this.search, button("add", "+ Add adapter", "Add an adapter to the stack"), button("all-on", "All on", "Switch all rows on"), button("all-off", "All off", "Switch all rows off")];
-        this.textButton = make("button", { type: "button", "data-do": "text", "aria-pressed": "false", title: "Show the stack as text, to copy or mend it" }, "Text");
-        this.bar = make("div", { class: "membrane-bar", role: "toolbar", "aria-label": "Erasure stack" }, ...this.rowsOnly, this.textButton);
-        this.problem = make("div", { class: "membrane-problem", role: "alert", hidden: true });
-        this.area = make("textarea", { class: "membrane-text", spellcheck: "false", "aria-label": "The stack as text", hidden: true, "data-capture-wheel": "true" });
-        this.list = make("ol", { class: "membrane-list", "aria-label": "Adapters of the stack", "data-capture-wheel": "true" });
-        this.empty = make("div", { class: "membrane-empty" }, "No adapters yet. Add one, or press Text to paste a stack.");
-        this.panel = make("div", { class: "membrane-panel", hidden: true });
-        this.prompt = make("div", { class: "membrane-prompt", "aria-live": "polite", "data-capture-wheel": "true" });
-        this.spoken = make("div", { class: "membrane-spoken", "aria-live": "polite" });
-        this.root = make("div", { class: "membrane membrane-stack", role: "group", "aria-label": "Erasure stack editor" },
-            styleElement(), this.bar, this.problem, this.area, this.list, this.empty, this.panel, this.prompt, this.spoken);
+    makeBar() {
+        const label = t("bar.search");
+        const attributes = { class: "membrane-search", type: "text", placeholder: label, "aria-label": label };
+        this.search = make("input", { ...attributes, input: () => this.list.filter(this.search.value) });
+        this.addButton = barButton("add");
+        this.rowsOnly = [this.search, this.addButton, barButton("all-on"), barButton("all-off")];
+        this.textButton = barButton("text", { "aria-pressed": "false" });
+        const bar = { class: "membrane-bar", role: "toolbar", "aria-label": t("bar") };
+        this.bar = make("div", bar, ...this.rowsOnly, this.textButton);
+    }
 
+    makeBody() {
+        this.problem = make("div", { class: "membrane-problem", role: "alert", hidden: true });
+        const scrolls = { "data-capture-wheel": "true" };
+        const area = { class: "membrane-text", spellcheck: "false", "aria-label": t("text"), hidden: true };
+        this.area = make("textarea", { ...area, ...scrolls });
+        this.list = new RowList();
+        this.empty = make("div", { class: "membrane-empty" }, t("list.empty"));
+        this.panel = make("div", { class: "membrane-panel", hidden: true });
+        this.prompt = make("div", { class: "membrane-prompt", "aria-live": "polite", ...scrolls });
+        this.spoken = make("div", { class: "membrane-spoken", "aria-live": "polite" });
+        const parts = [this.bar, this.problem, this.area, this.list.element, this.empty];
+        parts.push(this.panel, this.prompt, this.spoken);
+        const root = { class: "membrane membrane-stack", role: "group", "aria-label": t("editor") };
+        this.root = make("div", root, styleElement(), ...parts);
+    }
+
+    listen() {
         this.root.addEventListener("click", (event) => this.onClick(event));
         this.root.addEventListener("keydown", (event) => this.onKey(event));
-        this.list.addEventListener("input", (event) => this.onInput(event));
+        const list = this.list.element;
+        list.addEventListener("input", (event) => this.onInput(event));
         // browsers undo in the box that was typed in last, wherever the focus is; the page's undo restores the number
-        this.list.addEventListener("beforeinput", (event) => {
+        list.addEventListener("beforeinput", (event) => {
             if (event.inputType?.startsWith("history")) event.preventDefault();
         });
-        this.list.addEventListener("change", (event) => this.onChange(event));
-        this.list.addEventListener("pointerdown", (event) => this.onDragStart(event));
+        list.addEventListener("change", (event) => this.onChange(event));
+        list.addEventListener("pointerdown", (event) => this.onPress(event));
         this.area.addEventListener("input", () => {
             this.host.changed(this.area.value);
             this.value = this.area.value;
@@ -280,6 +140,20 @@ export class StackEditor {
 
     render() {
         const broken = this.problemText !== null;
+        this.renderText(broken);
+        const asText = this.asText || broken;
+        if (asText) this.closePanel(false);
+        const rows = !asText && this.panel.hidden, { entries } = this;
+        this.list.element.hidden = !rows || !entries.length;
+        this.empty.hidden = !rows || entries.length > 0;
+        if (broken) return;
+        this.list.show(entries, (entry) => this.isMissing(entry));
+        this.list.filter(this.search.value);
+        this.list.showGates(this.openings);
+    }
+
+    /** The text box, what is wrong with the text, and the bar that fits. */
+    renderText(broken) {
         const asText = this.asText || broken;
         this.problem.hidden = !broken;
         setText(this.problem, this.problemText ?? "");
@@ -287,52 +161,12 @@ export class StackEditor {
         if (this.area.value !== this.text && asText) this.area.value = this.text;
         this.textButton.setAttribute("aria-pressed", String(asText));
         this.textButton.disabled = broken;
-        setText(this.textButton, asText && !broken ? "Rows" : "Text");
+        setText(this.textButton, t(asText && !broken ? "bar.rows" : "bar.text"));
         for (const element of this.rowsOnly) element.hidden = asText;
-        if (asText) this.closePanel(false);
-        const panel = !this.panel.hidden;
-        const entries = this.stack?.entries ?? [];
-        this.list.hidden = asText || panel || !entries.length;
-        this.empty.hidden = asText || panel || entries.length > 0;
-        if (broken) return;
-        this.arrange(entries);
-        entries.forEach((entry, i) => this.views[i].show(entry, this.isMissing(entry)));
-        this.filter();
-        this.renderGates();
     }
 
-    /** One view for each entry, in order: an entry keeps its view, so that a row that moves takes nothing else along. */
-    arrange(entries) {
-        if (entries.length === this.views.length && entries.every((entry, i) => this.views[i].entry === entry)) return;
-        const own = new Map(this.views.map((view) => [view.entry, view]));
-        const kept = new Set(entries.map((entry) => own.get(entry)));
-        const free = this.views.filter((view) => !kept.has(view));
-        this.views = entries.map((entry) => {
-            const view = own.get(entry) ?? free.shift() ?? new RowView();
-            own.delete(entry); // texts and numbers, which are no entries, may be there twice
-            return view;
-        });
-        for (const view of free) view.element.remove();
-        let at = this.list.firstElementChild;
-        for (const { element } of this.views) {
-            // the row with the focus stays where it is and the others move, as it would lose the focus
-            if (at?.nextElementSibling === element && !at.contains(document.activeElement)) this.list.append(at);
-            else if (at !== element) this.list.insertBefore(element, at);
-            at = element.nextElementSibling;
-        }
-    }
-
-    filter() {
-        const wanted = this.search.value.trim().toLowerCase();
-        this.views.forEach((view, i) => {
-            const entry = this.stack?.entries[i];
-            const text = understood(entry) ? entry.adapter : JSON.stringify(entry) ?? "";
-            const hidden = wanted !== "" && !text.toLowerCase().includes(wanted);
-            if (view.element.hidden !== hidden) view.element.hidden = hidden;
-        });
-    }
-
-    say(text) {
+    /** Tells screen readers something. */
+    announce(text) {
         setTimeout(() => setText(this.spoken, text), 50); // after what it is about has been drawn
     }
 
@@ -354,105 +188,78 @@ export class StackEditor {
 
     // ------------------------------------------------------------ changes
 
-    rowOf(target) {
-        const element = target.closest?.(".membrane-row");
-        return element ? this.views.findIndex((view) => view.element === element) : -1;
-    }
-
-    onClick(event) {
-        const action = event.target.closest?.("[data-do]")?.dataset.do;
-        if (!action) return;
-        const i = this.rowOf(event.target), entries = this.stack?.entries ?? [];
-        const actions = {
-            add: () => this.openChooser(-1),
-            "all-on": () => this.setAll(true),
-            "all-off": () => this.setAll(false),
-            text: () => {
-                this.asText = !this.asText;
-                this.render();
-                (this.asText ? this.area : this.textButton).focus();
-            },
-            toggle: () => {
-                setField(entries[i], "enabled", field(entries[i], "enabled") === false);
-                this.push();
-            },
-            choose: () => this.openChooser(i),
-            more: () => {
-                const view = this.views[i];
-                view.advanced.hidden = !view.advanced.hidden;
-                view.more.setAttribute("aria-expanded", String(!view.advanced.hidden));
-            },
-            info: () => this.openInfo(i),
-            duplicate: () => {
-                entries.splice(i + 1, 0, structuredClone(entries[i]));
-                this.push();
-                this.views[i + 1].copy.focus();
-            },
-            remove: () => {
-                entries.splice(i, 1);
-                this.push();
-                (this.views[Math.min(i, this.views.length - 1)]?.drop ?? this.rowsOnly[1]).focus();
-            },
-            close: () => this.closePanel(),
-        };
-        actions[action]?.();
+    toggle(i) {
+        const entry = this.entries[i];
+        setField(entry, "enabled", field(entry, "enabled") === false);
+        this.push();
     }
 
     setAll(on) {
-        for (const entry of this.stack.entries) if (understood(entry)) setField(entry, "enabled", on);
+        for (const entry of this.entries) if (understood(entry)) setField(entry, "enabled", on);
         this.push();
-        this.say(`All rows are ${on ? "on" : "off"}`);
+        this.announce(t(on ? "list.all-on" : "list.all-off"));
     }
 
+    duplicate(i) {
+        this.entries.splice(i + 1, 0, structuredClone(this.entries[i]));
+        this.push();
+        this.list.views[i + 1].copy.focus();
+    }
+
+    remove(i) {
+        this.entries.splice(i, 1);
+        this.push();
+        const { views } = this.list;
+        (views[Math.min(i, views.length - 1)]?.drop ?? this.addButton).focus();
+    }
+
+    /** Moves a row; control: the selector of what has the focus afterwards. */
     move(from, to, control) {
-        const entries = this.stack.entries;
+        const { entries } = this;
         if (to < 0 || to >= entries.length || from === to) return;
         const [entry] = entries.splice(from, 1);
         entries.splice(to, 0, entry);
         this.push();
-        const view = this.views[to];
+        const view = this.list.views[to];
         (view.element.querySelector(control) ?? view.handle).focus();
         view.element.scrollIntoView({ block: "nearest" });
-        this.say(`Moved to row ${to + 1} of ${entries.length}`);
+        this.announce(t("list.moved", to + 1, entries.length));
     }
 
-    /** The value of a control, or undefined while what was typed is no number. */
-    readControl(control) {
-        if (control.tagName === "SELECT") return control.value;
-        if (control.value.trim() === "") return undefined;
-        const number = Number(control.value), path = control.dataset.field;
-        if (!Number.isFinite(number)) return undefined;
-        return path === "permeability.top_k" ? Math.max(1, Math.round(number)) : number;
+    switchText() {
+        this.asText = !this.asText;
+        this.render();
+        (this.asText ? this.area : this.textButton).focus();
     }
 
-    onInput(event) {
-        const control = event.target, path = control.dataset.field, i = this.rowOf(control);
-        if (!path || i < 0) return;
-        const value = this.readControl(control);
-        if (value === undefined || value === field(this.stack.entries[i], path)) return;
-        setField(this.stack.entries[i], path, value);
+    // ------------------------------------------------------------ mouse and keyboard
+
+    onClick(event) {
+        const action = event.target.closest?.("[data-do]")?.dataset.do;
+        if (action) ACTIONS[action]?.(this, this.list.rowOf(event.target));
+    }
+
+    onInput({ target }) {
+        const path = target.dataset.field, entry = this.entries[this.list.rowOf(target)];
+        if (!path || entry === undefined) return;
+        const value = readControl(target);
+        if (value === undefined || value === field(entry, path)) return;
+        setField(entry, path, value);
         this.push(false);
     }
 
-    onChange(event) {
-        const control = event.target, i = this.rowOf(control);
-        if (!control.dataset.field || i < 0) return;
-        if (this.readControl(control) === undefined) control.value = String(field(this.stack.entries[i], control.dataset.field));
+    onChange({ target }) {
+        const path = target.dataset.field, entry = this.entries[this.list.rowOf(target)];
+        if (!path || entry === undefined) return;
+        if (readControl(target) === undefined) target.value = String(field(entry, path));
         this.host.committed();
     }
 
     onKey(event) {
-        const target = event.target, i = this.rowOf(target);
+        const { target } = event;
         const typed = target === this.area || (target.tagName === "INPUT" && target.type === "text");
         if (!typed && this.host.undoRedo(event)) return;
-        if (event.altKey && !event.ctrlKey && (event.key === "ArrowUp" || event.key === "ArrowDown") && i >= 0) {
-            event.preventDefault();
-            event.stopPropagation();
-            const { do: action, field: path } = target.dataset;
-            const control = action ? `[data-do="${action}"]` : `[data-field="${path}"]${path && target.type === "range" ? "" : ":not([type=range])"}`;
-            this.move(i, i + (event.key === "ArrowUp" ? -1 : 1), control);
-            return;
-        }
+        if (this.moveByKey(event)) return;
         if (event.key === "Escape" && !this.panel.hidden) {
             event.preventDefault();
             this.closePanel();
@@ -461,52 +268,34 @@ export class StackEditor {
         if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
     }
 
-    onDragStart(event) {
+    /** Alt and an arrow key move the row with the focus. True when it was one of them. */
+    moveByKey(event) {
+        const { target } = event, i = this.list.rowOf(target);
+        const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+        if (!step || !event.altKey || event.ctrlKey || i < 0) return false;
+        event.preventDefault();
+        event.stopPropagation();
+        const { do: action, field: path } = target.dataset;
+        const slider = path && target.type === "range" ? "" : ":not([type=range])";
+        this.move(i, i + step, action ? `[data-do="${action}"]` : `[data-field="${path}"]${slider}`);
+        return true;
+    }
+
+    onPress(event) {
         const handle = event.target.closest?.(".membrane-handle");
         if (!handle || event.button !== 0) return;
         event.preventDefault();
         event.stopPropagation();
         handle.focus();
-        const from = this.rowOf(handle), row = this.views[from].element;
-        let to = from;
-        const mark = (on) => {
-            const at = this.views[to]?.element;
-            at?.classList.toggle("membrane-before", on && to < from);
-            at?.classList.toggle("membrane-after", on && to > from);
-        };
-        const moved = (e) => {
-            const box = this.list.getBoundingClientRect();
-            if (e.clientY < box.top + 20) this.list.scrollTop -= 12;
-            else if (e.clientY > box.bottom - 20) this.list.scrollTop += 12;
-            mark(false);
-            const middle = (view) => {
-                const { top, height } = view.element.getBoundingClientRect();
-                return view.element.hidden ? null : top + height / 2;
-            };
-            to = from;
-            this.views.forEach((view, i) => {
-                const y = middle(view);
-                if (y === null) return;
-                if (i < from && e.clientY < y) to = Math.min(to, i);
-                if (i > from && e.clientY > y) to = Math.max(to, i);
-            });
-            mark(true);
-            row.classList.add("membrane-dragged");
-        };
-        const over = (e) => {
-            for (const [kind, listener] of Object.entries(listeners)) handle.removeEventListener(kind, listener);
-            row.classList.remove("membrane-dragged");
-            mark(false);
-            if (e.type === "pointerup") this.move(from, to, ".membrane-handle");
-        };
-        const listeners = { pointermove: moved, pointerup: over, pointercancel: over };
-        for (const [kind, listener] of Object.entries(listeners)) handle.addEventListener(kind, listener);
-        handle.setPointerCapture(event.pointerId);
+        const from = this.list.rowOf(handle);
+        new RowDrag(event, this.list, from, (to) => this.move(from, to, ".membrane-handle"));
     }
 
     // ------------------------------------------------------------ choosing a file, and what a file is
 
-    openPanel(...content) {
+    /** Shows something in the place of the rows; i: the row it is about, -1 for none. */
+    openPanel(i, ...content) {
+        this.panelRow = i;
         this.panel.replaceChildren(...content);
         this.panel.hidden = false;
         this.render();
@@ -518,140 +307,62 @@ export class StackEditor {
         this.panel.replaceChildren();
         if (!focus) return;
         this.render();
-        (this.panelRow >= 0 ? this.views[this.panelRow]?.name : this.rowsOnly[1])?.focus();
+        (this.panelRow >= 0 ? this.list.views[this.panelRow]?.name : this.addButton)?.focus();
     }
 
-    /** The list of files with a search box; i: the row that gets the choice, -1 for a new one. */
+    /** The list of files; i: the row that gets the choice, -1 for a new one. */
     async openChooser(i) {
-        this.panelRow = i;
-        const id = `membrane-options-${Math.random().toString(36).slice(2)}`;
-        const box = make("input", {
-            class: "membrane-search", type: "text", placeholder: "Search adapters", role: "combobox",
-            "aria-label": "Search adapters", "aria-expanded": "true", "aria-controls": id, "aria-autocomplete": "list",
+        const chooser = new Chooser({
+            names: () => this.names,
+            current: () => this.entries[i]?.adapter,
+            take: (name) => this.take(i, name),
         });
-        const options = make("ul", { class: "membrane-options", role: "listbox", id, "aria-label": "Adapters", "data-capture-wheel": "true" });
-        const close = make("button", { type: "button", "data-do": "close" }, "Cancel");
-        let found = [], at = 0;
-        const point = () => {
-            [...options.children].forEach((item, k) => item.setAttribute("aria-selected", String(k === at && found.length > 0)));
-            const item = found.length ? options.children[at] : null;
-            box.setAttribute("aria-activedescendant", item?.id ?? "");
-            item?.scrollIntoView({ block: "nearest" });
-        };
-        const list = () => {
-            const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
-            found = (this.names ?? []).filter((name) => words.every((word) => name.toLowerCase().includes(word))).slice(0, 500);
-            at = Math.max(0, found.indexOf(this.stack.entries[i]?.adapter));
-            options.replaceChildren(...found.map((name, k) => make("li", { role: "option", id: `${id}-${k}`, "data-name": name }, name)));
-            if (!found.length) options.append(make("li", { class: "membrane-none" }, this.names?.length ? "No file has this name." : "There is no file in models/erasure_adapters yet."));
-            point();
-        };
-        const take = (name) => {
-            const entries = this.stack.entries;
-            if (i >= 0) setField(entries[i], "adapter", name);
-            else entries.push({ adapter: name, enabled: true, strength: 1 });
-            this.panelRow = i >= 0 ? i : entries.length - 1;
-            this.panel.hidden = true;
-            this.push();
-            this.views[this.panelRow].element.scrollIntoView({ block: "nearest" });
-            this.views[this.panelRow].name.focus();
-        };
-        box.addEventListener("input", list);
-        box.addEventListener("keydown", (event) => {
-            const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-            if (step && found.length && !event.altKey) {
-                event.preventDefault();
-                at = (at + step + found.length) % found.length;
-                point();
-            } else if (event.key === "Enter" && found.length) {
-                event.preventDefault();
-                take(found[at]);
-            }
-        });
-        options.addEventListener("click", (event) => {
-            const name = event.target.closest("[data-name]")?.dataset.name;
-            if (name !== undefined) take(name);
-        });
-        this.openPanel(make("div", { class: "membrane-bar" }, box, close), options);
-        list();
-        box.focus();
+        this.openPanel(i, ...chooser.elements);
+        chooser.list();
+        chooser.box.focus();
         await this.refreshNames();
-        if (box.isConnected) list();
+        if (chooser.box.isConnected) chooser.list();
+    }
+
+    /** Gives a row another file, or a new row a file. */
+    take(i, name) {
+        const { entries } = this;
+        if (i >= 0) setField(entries[i], "adapter", name);
+        else entries.push({ adapter: name, enabled: true, strength: 1 });
+        this.panel.hidden = true;
+        this.push();
+        const view = this.list.views[i >= 0 ? i : entries.length - 1];
+        view.element.scrollIntoView({ block: "nearest" });
+        view.name.focus();
     }
 
     async openInfo(i) {
-        this.panelRow = i;
-        const name = this.stack.entries[i].adapter;
-        const body = make("div", {}, "Reading the file ...");
-        const close = make("button", { type: "button", "data-do": "close" }, "Close");
-        this.openPanel(make("div", { class: "membrane-bar" }, make("strong", { class: "membrane-search" }, name), close), body);
+        const name = this.entries[i].adapter;
+        const body = make("div", {}, t("info.reading"));
+        const close = make("button", { type: "button", "data-do": "close" }, t("info.close"));
+        const title = make("strong", { class: "membrane-search" }, name);
+        this.openPanel(i, make("div", { class: "membrane-bar" }, title, close), body);
         close.focus();
         body.replaceChildren(await adapterInfo(name).then(infoList, (error) => error.message));
     }
 
     // ------------------------------------------------------------ what the rows got, and what the prompt asks for
 
-    /** A sampling's openings, as core/host/live.py sends them: lists of [row, adapter, value]. */
+    /** Shows a sampling's openings. */
     showGates(message) {
-        this.openings = message;
-        this.stale = false;
-        this.assignGates();
-        this.renderGates();
-    }
-
-    assignGates() {
-        this.gates = new Map();
-        const place = { positive: 0, negative: 1 };
-        for (const side of Object.keys(place)) {
-            for (const [index, adapter, value] of this.openings?.[side] ?? []) {
-                const i = this.find(index, adapter);
-                if (i < 0) continue;
-                const values = this.gates.get(this.stack.entries[i]) ?? [null, null];
-                values[place[side]] = value;
-                this.gates.set(this.stack.entries[i], values);
-            }
-        }
-    }
-
-    /** The row that an opening belongs to now: rows may have moved since the workflow was queued. */
-    find(index, adapter) {
-        const entries = this.stack?.entries ?? [];
-        const same = (entry) => understood(entry) && plainName(entry.adapter) === plainName(adapter);
-        if (entries[index] !== undefined && same(entries[index])) return index;
-        const found = entries.flatMap((entry, i) => (same(entry) ? [i] : []));
-        return found.length === 1 ? found[0] : -1;
+        this.openings.take(message, this.entries);
+        this.list.showGates(this.openings);
     }
 
     /** The values of the last sampling are from before; they stay, paler, until new ones come. */
     setStale() {
-        this.stale = true;
-        this.renderGates();
-    }
-
-    renderGates() {
-        this.views.forEach((view, i) => {
-            const [positive, negative] = this.gates.get(this.stack.entries[i]) ?? [null, null];
-            view.showGate(positive, negative, this.stale);
-        });
+        this.openings.stale = true;
+        this.list.showGates(this.openings);
     }
 
     /** The line below the rows: what the words of the connected prompt would open. */
-    showPrompt({ text, rows, problem }) {
-        let line;
-        if (problem) line = problem;
-        else if (text === null) line = "Connect the stack to a sampler with a prompt to see which rows its words would open.";
-        else if (!rows.length) line = "No row is on.";
-        else {
-            const byWords = rows.filter((row) => row.mode !== "fixed");
-            const open = byWords.filter((row) => row.value !== 0).map((row) => `${row.adapter} ${shorten(row.value)}`);
-            const fixed = rows.length - byWords.length;
-            const parts = [];
-            if (byWords.length) parts.push(open.length ? `the prompt's words alone would open: ${open.join(", ")}` : "the prompt's words alone would open none");
-            if (fixed) parts.push(`${fixed} always ${fixed === 1 ? "acts" : "act"}`);
-            line = parts.join("; ");
-            line = line[0].toUpperCase() + line.slice(1) + (byWords.length ? ". Sampling also compares the meaning of the texts and may open more." : ".");
-        }
-        this.prompt.classList.toggle("membrane-refused", Boolean(problem));
-        setText(this.prompt, line);
+    showPrompt(answer) {
+        this.prompt.classList.toggle("membrane-refused", Boolean(answer.problem));
+        setText(this.prompt, promptLine(answer));
     }
 }

@@ -1,0 +1,70 @@
+"""The records: what an erasure adapter is. Plain data, never touches a model."""
+
+from dataclasses import dataclass, field
+
+from .deltas import low_rank, mask, text_map  # noqa: F401  they register the kinds
+from .deltas.delta import KINDS, Delta
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an adapter says about itself; goes into the file's metadata."""
+
+    method: str
+    concepts: tuple[str, ...]
+    surrogates: tuple[str, ...] = ()
+    family: str = ""
+    text_encoder: str = ""  # fingerprint of the encoder the map was computed with, "" when unknown
+    settings: dict = field(default_factory=dict)
+    licence: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class ErasureAdapter:
+    """One erasure: its card and its deltas.
+
+    deltas: {kind: {place: delta}}, kinds that hold nothing left out. The place of a text map is the name of a text
+    entry, "text" for the main one; that of all others is a site in the spelling of core/families/sites.py, whatever
+    the file's was. name: of the file it was loaded from, "" when it was computed in the graph.
+    """
+
+    card: Card
+    deltas: dict[str, dict[str, Delta]] = field(default_factory=dict)
+    name: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "deltas", {kind: places for kind, places in self.deltas.items() if places})
+
+    @property
+    def maps(self):
+        """{entry: TextMap}."""
+        return self.deltas.get("map", {})
+
+    @property
+    def low_rank(self):
+        """{site: LowRank}."""
+        return self.deltas.get("low_rank", {})
+
+    @property
+    def masks(self):
+        """{site: Mask}."""
+        return self.deltas.get("mask", {})
+
+    @property
+    def of_layers(self):
+        """(kind, site, delta) of everything that changes layers."""
+        return tuple(
+            (kind, site, delta)
+            for kind, places in self.deltas.items()
+            if not KINDS[kind].of_text
+            for site, delta in places.items()
+        )
+
+    @property
+    def sites(self):
+        """The layers it changes, each once, in order."""
+        return tuple(dict.fromkeys(site for _, site, _ in self.of_layers))
+
+    def describe(self):
+        """One line for messages: the file, the concepts or the method."""
+        return self.name or ", ".join(self.card.concepts) or self.card.method

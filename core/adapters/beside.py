@@ -1,0 +1,150 @@
+"""A layer of the host with deltas: beside it where they are of low rank, else inside a copy of its weight.
+
+SPM, Lyu et al. 2024, eq. 9: y = W x + sum_c g_c (v_reg_c^T x) v_sig_c, for all adapters of a layer at once, with its
+own g for every row of the batch. What acts on the weight comes after that: of W, LoRAs and all gated changes, masks
+damp the marked entries.
+"""
+
+import torch
+from torch.nn import functional
+
+from ..errors import ErasureError
+from .deltas.delta import OPEN
+from .patch import Patch
+
+
+class Rows:
+    """The gates of the rows that are going through the network now: `every`, (rows, all gates), and `gates`, (rows,
+    active gates), with the numbers of the active ones. None while no call is under way."""
+
+    def __init__(self):
+        self.every, self.gates, self.active = None, None, ()
+
+
+class Changes:
+    """The Terms of a layer that act on its weight, in their order, as its forward uses them.
+
+    read(module, like): (weight, bias) of a linear layer as it multiplies with them, for an input like this.
+    """
+
+    def __init__(self, terms, read):
+        self.terms, self.read = terms, read
+        self.gated = any(term.gate != OPEN for term in terms)
+        self.device, self.ready = None, None
+
+    def __call__(self, weight, gates=None, active=()):
+        """A weight (out, in) with the changes; gates: (active gates,) of one row, None where none is known."""
+        changed = weight
+        for term, delta in self._on(weight.device):
+            if term.gate == OPEN:
+                changed = delta.changed(changed, term.factor)
+            elif gates is not None and term.gate in active:
+                changed = delta.changed(changed, gates[active.index(term.gate)])
+        return changed
+
+    def _on(self, device):
+        if self.device != device:
+            self.ready = [(term, term.delta.on(device)) for term in self.terms]
+            self.device = device
+        return self.ready
+
+
+class Bypass(Patch):
+    """Stands in for a layer's `forward`: maps of the text on its input, the class's own forward (or what another pack
+    put there), then the parts, then the changes of the weight; or the same with the changed weight inside, where
+    nothing else stands there.
+
+    parts: of low rank; text: TextPart of an entry that the layer reads behind a norm; changes: Changes of the weight.
+    """
+
+    function, erases = "forward", True
+
+    def __init__(self, module, parts, rows, previous=None, changes=None, text=None):
+        super().__init__(module, previous)
+        self.parts, self.rows = parts, rows
+        self.changes, self.text = changes, text
+        self.follows = text is not None and bool((text.gate != OPEN).any())
+
+    def __call__(self, x, *args, **kwargs):
+        if self.text is not None:
+            x = self._erased(x)
+        ready = []
+        if self.rows.gates is not None:
+            found = ((part.factors(self.rows.active, x), part.outputs) for part in self.parts)
+            ready = [(factors, outputs) for factors, outputs in found if factors is not None]
+        if self.changes is not None and self.previous is None:
+            return self._changed(x, ready)
+        y = self.original(x, *args, **kwargs)
+        for factors, outputs in ready:
+            y = self._added(x, y, factors, outputs)
+        if self.changes is not None:  # what another pack does beside the weight stays
+            y = y - self._changed(x, ready, removed=True).to(y.dtype)
+        return y
+
+    def _erased(self, x):
+        self.text = self.text.to(x.device)
+        gates = None if self.rows.every is None else _for_rows(self.rows.every, x)
+        if gates is None and self.follows:  # called outside a sampling: no gate is known
+            return x
+        return self.text.erased(x, gates)
+
+    def _changed(self, x, ready, removed=False):
+        """Output of the layer with its weight changed, or what the changes take from it, with the gated low-rank
+        changes inside the weight."""
+        weight, bias = self.changes.read(self.owner, x)
+        gates, active = self.rows.gates, self.rows.active
+        if removed:
+            bias = None
+        if not ready and (gates is None or not self.changes.gated):
+            changed = self.changes(weight)
+            return functional.linear(x, weight - changed if removed else changed, bias)
+        rows = []
+        for row, own in zip(x, _for_rows(gates, x).expand(len(x), -1)):
+            full, shift = weight, bias
+            for factors, _ in ready:
+                full, moved = factors.inside(full, shift, own)
+                shift = shift if removed else moved
+            changed = self.changes(full, own, active)
+            rows.append(functional.linear(row, full - changed if removed else changed, shift))
+        return torch.stack(rows)
+
+    def _added(self, x, y, factors, outputs):
+        """y with a part's changes; row by row where the memory is too small for all rows at once."""
+        gates = _for_rows(self.rows.gates, x)
+        try:
+            return self._add(x, y, factors, outputs, gates)[0]
+        except torch.cuda.OutOfMemoryError:  # nothing was written yet
+            rows = gates.expand(len(x), -1).split(1)
+        try:
+            found = [self._add(*row, factors, outputs, own) for *row, own in zip(x.split(1), y.split(1), rows)]
+        except torch.cuda.OutOfMemoryError as error:
+            # the host knows this kind of error and makes room
+            raise torch.cuda.OutOfMemoryError(
+                f"There is not enough memory for the {len(factors.gate)} columns of adapters beside a layer, even one "
+                'picture at a time; make smaller pictures, stack fewer adapters, or set their permeability to "fixed".'
+            ) from error
+        return y if found[0][1] else torch.cat([row for row, _ in found])
+
+    def _add(self, x, y, factors, outputs, gates):
+        """(output, whether it was written in place)."""
+        delta, in_place = factors.added(x, y, gates, self.owner, self.previous is None and outputs is None)
+        if in_place:
+            return y, True
+        if outputs is None:
+            return y + delta, False
+        start, length = outputs
+        y = y.clone()
+        y[..., start : start + length] += delta
+        return y, False
+
+
+def _for_rows(gates, x):
+    """Gates (batch, K) for a layer whose batch may be a multiple of the rows, as HyperTile makes it."""
+    if len(gates) in (1, len(x)):
+        return gates
+    if len(x) % len(gates):
+        raise ErasureError(
+            f"A layer got a batch of {len(x)} for {len(gates)} rows of gates; another node splits the batch inside "
+            'the network, apply it to another model or set the permeability to "fixed".'
+        )
+    return gates.repeat_interleave(len(x) // len(gates), dim=0)

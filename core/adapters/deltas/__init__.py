@@ -1,0 +1,1 @@
+"""The kinds of deltas: one file a kind, with all its paths."""

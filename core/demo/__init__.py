@@ -1,0 +1,1 @@
+"""Pixel World: the toy world's networks and its exact judge."""

@@ -1,0 +1,1 @@
+"""What makes erasure adapters: closed forms, training, pruning, extraction from edited weights."""

@@ -1,0 +1,106 @@
+"""One closed-form erasure from words to adapter; what it needs of the host comes in as functions."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ...adapters.adapter import Card, ErasureAdapter
+from ...text.concepts import Concept, fill
+from .double_projection import DOUBLE_PROJECTIONS
+from .groups import SUBJECT
+from .method import METHODS, register
+from .rece import RECE
+from .speed import SPEED
+from .uce import UCE
+
+for _method in (UCE, RECE, SPEED, DOUBLE_PROJECTIONS):
+    register(_method)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to erase and how.
+
+    preserve: prompts or concepts whose meaning must stay; each also in every template. The empty prompt
+    is always preserved. method: name of one of METHODS; settings: of its own kind.
+    """
+
+    concepts: tuple[Concept, ...]
+    preserve: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("{}",)
+    method: str = "UCE"
+    settings: Any = None
+
+    @classmethod
+    def of(cls, concepts, preserve=(), templates=("{}",), method="UCE", **given):
+        """A job with settings by name; those that the method does not have are for others and left out."""
+        kind = METHODS[method].settings
+        known = {field.name for field in fields(kind)}
+        settings = kind(**{name: value for name, value in given.items() if name in known})
+        return cls(tuple(concepts), tuple(preserve), tuple(templates), method, settings)
+
+    @property
+    def rounds(self):
+        """How often its method says that it is a step further."""
+        return METHODS[self.method].rounds(self.settings)
+
+    def pairs(self):
+        """(concept's index, prompt with the concept, the same prompt with its surrogate)."""
+        return [
+            (i, fill(template, c.text), fill(template, c.surrogate))
+            for i, c in enumerate(self.concepts)
+            for template in self.templates
+        ]
+
+    def captions(self):
+        """{prompt to preserve: what it is about}, the empty prompt first, without what is to be erased."""
+        found = {"": ""}
+        erased = [c.text.lower() for c in self.concepts]
+        lines = [line for line in self.preserve if line.lower() not in erased]  # else the two wishes cancel
+        for line in lines:
+            found.setdefault(line, line)
+        for line in lines:
+            for template in self.templates:
+                found.setdefault(fill(template, line), line)
+        return found
+
+    def preserved(self):
+        """The prompts to preserve, without repeats."""
+        return list(self.captions())
+
+    def retained_captions(self):
+        """The captions that SPEED retains: those that name no concept, as published.
+
+        Without the empty prompt where only subject tokens count: its start token is a constraint of its own.
+        """
+        names = [c.text.lower() for c in self.concepts]
+        kept = {p: word for p, word in self.captions().items() if not any(name in p.lower() for name in names)}
+        if self.settings.tokens == SUBJECT:
+            kept.pop("", None)
+        return kept
+
+    def prompts(self):
+        """Every prompt that has to be encoded, without repeats."""
+        words = [w for c in self.concepts for w in (c.text, c.surrogate)]
+        return list(dict.fromkeys([*words, *(p for _, *both in self.pairs() for p in both), *self.preserved()]))
+
+
+def solve(job, encoded, weight_gram=None, on_round=None):
+    """TextMap of a job at one text entry. encoded: its prompts there; weight_gram, on_round: see Method."""
+    return METHODS[job.method].solve(job, encoded, weight_gram, on_round)
+
+
+def erase(job, entries, family, text_encoder, weight_gram=None, on_round=None, normed=False):
+    """ErasureAdapter of a job.
+
+    entries: {name of a text entry: Encoded of the job's prompts there}, the main one first, whose layers weight_gram is
+    of; family and text_encoder go on the card; normed: whether the rows are those behind a norm.
+    """
+    settings = {"preserve": list(job.preserve), "templates": list(job.templates), **asdict(job.settings)}
+    names, surrogates = zip(*((c.text, c.surrogate) for c in job.concepts)) if job.concepts else ((), ())
+    card = Card(job.method, tuple(names), tuple(surrogates), family, text_encoder, settings)
+    maps = {}
+    for name, encoded in entries.items():
+        main = not maps
+        found = solve(job, encoded, weight_gram if main else None, on_round if main else None)
+        maps[name] = replace(found, normed=normed and main)
+    return ErasureAdapter(card, {"map": maps})

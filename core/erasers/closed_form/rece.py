@@ -1,0 +1,239 @@
+"""Reliable and Efficient Concept Erasure (Gong et al., ECCV 2024) on one d x d map.
+
+The published loop edits every cross-attention matrix; with W_l -> W_l P for all of them it only
+needs P and the Gram matrix S of the original weights.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ...errors import ErasureError
+from .groups import aligned_groups, whole_groups
+from .method import Method
+from .solver import cross_gram, gram, group_sizes, ridge, runs, shared, solve_rows, stacked, text_map
+from .uce import PRESET, Scales, target_rows, uce_of, uce_solver, uce_terms
+
+PENALTIES = ("length", "outputs", "distance", "both", "replacement")  # what the penalty is on, see Derivation
+
+
+class Derivation:
+    """c' = K c + L n, which makes the edited layers W P answer like the original to c; all float64.
+
+    argmin sum_l ||W_l P c' - W_l c||^2 + penalty times one of these (RECE eq. 4; the published code's names), with
+    S = sum_l W_l^T W_l, A = P^T S P, B = P^T S. K = F^-1 R, and L = penalty F^-1 for "replacement" only.
+
+        length       ||c'||^2 (regzero): F = penalty I + A, R = B
+        distance     ||c' - c||^2 (surrogate, 2nd): F = penalty I + A, R = B + penalty I
+        outputs      sum_l ||W_l P (c' - c)||^2 (surrogate, 1st): K = ((1 + penalty) A)^-1 (B + penalty A)
+        both         the sum of the two before: F = penalty I + (1 + penalty) A, R = B + penalty (I + A)
+        replacement  ||c' - n||^2 (standard), n the replacement: F = penalty I + A, R = B
+
+    dense: K and L are made once, which is cheaper for more rows than d; else F and R are applied to the rows.
+    """
+
+    def __init__(self, weight_gram, p, penalty, penalty_on="length", dense=True):
+        self.factor = self.anchored = None
+        if penalty_on == "outputs":
+            self.matrix = _unpenalised_size(p, penalty)
+            return
+        right = p.T @ weight_gram
+        system = right @ p  # symmetric up to rounding; the factorisation reads one triangle
+        if penalty_on == "both":
+            right.add_(system, alpha=penalty)
+            system.mul_(1 + penalty)
+        system.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        del system
+        pivots = factor.diagonal().square()
+        if failed or pivots.min() < 1e-8 * pivots.max():
+            raise ErasureError(
+                f"RECE cannot derive its embeddings with a penalty of {penalty:g}: the edited layers are nearly "
+                "singular; raise the penalty (0.1 for easy concepts, 0.001 for hard ones) or take fewer epochs."
+            )
+        if penalty_on in ("distance", "both"):
+            right.diagonal().add_(penalty)
+        self.penalty = penalty if penalty_on == "replacement" else None
+        if dense:
+            if self.penalty is not None:
+                self.anchored = penalty * torch.cholesky_inverse(factor)
+            self.matrix = torch.cholesky_solve(right, factor, out=right)
+        else:
+            self.matrix, self.factor = right, factor
+
+    def __call__(self, targets, replacements):
+        """c' (E, d) of targets c and replacements n, (E, d)."""
+        derived = targets @ self.matrix.T
+        if self.anchored is not None:
+            return derived.addmm_(replacements, self.anchored.T)
+        if self.factor is None:
+            return derived
+        if self.penalty is not None:
+            derived.add_(replacements, alpha=self.penalty)
+        return solve_rows(self.factor, derived)
+
+
+def _unpenalised_size(p, penalty):
+    """K of the penalty on outputs, (P^-1 + penalty I) / (1 + penalty): A^-1 B = P^-1, whatever the weights are."""
+    factor, pivots, failed = torch.linalg.lu_factor_ex(p)
+    size = factor.diagonal().abs()
+    if failed or size.min() < 1e-12 * size.max():
+        raise ErasureError(
+            'RECE cannot derive its embeddings with a penalty on "outputs", because the edited layers have no '
+            'inverse; put the penalty on "length" or take fewer epochs.'
+        )
+    k = torch.linalg.lu_solve(factor, pivots, torch.eye(len(p), dtype=p.dtype))
+    k.diagonal().add_(penalty)
+    return k / (1 + penalty)
+
+
+def derived_embeddings(concepts, weight_gram, p, penalty, penalty_on="length", replacements=None):
+    """Vectors c' (E, d) of concepts c (E, d); replacements n (E, d) where the penalty is on them; see Derivation."""
+    return Derivation(weight_gram, p, penalty, penalty_on, len(concepts) > len(p))(concepts, replacements)
+
+
+class Moments:
+    """What a linear map of all rows needs to know of them: C^T C, N^T C and N^T N, each (d, d) float64.
+
+    targets C and replacements N of groups; with_replacements: whether N^T N is wanted.
+    """
+
+    def __init__(self, groups, with_replacements):
+        self.cc, self.nc = gram(target_rows(groups)), cross_gram(groups)
+        self.nn = gram([n for pairs in groups for _, n in pairs]) if with_replacements else None
+
+    def derived(self, derive):
+        """C'^T C' of the derived embeddings c' = K c + L n."""
+        k, l_ = derive.matrix, derive.anchored
+        found = k @ self.cc @ k.T
+        if l_ is not None:
+            mixed = l_ @ self.nc @ k.T
+            found += mixed + mixed.T + l_ @ self.nn @ l_.T
+        return found
+
+    def missing(self, derive, derived):
+        """(N - C')^T C', given C'^T C'."""
+        found = self.nc @ derive.matrix.T
+        if derive.anchored is not None:
+            found.addmm_(self.nn, derive.anchored.T)
+        return found.sub_(derived)
+
+
+class Epoch:
+    """One round of RECE on the map P: the edit that takes the derived embeddings c' to the replacements n.
+
+    Of every row it adds the term (P (n - c')) (c'^T G^-1). moments: those of the groups where there are more rows than
+    d: the terms are linear in c and n, so only d x d matrices are kept, and the terms are made for a few concepts at a
+    time, when they are asked for. edited: P + the terms, or None for the last epoch.
+    """
+
+    def __init__(self, groups, moments, preserve_gram, weight_gram, p, last, preserve_scale, anchor, penalty, on):
+        self.groups, self.kept, self.edited = groups, None, None
+        scales = 1.0, preserve_scale, anchor, sum(group_sizes(groups))
+        derive = Derivation(weight_gram, p, penalty, on, moments is not None)
+        if moments is None:
+            targets, replacements, sizes = stacked(groups)
+            derived = derive(targets, replacements)
+            solve = ridge(gram(derived), preserve_gram, *scales)
+            self.kept = p @ replacements.sub_(derived).T, solve(derived), sizes
+            if not last:
+                self.edited = torch.addmm(p, *self.kept[:2])
+            return
+        derived_gram = moments.derived(derive)
+        change = None if last else moments.missing(derive, derived_gram)
+        solve = ridge(derived_gram, preserve_gram, *scales)
+        if not last:
+            self.edited = torch.addmm(p, p, solve(change))
+        # A = of_replacements[0] n - of_targets[0] c, B = c of_targets[1] + n of_replacements[1]
+        self.of_targets = p @ derive.matrix, solve(derive.matrix.T)
+        self.of_replacements = p, None
+        if derive.anchored is not None:
+            self.of_replacements = p - p @ derive.anchored, solve(derive.anchored.T)
+
+    def terms(self, run):
+        """[(A (d, n), B (n, d))] of some concepts."""
+        if self.kept:
+            changes, rows, sizes = self.kept
+            return list(zip(changes.split(sizes, 1), rows.split(sizes)))[run]
+        targets, replacements, index, sizes = shared(self.groups[run])
+        changes = (replacements @ self.of_replacements[0].T)[index].T
+        changes.addmm_(self.of_targets[0], targets.T, alpha=-1.0)
+        rows = targets @ self.of_targets[1]
+        if self.of_replacements[1] is not None:
+            rows += (replacements @ self.of_replacements[1])[index]
+        return list(zip(changes.split(sizes, 1), rows.split(sizes)))
+
+
+def rece_terms(
+    groups,
+    full_groups,
+    preserve_gram,
+    weight_gram,
+    *,
+    epochs=1,
+    penalty=0.1,
+    penalty_on="length",
+    edit_anchor=0.1,
+    edit_preserve_scale=0.1,
+    on_epoch=None,
+    erase_scale=1.0,
+    **uce_scales,
+):
+    """For each concept factors A (d, n), B (n, d), float64, of UCE followed by RECE; see rece_of()."""
+    target_gram = gram(target_rows(groups))
+    change = cross_gram(groups).sub_(target_gram).mul_(erase_scale)
+    start = uce_solver(groups, preserve_gram, target_gram=target_gram, erase_scale=erase_scale, **uce_scales)
+    p, done = start(change), []
+    del change, target_gram
+    p.diagonal().add_(1.0)
+    many = sum(group_sizes(full_groups)) > len(p)
+    moments = Moments(full_groups, penalty_on == "replacement") if many else None
+    settings = edit_preserve_scale, edit_anchor, penalty, penalty_on
+    for number in range(1, epochs + 1):
+        done.append(Epoch(full_groups, moments, preserve_gram, weight_gram, p, number == epochs, *settings))
+        p = done[-1].edited
+        if on_epoch:
+            on_epoch(number)
+    del preserve_gram, p, moments
+    for run in runs(full_groups):
+        parts = [epoch.terms(run) for epoch in done]
+        for mine in zip(uce_terms(groups[run], start, erase_scale), *parts):
+            yield torch.cat([a for a, _ in mine], 1), torch.cat([b for _, b in mine])
+
+
+def rece_of(groups, full_groups, preserve, weight_gram, *, epochs=1, **settings):
+    """TextMap of UCE followed by `epochs` rounds of RECE.
+
+    groups, preserve: as for uce_of(). full_groups: every row of the concepts' embeddings and of their
+    replacements at the same places (no slicing at the last subject token here, as published). weight_gram:
+    S (d, d) of the unedited key and value matrices. settings: penalty, penalty_on (one of PENALTIES), edit_anchor,
+    edit_preserve_scale, those of UCE, and on_epoch, which is called with the number of finished epochs.
+    """
+    weight_gram = weight_gram.to(torch.float64)
+    sizes = [n + epochs * m for n, m in zip(group_sizes(groups), group_sizes(full_groups))]
+    terms = rece_terms(groups, full_groups, gram(preserve), weight_gram, epochs=epochs, **settings)
+    return text_map(terms, sizes, len(weight_gram))
+
+
+@dataclass(frozen=True)
+class Settings(Scales):
+    """UCE's scales; epochs, penalty, penalty_on: RECE's rounds, and the weight and object of the penalty on its derived
+    embeddings."""
+
+    epochs: int = 1
+    penalty: float = 0.1
+    penalty_on: str = PENALTIES[0]
+
+
+def solve(job, encoded, weight_gram=None, on_round=None):
+    """TextMap of a job, see Method; without a weight_gram, which embeddings are derived from, its UCE part."""
+    groups, preserve = aligned_groups(job, encoded), [encoded[p].rows for p in job.preserved()]
+    settings = asdict(job.settings)
+    if weight_gram is None:
+        return uce_of(groups, preserve, **{name: settings[name] for name in asdict(Scales())})
+    return rece_of(groups, whole_groups(job, encoded), preserve, weight_gram, on_epoch=on_round, **settings)
+
+
+OBJECT = PRESET | {"penalty_on": PENALTIES[0], "epochs": 1, "penalty": 0.1}  # of the published scripts
+PRESETS = {"object": OBJECT, "style": OBJECT | {"penalty": 0.001}, "person": OBJECT, "nudity": OBJECT | {"epochs": 3}}
+RECE = Method("RECE", Settings, solve, True, PRESETS, by_preserved=True, rounds=lambda settings: settings.epochs)

@@ -1,0 +1,154 @@
+"""SPEED (Li et al., ICLR 2026), null-space editing under equality constraints, in its weight-free form.
+
+As published: the objective, the null space of the retained set with its threshold tau, the invariant equality
+constraints and their Lagrange solution. Different: the prior filter scores ||D c0|| with D = (A - T)(I + T)^-1
+instead of W D, so that one map serves every layer (the paper's ablation finds even a filter by text similarity
+nearly as good), and directed prior augmentation is left out, because it draws along singular vectors of each W.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ...errors import ErasureError
+from .groups import ALL, SUBJECT, preserved_rows, token_groups
+from .method import Method
+from .solver import batches, gram, group_sizes, outside, protected_basis, require_outside, stacked, text_map
+
+CENTROIDS = 3  # of the empty prompt's rows after the start token, as published
+KMEANS_ROUNDS = 25
+
+
+def prior_scores(retained, targets, changes):
+    """Influence of the erasure on retained rows (F, d): ||(A - T)(I + T)^-1 c0||, (F,) float64.
+
+    targets C1, changes C* - C1: (N, d). T = C1^T C1 / N and A - T = (C* - C1)^T C1 / N, the means over concepts.
+    """
+    count = len(targets)
+    inner = gram(targets, 1 / count)
+    inner.diagonal().add_(1.0)
+    rows = torch.cholesky_solve(targets.T, torch.linalg.cholesky(inner)) @ changes / count  # D^T
+    return torch.cat([(batch @ rows).norm(dim=1) for batch in batches(retained)])
+
+
+def influential(retained, targets, changes):
+    """The retained rows with a score above the mean (influence-based prior filtering); all where none is."""
+    scores = prior_scores(retained, targets, changes)
+    keep = scores > scores.mean()
+    return retained[keep] if keep.any() else retained
+
+
+def centroids(rows, count=CENTROIDS):
+    """K-means centroids (min(count, n), d) of rows (n, d); starts from the mean's nearest row and the farthest ones."""
+    chosen = [int((rows - rows.mean(0)).norm(dim=1).argmin())]
+    while len(chosen) < min(count, len(rows)):
+        chosen.append(int(torch.cdist(rows, rows[chosen]).amin(1).argmax()))
+    means = rows[chosen]
+    for _ in range(KMEANS_ROUNDS):
+        nearest = torch.cdist(rows, means).argmin(1)
+        means = torch.stack([rows[nearest == i].mean(0) if (nearest == i).any() else m for i, m in enumerate(means)])
+    return means
+
+
+def invariants(empty):
+    """The vectors (4, d) that SPEED never changes, of the empty prompt's rows (T, d): start token and centroids."""
+    empty = empty.to(torch.float64)
+    return torch.cat([empty[:1], centroids(empty[1:])]) if len(empty) > 1 else empty
+
+
+def held_rows(fixed, basis, lam):
+    """Rows (m, d) in the editable space that stand for the constraints dW C2 = 0 on fixed rows C2 (n, d).
+
+    P C2, or for exact constraints (lam = 0) an orthonormal basis of its span, on which alone they depend: C2
+    itself may be dependent or protected already.
+    """
+    held = outside(fixed, basis)
+    if lam:
+        return held
+    u, s, _ = torch.linalg.svd(held.T, full_matrices=False)
+    return u[:, s > 1e-6 * fixed.norm(dim=1).max()].T
+
+
+def constrained_rows(editable, held, rho, lam):
+    """Rows c1^T P Q M, (N, d): the right side of SPEED's solution.
+
+    editable: P C1 (N, d); held: P C2 (m, d) or a basis of it. With M = (T P + rho I)^-1 the matrix
+    Z = P M = (P T P + rho I)^-1 P is symmetric, and P Q M = Z - Z C2 (C2^T Z C2 + lam I)^-1 C2^T Z.
+    """
+    system = gram(editable, 1 / len(editable))
+    system.diagonal().add_(rho)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed or rho <= 0:
+        raise ErasureError(
+            f"SPEED has no stable solution with rho {rho:g}; use a rho above 0 (1 for objects and styles, 0.05 for "
+            "many people, 0.7 for nudity)."
+        )
+    rows = torch.cholesky_solve(editable.T, factor).T
+    if not len(held):
+        return rows
+    z = torch.cholesky_solve(held.T, factor)  # Z C2
+    inner = held @ z
+    inner = (inner + inner.T) / 2
+    inner.diagonal().add_(lam)
+    return rows - (torch.cholesky_solve(z.T, torch.linalg.cholesky(inner)).T @ (held @ rows.T)).T
+
+
+def speed_terms(groups, retained, empty, *, tau=0.1, rho=1.0, lam=0.0, prior_filter=True, names=None):
+    """For each concept factors A (d, n), B (n, d), float64, with W_new = W (I + sum A B); see speed_of()."""
+    targets, replacements, sizes = stacked(groups)
+    changes = replacements - targets
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    if prior_filter and len(retained):
+        retained = influential(retained, targets, changes)
+    basis = protected_basis(retained, tau)
+    editable = outside(targets, basis)
+    held = held_rows(invariants(empty), basis, lam)
+    reachable = editable if lam else outside(editable, held.T)
+    require_outside(targets, reachable, owner, names or range(1, len(sizes) + 1))
+    rows = constrained_rows(editable, held, rho, lam)
+    return zip((changes.T / len(targets)).split(sizes, 1), rows.split(sizes))
+
+
+def speed_of(groups, retained, empty, **settings):
+    """TextMap of SPEED: W -> W + W (A - T) P Q M as terms (c*_i - c_i)/N x (c_i^T P Q M).
+
+    groups: by concept, pairs (targets (r, d), anchors (r, d)); retained: (F, d), the rows to leave as they are,
+    possibly none; empty: (T, d), rows of the empty prompt. settings: tau, from which mean square on a direction
+    of the retained set is protected; rho, the ridge; lam, slack of the constraints on the start token and the
+    empty prompt (0: exact); prior_filter; names, of the concepts, for messages. The defaults are those of objects
+    and styles; people: tau 1e-4, rho 0.05, no filter; nudity: tau 0.1, rho 0.7, lam 0.5, all rows.
+    """
+    terms = speed_terms(groups, retained, empty, **settings)
+    return text_map(terms, group_sizes(groups), retained.shape[1])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """tau: the mean square from which a direction of the preserved vectors is protected; rho: the ridge; lam: slack of
+    what the start token and the empty prompt keep; prior_filter: protect only what the erasure would disturb; tokens:
+    the vector of the last "subject" token of each prompt, or of "all" tokens but the start token."""
+
+    tau: float = 0.1
+    rho: float = 1.0
+    lam: float = 0.0
+    prior_filter: bool = True
+    tokens: str = SUBJECT
+
+
+def solve(job, encoded, weight_gram=None, on_round=None):
+    """TextMap of a job, see Method."""
+    settings = {name: value for name, value in asdict(job.settings).items() if name != "tokens"}
+    retained = preserved_rows(job, encoded, job.retained_captions())
+    names = [concept.text for concept in job.concepts]
+    return speed_of(token_groups(job, encoded), retained, encoded[""].rows, **settings, names=names)
+
+
+# of the published script
+OBJECT = {"tau": 0.1, "rho": 1.0, "lam": 0.0, "prior_filter": True, "tokens": SUBJECT}
+PRESETS = {
+    "object": OBJECT,
+    "style": OBJECT,
+    "person": OBJECT | {"tau": 1e-4, "rho": 0.05, "prior_filter": False},
+    "nudity": OBJECT | {"rho": 0.7, "lam": 0.5, "tokens": ALL},
+}
+SPEED = Method("SPEED", Settings, solve, presets=PRESETS)

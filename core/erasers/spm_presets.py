@@ -1,0 +1,30 @@
+"""Published numbers of Latent Anchoring for a kind of concept (SPM, appendix C.1), and the layers that it may train."""
+
+from dataclasses import replace
+
+from .spm import Settings
+
+CUSTOM = "custom"
+PRESETS = {
+    CUSTOM: {},
+    "object": {"steps": 3000, "eta": 1.0, "lam": 1000.0},
+    "style": {"steps": 3000, "eta": 1.0, "lam": 1000.0},
+    "nudity": {"steps": 15000, "eta": 3.0, "lam": 100.0},
+}
+CROSS, SELF = (
+    tuple(f"{kind}.{part}" for part in ("query", "key", "value", "out"))
+    for kind in ("cross_attention", "self_attention")
+)
+LAYERS = {  # by groups of sites, all when empty
+    "all": (),
+    "attention": CROSS + SELF,
+    "cross-attention": CROSS,
+    "text keys and values": ("cross_attention.key", "cross_attention.value"),
+}
+
+
+def settings_of(preset, **given):
+    """The given Settings, with the published numbers of a preset in place of theirs and the warm-up no longer than a
+    fifth of all steps."""
+    settings = replace(Settings(**given), **PRESETS[preset])
+    return replace(settings, warmup=min(settings.warmup, settings.steps // 5))

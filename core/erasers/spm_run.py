@@ -1,0 +1,116 @@
+"""A training run from beginning to end: what it goes on from, what it tells and saves on the way, what stays after a
+stop.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..adapters.adapter import Card, ErasureAdapter
+from ..errors import ErasureError
+from .spm import Settings, Texts, preview, train
+
+log = logging.getLogger("membrane")
+
+TOLD_EVERY = 50  # steps
+
+
+def texts_of(encoded, pairs, preserved):
+    """[Texts] of pairs (prompt with the concept, with its surrogate) that are all among the encoded prompts, with the
+    preserved prompts; their tensors are not inference tensors if this is called outside inference mode."""
+
+    def row(prompt):
+        return encoded[prompt].rows.clone()
+
+    anchors = torch.stack([row(prompt) for prompt in preserved]) if preserved else None
+    return [Texts(row(text), row(other), row(""), anchors) for text, other in pairs]
+
+
+def steps_done(adapter, settings):
+    """How many steps an adapter to go on from was trained; raises ErasureError when there is nothing to go on with."""
+    done = int(adapter.card.settings.get("trained_steps", 0))
+    if not adapter.low_rank:
+        raise ErasureError(f"The adapter {adapter.describe()} has no trained layers to go on from; leave it out.")
+    if done >= settings.steps:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} is trained for {done} steps already; set steps above that."
+        )
+    return done
+
+
+@dataclass
+class TrainingRun:
+    """One training run, called with a denoiser and [Texts].
+
+    card: what the adapter says of itself; name: of its file; save(adapter): writes that file, may raise OSError;
+    save_every: steps after which it is written anew; start: steps that are done already; preview_every: steps after
+    which a picture of the first concept is shown, 0 for none; show(step, latents): called after each step, latents (1,
+    4, h, w) or None, may raise to stop; say(text): called with a line on how it goes.
+    """
+
+    card: Card
+    settings: Settings
+    name: str
+    save: Callable
+    save_every: int
+    start: int = 0
+    preview_every: int = 0
+    show: Callable = lambda step, latents: None
+    say: Callable = lambda text: None
+    reports: list = field(default_factory=list)
+    saved: str = ""
+
+    def __call__(self, denoiser, texts):
+        """(ErasureAdapter, report as text). An exception, such as Cancel, leaves a file of what was trained."""
+        begin = time.monotonic()
+
+        def on_step(report):
+            self.reports.append(report)
+            shown = self.preview_every and report.step % self.preview_every == 0
+            latents = preview(denoiser, texts[0], self.settings) if shown else None
+            if report.step % TOLD_EVERY == 0 or report.step == self.settings.steps:
+                self._tell(report.step, time.monotonic() - begin)
+            if report.step % self.save_every == 0 and report.step < self.settings.steps:
+                self._keep(denoiser, report.step)
+            self.show(report.step, latents)
+
+        try:
+            train(denoiser, denoiser.parameters(), texts, self.settings, on_step, self.start)
+        except BaseException:
+            if self.reports:  # Cancel, out of memory, a loss that is not finite: what was trained stays
+                self._keep(denoiser, self.reports[-1].step)
+            raise
+        adapter = self._keep(denoiser, self.settings.steps)
+        return adapter, f"{self.saved}\n{self._losses(len(self.reports))}"
+
+    def _tell(self, step, seconds):
+        left = seconds / (step - self.start) * (self.settings.steps - step)
+        said = f"{self._losses(TOLD_EVERY)}, {_minutes(left)} left"
+        log.info("Membrane: %s", said)
+        self.say(said)
+
+    def _keep(self, denoiser, step):
+        """The adapter as trained so far, saved where that can be done."""
+        card = replace(self.card, settings={**self.card.settings, "trained_steps": step})
+        adapter = ErasureAdapter(card, {"low_rank": denoiser.trained()})
+        try:
+            self.save(adapter)
+        except OSError as error:  # the adapter goes on through the graph
+            self.saved = f"It could not be saved as {self.name} ({error}); make room and use Save Erasure Adapter."
+            log.warning("Membrane: %s", self.saved)
+            return adapter
+        self.saved = f"Saved as {self.name} after {step} steps."
+        log.info("Membrane: %s", self.saved)
+        return replace(adapter, name=self.name)
+
+    def _losses(self, last):
+        some = self.reports[-last:]
+        erase, anchor = (sum(getattr(r, kind) for r in some) / len(some) for kind in ("erase", "anchor"))
+        return f"step {some[-1].step} of {self.settings.steps}: erase loss {erase:.2e}, anchor loss {anchor:.2e}"
+
+
+def _minutes(seconds):
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,1 +1,0 @@
-"""What an erasure does and what it damages."""

@@ -1,0 +1,78 @@
+"""What differs between releases of ComfyUI, from March 2024 on; the rest of core/host is written for today's."""
+
+import inspect
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import torch
+
+
+def ensure_uncompiled(model):
+    """Puts the network of a MODEL back in its place.
+
+    Hosts of 2024 put a torch.compile wrapper there for as long as the compiled MODEL is loaded; every name below it is
+    another one then, also for the host's own LoRA loader. Unloading puts the network back.
+    """
+    if hasattr(model.model.diffusion_model, "_orig_mod"):
+        comfy.model_management.unload_all_models()
+
+
+def key_patches(model, prefix):
+    """{key: stored weight and its patches} of the weights and biases below a prefix, as get_key_patches() means it.
+
+    That of hosts before November 2024 breaks a model whose own patches are in place: it takes the patched weights for
+    plain ones and leaves them behind, so that the next load patches them once more.
+    """
+    if hasattr(comfy.model_patcher, "get_key_weight"):
+        return model.get_key_patches(prefix)
+    stored = {key: parameter for key, parameter in model.model.named_parameters() if key.startswith(prefix)}
+    backups = {key: model.backup.get(key, parameter) for key, parameter in stored.items()}
+    return {key: [getattr(backup, "weight", backup), *model.patches.get(key, ())] for key, backup in backups.items()}
+
+
+def calculate_weight(model, patches, weight, key):
+    """A weight with patches on it; a function of its own since August 2024, a method of the patcher before."""
+    if hasattr(comfy.lora, "calculate_weight"):
+        return comfy.lora.calculate_weight(patches, weight, key)
+    return model.calculate_weight(patches, weight, key)
+
+
+def stored_weight(weight):
+    """The number tensor of a stored weight; newer hosts give it together with how to turn it into numbers."""
+    if not isinstance(weight, tuple):
+        return weight
+    stored, convert = weight
+    return convert(stored, inplace=False) if callable(convert) else stored
+
+
+def patcher_class(dynamic):
+    """The host's class of a MODEL's patcher; hosts of 2026 manage memory dynamically where they can."""
+    plain = comfy.model_patcher.ModelPatcher
+    return getattr(comfy.model_patcher, "CoreModelPatcher", plain) if dynamic else plain
+
+
+def load_weights(patcher, weights):
+    """Loads {name: tensor} into the network of a patcher, as its kind wants them."""
+    dynamic = hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+    patcher.model.load_model_weights(weights, "", **({"assign": True} if dynamic else {}))
+
+
+def embedding_class(operations):
+    """The embedding of a host's operations; hosts of March 2024 cast every kind of layer but embeddings."""
+    return getattr(operations, "Embedding", torch.nn.Embedding)
+
+
+def show_text(server, text, node):
+    """Shows a line of text on a node while it runs; hosts before 2025 have no place for it."""
+    if hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node)
+
+
+def encode_with_extras(clip, tokens):
+    """{"cond", "pooled_output", and what else the encoder gives} of a tokenized text; hosts of March 2024 give no more
+    than the two."""
+    if "return_dict" in inspect.signature(clip.encode_from_tokens).parameters:
+        return clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
+    vectors, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    return {"cond": vectors, "pooled_output": pooled}

@@ -1,0 +1,1 @@
+"""The demo model as objects of the host."""

@@ -1,0 +1,170 @@
+"""The layers of the host's model and the names that adapters know them by."""
+
+import comfy.lora
+import comfy.ops
+import torch
+
+from ...errors import ErasureError
+from ...families.sites import site
+from ...families.table import family_of
+from ..compat import ensure_uncompiled
+
+NETWORK, WEIGHT = "diffusion_model.", ".weight"
+
+
+def denoiser(model):
+    """The network of a MODEL as its layers are named."""
+    ensure_uncompiled(model)
+    return model.model.diffusion_model
+
+
+def family(model):
+    """The Family of a MODEL, by the host's configuration of it."""
+    return family_of([kind.__name__.lstrip("_") for kind in type(model.model.model_config).__mro__])
+
+
+def family_name(model):
+    """The host's name of the model's family, such as SD15 or SDXL."""
+    return type(model.model.model_config).__name__.lstrip("_")
+
+
+def text_entries(model):
+    """{TextEntry: width of its vectors, None where the model does not say} of a MODEL.
+
+    Raises ErasureError for a model whose text no map can act on.
+    """
+    return {entry: None if entry.pooled else _width(model, entry) for entry in (family(model).text, *_others(model))}
+
+
+def _others(model):
+    """The entries beside the main one that the model has."""
+    return [entry for entry in family(model).entries[1:] if next(readers(model, entry), None)]
+
+
+def text_width(model):
+    """Width of the text vectors a MODEL reads first; raises ErasureError for a model whose text no map can act on."""
+    return _width(model, family(model).text)
+
+
+def _width(model, entry):
+    found = next((module.in_features for _, module in readers(model, entry)), None)
+    if entry.width:
+        stated = getattr(model.model.model_config, "unet_config", {}).get(entry.width)
+        stated = stated[0] if isinstance(stated, (list, tuple)) else stated
+        found = found if found == stated else None
+    if found is None:
+        raise ErasureError(
+            f"The model {type(model.model).__name__} has no cross-attention that reads the text directly "
+            f"(no matching {entry.readers[0]} layers were found); "
+            "closed-form erasure needs a Stable Diffusion 1, 2 or XL type U-Net."
+        )
+    return int(found)
+
+
+def readers(model, entry):
+    """(key of the weight, module) of the layers of a MODEL that read a text entry first, in the network's order."""
+    for name, module in denoiser(model).named_modules():
+        if entry.reads(name) and hasattr(module, "in_features"):
+            yield f"{NETWORK}{name}{WEIGHT}", module
+
+
+def text_readers(model):
+    """The same for the main text entry."""
+    return readers(model, family(model).text)
+
+
+def reads_vector(model):
+    """Whether a MODEL reads a pooled vector beside the text, as SDXL does."""
+    return getattr(model.model, "adm_channels", 0) > 0
+
+
+def layer_keys(model):
+    """{site: key} for every spelling the host's own LoRA loader knows; a key is that of a weight, or the host's
+    tuple of it and the part of it that the name stands for, where the host fuses layers."""
+    ensure_uncompiled(model)
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    return {site(name): key for name, key in names.items() if plain_key(key).endswith(WEIGHT)}
+
+
+def plain_key(key):
+    """The key of the weight in one of layer_keys()."""
+    return key if isinstance(key, str) else key[0]
+
+
+def modules(model):
+    """{key of the weight: module} of the denoiser's layers."""
+    named = denoiser(model).named_modules()
+    return {f"{NETWORK}{name}{WEIGHT}": module for name, module in named if hasattr(module, "weight")}
+
+
+def layer_weight(module, like):
+    """(weight, bias) of a linear layer of the host as it multiplies with them, for an input like this."""
+    cast = getattr(module, "cast_bias_weight", None)  # layers of GGUF loaders bring their own
+    weight, bias = (cast(like) if cast else comfy.ops.cast_bias_weight(module, like))[:2]
+    if hasattr(weight, "dequantize") and type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        weight = weight.dequantize()
+    scale = getattr(module, "scale_weight", None)  # of scaled fp8
+    return weight if scale is None else weight * scale.to(weight), bias
+
+
+def parameter_count(model):
+    """Number of weights of the denoiser."""
+    return sum(parameter.numel() for parameter in denoiser(model).parameters())
+
+
+def require_fit(model, stack):
+    """Checks the changes of layers of a stack against a MODEL; returns how many of them the model has no layer for.
+
+    Raises ErasureError when an adapter has no layer in common with the model or a change has another shape.
+    """
+    adapters = [entry.adapter for entry in stack.entries if entry.adapter.sites]
+    layers, keys, missing = (modules(model), layer_keys(model), 0) if adapters else ({}, {}, 0)
+    for adapter in adapters:
+        known = [name for name in adapter.sites if name in keys]
+        if not known:
+            made_for = f" (made for {adapter.card.family})" if adapter.card.family else ""
+            raise ErasureError(
+                f"None of the {len(adapter.sites)} layers that the adapter {adapter.describe()}{made_for} changes "
+                f"exists in this {family_name(model)} model (the first is {adapter.sites[0]}); "
+                "use an adapter made for this family."
+            )
+        missing += len(adapter.sites) - len(known)
+        for name in known:
+            _require_shape(model, adapter, name, keys[name], layers.get(plain_key(keys[name])))
+    return missing
+
+
+def _require_shape(model, adapter, name, key, layer):
+    wanted = _shape(layer, key)
+    for _, place, delta in adapter.of_layers:
+        if place != name:
+            continue
+        found = delta.shape
+        # a change of low rank fits a 1x1 convolution and part of a fused layer as well
+        low_rank = delta.low_rank() is not None
+        if low_rank and (wanted is None or found == wanted or (*found, 1, 1) == wanted):
+            continue
+        if low_rank or found != wanted or not isinstance(key, str):
+            raise _other_shape(model, adapter, name, found, wanted)
+
+
+def _other_shape(model, adapter, name, found, wanted):
+    return ErasureError(
+        f"The adapter {adapter.describe()} changes {name} as a layer of shape {found}, but in this "
+        f"{family_name(model)} model it has the shape {wanted}; use an adapter made for this family."
+    )
+
+
+def _shape(layer, key):
+    """(out, in) of a linear layer, (out, in, height, width) of a convolution; None for anything else."""
+    if hasattr(layer, "in_features"):
+        out, shape = layer.out_features, (layer.in_features,)
+    elif hasattr(layer, "in_channels") and hasattr(layer, "kernel_size") and layer.groups == 1:
+        out, shape = layer.out_channels, (layer.in_channels, *layer.kernel_size)
+    else:
+        return None
+    if not isinstance(key, str):
+        if key[1][0] != 0:
+            return None
+        out = key[1][2]
+    return (out, *shape)

@@ -1,0 +1,94 @@
+"""The effective weights of the host's model, with everything that is patched onto it."""
+
+from collections.abc import Mapping
+
+import torch
+
+from ...erasers.extract import BaseLayer
+from ...families.sites import site
+from ...formats.weights import EditedWeights
+from ..compat import calculate_weight, ensure_uncompiled, key_patches, stored_weight
+from .layers import NETWORK, family, layer_keys, readers
+
+
+def effective_weight(model, key, patches):
+    """Weight of one layer with its patches applied, float32 on the CPU; patches: get_key_patches()[key]."""
+    weight, *rest = patches
+    weight = stored_weight(weight).detach().to("cpu", torch.float32, copy=True)
+    return calculate_weight(model, rest, weight, key) if rest else weight
+
+
+def _key_patches(model):
+    """{key: stored weight and its patches} of the denoiser's weights and biases, as get_key_patches() means it."""
+    ensure_uncompiled(model)
+    return key_patches(model, NETWORK)
+
+
+def weight_of(model, key):
+    """Effective weight of one layer, float32 on the CPU."""
+    return effective_weight(model, key, _key_patches(model)[key])
+
+
+def entry_weights(model, entry):
+    """(key, effective weight) of the layers that read a TextEntry first, one at a time."""
+    patches = _key_patches(model)
+    for key, _ in readers(model, entry):
+        yield key, effective_weight(model, key, patches[key])
+
+
+def text_weights(model):
+    """(key, effective weight (out, d)) of the layers that read the main text entry, one at a time."""
+    return entry_weights(model, family(model).text)
+
+
+def base_layers(model):
+    """{site: BaseLayer} of a MODEL's denoiser with its effective weights, every spelling of a site leading to one."""
+    patches, layers = _key_patches(model), {}
+
+    def layer(key):
+        def read():
+            found = [key, key.removesuffix("weight") + "bias"]
+            return tuple(effective_weight(model, k, patches[k]) if k in patches else None for k in found)
+
+        return BaseLayer(site(key), read)
+
+    for key in patches:
+        if key.endswith(".weight"):
+            layers[site(key)] = layer(key)
+    spellings = {name: site(key) for name, key in layer_keys(model).items() if isinstance(key, str)}
+    return layers | {name: layers[own] for name, own in spellings.items() if own in layers}
+
+
+class _Tensors(Mapping):
+    """{(site, "weight" or "bias"): effective tensor} of a MODEL's denoiser, made as it is asked."""
+
+    def __init__(self, model):
+        self.model, self.patches = model, _key_patches(model)
+        self.keys_of = {(site(key), key.rpartition(".")[2]): key for key in self.patches}
+
+    def __getitem__(self, name):
+        key = self.keys_of[name]
+        return effective_weight(self.model, key, self.patches[key])
+
+    def __iter__(self):
+        return iter(self.keys_of)
+
+    def __len__(self):
+        return len(self.keys_of)
+
+
+def edited_weights(model):
+    """EditedWeights of a MODEL with everything that is patched onto it."""
+    return EditedWeights(_Tensors(model), "the edited model", whole=True)
+
+
+def text_gram(model, on_progress=None):
+    """S = sum_l W_l^T W_l over the key and value layers that read the text: (d, d) float64."""
+    total = None
+    for i, (_, weight) in enumerate(text_weights(model)):
+        weight = weight.double()
+        product = weight.T @ weight
+        total = product if total is None else total + product
+        if on_progress:
+            on_progress(i + 1)
+    return total

@@ -1,0 +1,1 @@
+"""What the pack tells the page: progress, openings, routes."""

@@ -1,0 +1,99 @@
+"""Erases from each conditioning's text once, when the host prepares it, and sets the gates that travel with it."""
+
+import weakref
+
+import comfy.conds
+import torch
+
+from ...adapters.gates import gate_values, of_negative, stronger
+from ...adapters.patch import Patch
+from ..text.known_tokens import PROMPTS
+
+EXTRA_CONDS, GATES = "extra_conds", "membrane_gates"
+# called with (stack, its gates, {"positive", "negative": values (rows, K) or None} of a sampling, the side just set)
+LISTENERS = []
+
+
+class Runs:
+    """What the samplings that are under way know of each other's conditionings.
+
+    A sampling is told by its noise tensor, which the host hands to every conditioning and keeps until the end.
+    """
+
+    def __init__(self):
+        self.under_way = []
+
+    def of(self, noise):
+        """{"positive", "negative": values or None, "active": numbers of gates} of a sampling."""
+        self.under_way = [(ref, state) for ref, state in self.under_way if ref() is not None]
+        found = next((state for ref, state in self.under_way if ref() is noise), None)
+        if found is None:
+            found = {"positive": None, "negative": None, "active": set()}
+            if noise is not None:
+                self.under_way.append((weakref.ref(noise), found))
+        return found
+
+    def active(self, count):
+        """Gates that some conditioning opens, in order; all of them when no sampling is known."""
+        states = [state for ref, state in self.under_way if ref() is not None]
+        return tuple(sorted(set().union(*(s["active"] for s in states)))) if states else tuple(range(count))
+
+
+class ErasedConditioning(Patch):
+    """Stands in for the base model's `extra_conds`: erases from each conditioning's text once, and sets its gates.
+
+    Clones may share it: what it learns belongs to one sampling. entries: the TextEntries whose maps act here.
+    """
+
+    function, erases = EXTRA_CONDS, True
+
+    def __init__(self, base, stack, plan, entries, travels, previous):
+        super().__init__(base, previous)
+        self.stack, self.plan, self.entries, self.travels = stack, plan, entries, travels
+        self.runs = Runs()
+
+    def __call__(self, **kwargs):
+        text, original = kwargs.get("cross_attn"), self.original
+        gates = self.gates(text, kwargs.get("prompt_type"), kwargs.get("noise")) if self.plan.gates else None
+        for entry in self.entries:
+            vectors = kwargs.get(entry.argument)
+            if vectors is not None:
+                self._erase(entry, vectors, gates, kwargs)
+        if self.previous is not None:
+            kwargs["membrane_text"] = text  # whose tokens are known, unlike those of the erased text
+        out = original(**kwargs)
+        if self.travels:
+            out[GATES] = comfy.conds.CONDRegular(gates.to(kwargs.get("device", "cpu")))
+        return out
+
+    def _erase(self, entry, vectors, gates, kwargs):
+        part = self.plan.maps[entry.name]
+        if vectors.shape[-1] != part.a.shape[0]:
+            return
+        if entry.pooled:
+            kwargs[entry.argument] = part.erased(vectors[:, None], gates)[:, 0]
+            return
+        # a ControlNet reads the same text but is not part of what was edited
+        if "control" in kwargs and kwargs.get("cross_attn_controlnet") is None:
+            kwargs["cross_attn_controlnet"] = vectors
+        kwargs[entry.argument] = part.erased(vectors, gates)
+
+    def gates(self, text, prompt_type, noise):
+        """Values (rows, K) of the plan's gates for a conditioning's text (rows, T, d) or None."""
+        gates, concepts = self.plan.gates, self.plan.concepts
+        score = None
+        if concepts is not None:
+            if text is None:
+                score = torch.zeros(1, len(concepts.names))
+            else:
+                score = concepts.match(text, PROMPTS.recall(text))
+        values = gate_values(gates, score)
+        run = self.runs.of(noise)
+        side = "negative" if prompt_type == "negative" else "positive"
+        if side == "negative":
+            values = of_negative(gates, values, run["positive"])
+        run[side] = values if run[side] is None else stronger(run[side], values)
+        run["active"].update(values.ne(0).any(dim=0).nonzero().flatten().tolist())
+        for listener in LISTENERS:
+            listener(self.stack, gates, run, side)
+        return values

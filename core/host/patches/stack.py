@@ -1,0 +1,164 @@
+"""Puts a stack on a clone of the host's MODEL.
+
+A map of the text acts on each conditioning when the host prepares it (`extra_conds` of the base model), so it costs
+nothing per step; behind a norm it acts on the input of the layers that read the text. The gates of each conditioning
+are computed there too and travel with it, so the host puts them into the batch in whatever order it uses;
+`apply_model` receives them and lends them to the gated layers for the duration of one call. All are object patches,
+which every host from March 2024 on undoes by itself when it switches to another clone. What is not gated goes to the
+host's own patch list.
+"""
+
+import logging
+from dataclasses import replace
+
+import comfy.lora
+
+from ...adapters.beside import Bypass, Changes, Rows
+from ...adapters.deltas.delta import KINDS, OPEN
+from ...adapters.deltas.low_rank import Part
+from ...adapters.gates import gated, wanted_concepts
+from ...adapters.plan import make_plan
+from ...adapters.stack import ErasureStack
+from ...errors import ErasureError
+from ...text.similarity import concepts_of
+from ..model.layers import layer_keys, layer_weight, modules, plain_key, readers, require_fit, text_entries
+from ..text.encode import encode
+from ..text.known_tokens import PROMPTS
+from .conditioning import EXTRA_CONDS, ErasedConditioning
+from .places import foreign
+from .steps import APPLY_MODEL, ErasedSteps
+
+log = logging.getLogger("membrane")
+
+
+def applied(model):
+    """The ErasedConditioning of a MODEL, or None."""
+    patch = model.object_patches.get(EXTRA_CONDS)
+    return patch if isinstance(patch, ErasedConditioning) else None
+
+
+def applied_stack(model):
+    """The stack that already acts on a MODEL, empty when none does."""
+    return applied(model).stack if applied(model) else ErasureStack()
+
+
+def concepts_for(stack, clip, known=None):
+    """The Concepts that a stack's gates need, as a CLIP encodes them; those in `known` stay as they are."""
+    names = wanted_concepts(stack)
+    missing = [name for name in names if known is None or name not in known.names]
+    if not missing:
+        return known
+    PROMPTS.want()
+    fresh = concepts_of(encode(clip, (*missing, "")))
+    if known is None:
+        return fresh
+    if known.shape != fresh.shape:
+        raise ErasureError(
+            f"The erasures already on this model compare texts of shape {known.shape}, the "
+            f"connected CLIP gives {fresh.shape}; connect the CLIP that belongs to the model."
+        )
+    return known + fresh
+
+
+def plan_for(model, stack, concepts=None):
+    """Plan of a stack on a MODEL; raises ErasureError when they do not fit."""
+    of_text = any(entry.adapter.maps for entry in stack.entries)
+    of_layers = any(entry.adapter.sites for entry in stack.entries)
+    return make_plan(stack, text_entries(model) if of_text else {}, concepts, layer_keys(model) if of_layers else {})
+
+
+def static_changes(model, stack):
+    """{key: LowRank} of what in a stack is the same for every text and step, for the host's own patch list.
+
+    Of the stack that is added only: what was on the model before is in the list already.
+    """
+    always = (entry for entry in stack.entries if not gated(entry) and entry.adapter.sites)
+    stack = ErasureStack(tuple(replace(e, adapter=replace(e.adapter, deltas=_of_layers(e.adapter))) for e in always))
+    return plan_for(model, stack).static
+
+
+def _of_layers(adapter):
+    return {kind: places for kind, places in adapter.deltas.items() if not KINDS[kind].of_text}
+
+
+def apply_stack(model, stack, clip=None):
+    """A clone of a MODEL with the stack added to what already acts on it; the model itself when nothing acts.
+
+    clip: needed when permeability follows the text.
+    """
+    before, whole = applied(model), applied_stack(model) + stack
+    missing = require_fit(model, stack)
+    plan = plan_for(model, whole, concepts_for(whole, clip, before and before.plan.concepts))
+    static = static_changes(model, stack)
+    if not (plan.maps or plan.running or static):
+        return model
+    patched = model.clone()
+    if static:
+        add_low_rank(patched, static)
+    if plan.maps or plan.running:
+        _put(patched, model, whole, plan)
+    count = sum(entry.acts for entry in whole.entries)
+    log.info("Membrane: %d erasure adapter(s) on %s", count, type(model.model).__name__)
+    if missing:
+        total = sum(len(entry.adapter.sites) for entry in stack.entries)
+        log.warning("Membrane: %d of %d changes belong to layers this model does not have", missing, total)
+    return patched
+
+
+def _put(patched, model, whole, plan):
+    base, rows = model.model, Rows()
+    entries = [entry for entry in text_entries(model) if entry.name in plan.maps] if plan.maps else []
+    inside = [entry for entry in entries if entry.norm]
+    timed = [entry for entry in entries if not entry.norm and plan.timed(entry.name)]
+    early = [entry for entry in entries if entry not in inside and entry not in timed]
+    follows = plan.follows or any((plan.maps[entry.name].gate != OPEN).any() for entry in inside)
+    travels = bool(timed) or follows
+    previous = foreign(model, EXTRA_CONDS)
+    conditioning = ErasedConditioning(base, whole, plan, early, travels, previous)
+    patched.add_object_patch(EXTRA_CONDS, conditioning)
+    parts = _put_on_layers(patched, model, plan, inside, rows)
+    if travels:
+        steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
+        patched.add_object_patch(APPLY_MODEL, steps)
+
+
+def _put_on_layers(patched, model, plan, inside, rows):
+    """Puts a Bypass on every layer that needs one; returns all their Parts. inside: entries behind a norm."""
+    layers, parts = modules(model), {}
+    changes = {plain_key(key): layer.on_weight for key, layer in plan.running.items() if layer.on_weight}
+    for key, layer in plan.running.items():
+        if layer.beside is not None:
+            parts.setdefault(plain_key(key), []).append(Part(layer.beside, _outputs(key)))
+    texts = {key: plan.maps[entry.name] for entry in inside for key, _ in readers(model, entry)}
+    for key in dict.fromkeys((*parts, *changes, *texts)):
+        name = key.removesuffix(".weight") + ".forward"
+        on_weight = Changes(changes[key], layer_weight) if key in changes else None
+        bypass = Bypass(layers[key], parts.get(key, ()), rows, foreign(model, name), on_weight, texts.get(key))
+        patched.add_object_patch(name, bypass)
+    return [part for of_layer in parts.values() for part in of_layer]
+
+
+def _outputs(key):
+    """(start, length) of the outputs that a key of layer_keys() stands for, None for all of them."""
+    if isinstance(key, str):
+        return None
+    if len(key) > 2 or key[1][0] != 0:
+        raise ErasureError(
+            f"The layer {key[0]} is stored by the host in a way that permeability cannot follow; "
+            'set the permeability to "fixed".'
+        )
+    return key[1][1:]
+
+
+def add_low_rank(patched, changes):
+    """Adds {key: LowRank} to the host's own patch list, one entry a layer.
+
+    They go through the host's reader of LoRA files, which is the one form that all hosts since March 2024 take.
+    """
+    lora, keys, biases = {}, {}, {}
+    for i, (key, change) in enumerate(changes.items()):
+        lora[f"{i}.lora_up.weight"], lora[f"{i}.lora_down.weight"] = change.up, change.down
+        keys[str(i)] = key
+        if change.bias is not None:
+            biases[plain_key(key).removesuffix("weight") + "bias"] = ("diff", (change.bias,))
+    patched.add_patches(comfy.lora.load_lora(lora, keys) | biases, 1.0)

@@ -1,0 +1,68 @@
+"""Lends the gates of the rows in a batch to the layers, for the duration of one call of the network."""
+
+from ...adapters.gates import gate_values
+from ...adapters.patch import Patch
+from .conditioning import GATES
+
+APPLY_MODEL = "apply_model"
+
+
+class ErasedSteps(Patch):
+    """Stands in for the base model's `apply_model`: takes the gates of the rows in the batch off the call, closes
+    those out of their time range, and lends them to the gated layers until the call is over.
+
+    entries: the TextEntries whose maps change from step to step, and so act here.
+    """
+
+    function, erases = APPLY_MODEL, True
+
+    def __init__(self, base, plan, conditioning, entries, rows, parts, previous):
+        super().__init__(base, previous)
+        self.plan, self.conditioning, self.rows, self.parts = plan, conditioning, rows, parts
+        self.texts = {entry.result: plan.maps[entry.name] for entry in entries}
+        self.timed = {}
+        for k, gate in enumerate(plan.gates):
+            if not gate.always:
+                self.timed.setdefault((gate.start_percent, gate.end_percent), []).append(k)
+
+    def __call__(self, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
+        original, gates = self.original, kwargs.pop(GATES, None)
+        if gates is None:  # not prepared by this model's extra_conds: only what needs no text can act
+            gates = self._without_text().to(x.device)
+        if self.timed:
+            gates = self._in_range(gates, t)
+        if "c_crossattn" in self.texts:
+            c_crossattn = self._erased("c_crossattn", c_crossattn, gates)
+        kwargs |= {name: self._erased(name, kwargs[name], gates) for name in self.texts if name in kwargs}
+        rows = self.rows
+        before = rows.every, rows.gates, rows.active
+        active = self.conditioning.runs.active(len(self.plan.gates))
+        dtype = getattr(self.owner, "manual_cast_dtype", None) or self.owner.get_dtype()
+        for part in self.parts:
+            part.prepare(active, x.device, dtype)
+        try:
+            rows.every, rows.gates, rows.active = gates, gates[:, list(active)], active
+            return original(x, t, c_concat, c_crossattn, *args, **kwargs)
+        finally:
+            rows.every, rows.gates, rows.active = before
+
+    def _without_text(self):
+        columns = [k for k, gate in enumerate(self.plan.gates) if not gate.reads_text]
+        values = gate_values([self.plan.gates[k] for k in columns], None)
+        gates = values.new_zeros(1, len(self.plan.gates))
+        gates[:, columns] = values
+        return gates
+
+    def _erased(self, name, text, gates):
+        if text is None:
+            return None
+        part = self.texts[name] = self.texts[name].to(text.device)
+        return part.erased(text, gates)
+
+    def _in_range(self, gates, t):
+        sampling = self.owner.model_sampling
+        gates = gates.expand(max(len(gates), len(t)), -1).clone()
+        for (start, end), columns in self.timed.items():
+            on = (t <= sampling.percent_to_sigma(start)) & (t >= sampling.percent_to_sigma(end))  # stays on the device
+            gates[:, columns] *= on.to(gates).view(-1, 1)
+        return gates

@@ -1,0 +1,1 @@
+"""Runs the host's sampler and networks, and listens to them."""

@@ -1,0 +1,247 @@
+"""Gradients through a model of the host: its network made fit for them while they are needed, and what they tell of a
+prompt's words.
+"""
+
+import contextlib
+
+import comfy.model_management
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from ...adapters.beside import Bypass, Rows
+from ...errors import ErasureError
+from ...measures.detection import gradient_lengths, text_part
+from ..model.layers import reads_vector
+from ..patches.steps import ErasedSteps
+from .sampling import ask_at
+from .steps import guided_steps
+
+CHECKPOINTED = ("BasicTransformerBlock", "ResBlock")
+GUIDED = 7.0  # any guidance that makes the host ask for both sides
+
+
+def refuse_pooled(model):
+    """Raises ErasureError for a model that gradients cannot be taken through."""
+    if reads_vector(model):
+        raise ErasureError(
+            f"The model {type(model.model).__name__} reads pooled text beside the text vectors, which gradients do "
+            "not support yet; use a Stable Diffusion 1 or 2 checkpoint, or a method without gradients."
+        )
+
+
+# ---------------------------------------------------------------- the network
+
+
+class Differentiable:
+    """A MODEL whose network can be differentiated, inside `with`; what it changes is undone at the end.
+
+    rows: the Rows whose gates hold while a block is computed again in the backward pass, or None to keep what is in a
+    block instead, which takes more memory.
+    """
+
+    def __init__(self, model, rows=None):
+        self.model, self.rows = model, rows
+        self.undo = contextlib.ExitStack()
+
+    def __enter__(self):
+        comfy.model_management.load_models_gpu([self.model])
+        try:
+            for module in self.model.model.diffusion_model.modules():
+                self._prepare(module)
+        except BaseException:
+            self.undo.close()
+            raise
+        return self
+
+    def __exit__(self, *error):
+        self.undo.close()
+
+    def replace(self, module, forward):
+        """Puts a forward in place of a module's until the end."""
+        self._restore(module.__dict__, "forward")
+        module.forward = forward
+
+    def _prepare(self, module):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                self._restore(module._parameters, name)
+                module._parameters[name] = ordinary(parameter)
+        if isinstance(module, torch.nn.LayerNorm):
+            self.replace(module, _Norm(module))
+        elif all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads")):
+            self.replace(module, _Attention(module))
+        # the checkpointing of older hosts knows only the gradients of the network's own parameters
+        switch = next((s for s in ("checkpoint", "use_checkpoint") if isinstance(getattr(module, s, None), bool)), None)
+        if switch is not None:
+            self._restore(module.__dict__, switch)
+            setattr(module, switch, False)
+        if self.rows is not None and type(module).__name__ in CHECKPOINTED:
+            self.replace(module, _Checkpointed(module, self.rows))
+
+    def _restore(self, namespace, name):
+        if name in namespace:
+            self.undo.callback(namespace.__setitem__, name, namespace[name])
+        else:
+            self.undo.callback(namespace.pop, name, None)
+
+
+class _Norm:
+    """A layer norm that keeps a copy of its input: hosts of 2024 add to the input in place afterwards."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, x):
+        return type(self.module).forward(self.module, x.clone() if x.requires_grad else x)
+
+
+class _Attention:
+    """Attention with gradients, which the memory-saving ways of some hosts do not have."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, x, context=None, value=None, mask=None, **options):
+        module = self.module
+        context = x if context is None else context
+        q = module.to_q(x)
+        k, v = module.to_k(context), module.to_v(context if value is None else value)
+        q, k, v = (y.unflatten(-1, (module.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        return module.to_out(
+            functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        )
+
+
+class _Checkpointed:
+    """A block that is computed again in the backward pass instead of keeping what is in it."""
+
+    def __init__(self, module, rows):
+        self.module, self.rows = module, rows
+
+    def __call__(self, x, *args, **kwargs):
+        forward = type(self.module).forward.__get__(self.module)
+        if not torch.is_grad_enabled():
+            return forward(x, *args, **kwargs)
+
+        lent = self.rows.gates, self.rows.active
+
+        def once(x, *args):
+            before = self.rows.gates, self.rows.active
+            self.rows.gates, self.rows.active = lent  # the call is over when this is computed again
+            try:
+                return forward(x.clone(), *args, **kwargs)  # hosts of 2024 change the input in place
+            finally:
+                self.rows.gates, self.rows.active = before
+
+        return checkpoint(once, x, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+# ---------------------------------------------------------------- tensors of inference mode
+
+
+def ordinary(tensor):
+    """A tensor on the same memory which is not an inference tensor: those cannot be saved for a backward pass."""
+    tensor = tensor.detach()
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+class _Ordinary(torch.overrides.TorchFunctionMode):
+    """Inside, ordinary tensors on the same memory take the place of inference tensors in every call of torch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("__get__", "is_inference"):
+            return func(*args, **(kwargs or {}))
+        return func(*_swapped(args), **{name: _swapped(value) for name, value in (kwargs or {}).items()})
+
+
+def _swapped(x):
+    if isinstance(x, torch.Tensor):
+        return ordinary(x) if x.is_inference() and x.is_floating_point() else x
+    return type(x)(map(_swapped, x)) if type(x) in (list, tuple) else x
+
+
+def _copied(found):
+    """A CONDITIONING whose tensors were not made under inference mode."""
+    return [
+        [vectors.clone(), {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}]
+        for vectors, options in found
+    ]
+
+
+# ---------------------------------------------------------------- the words of a prompt
+
+
+def token_influence(model, text, empty, seeds, settings, count, on_evaluations=lambda done: None):
+    """Gradient lengths (tokens,) of ||text part|| with respect to the vectors the network reads between start and end
+    token, the mean over the first `count` steps and the seeds (Wen et al. 2024, section 4.1).
+
+    Raises ErasureError for models that read pooled text beside it.
+    """
+    refuse_pooled(model)
+    points, done = [], 0
+
+    def tell():
+        nonlocal done
+        done += 1
+        on_evaluations(done)
+
+    def on_step(step):
+        points.append((step.x.cpu().clone(), step.sigma.cpu().clone()))
+        tell()
+
+    for seed in seeds:
+        guided_steps(model, text.conditioning, empty.conditioning, [seed], settings, count, on_step)
+    listening = model.clone()
+    comfy.model_management.load_models_gpu([listening])  # patches weights, which are inference tensors
+    with torch.inference_mode(False), torch.enable_grad():
+        points = [(x.clone(), sigma.clone()) for x, sigma in points]
+        norms = _gradients(listening, _copied(text.conditioning), _copied(empty.conditioning), points, tell)
+        return (sum(norms) / len(points))[1 : text.end]
+
+
+def _gradients(listening, positive, negative, points, on_point):
+    """[gradient_lengths() (T,) of the positive prompt's vectors] for each point (x (1, C, h, w), sigma (1,)), through
+    the host's whole sampling path; listening: a clone of the MODEL to change."""
+    leaves, deltas = _track_vectors(listening), []
+
+    def listen(args):
+        deltas.append(text_part(args["cond_denoised"], args["uncond_denoised"], args["sigma"]))
+        return args["denoised"]
+
+    def lengths(predict):
+        leaves.clear()
+        deltas.clear()
+        with torch.enable_grad(), _Ordinary():
+            predict()
+            (leaf, row), *_ = leaves
+            found = gradient_lengths(deltas.pop(), leaf)[row].cpu()
+        on_point()
+        return found
+
+    listening.set_model_sampler_post_cfg_function(listen, disable_cfg1_optimization=True)
+    # a block that is computed again would find the gates of adapters beside its layers gone
+    beside = any(isinstance(patch, Bypass | ErasedSteps) for patch in listening.object_patches.values())
+    with Differentiable(listening, None if beside else Rows()):
+        return ask_at(listening, positive, negative, points, lengths, cfg=GUIDED)
+
+
+def _track_vectors(listening):
+    """A list that each call of the network fills: (text vectors with gradients, the positive prompt's row)."""
+    leaves, previous = [], listening.model_options.get("model_function_wrapper")
+
+    def called(apply_model, args):
+        c, order = dict(args["c"]), args["cond_or_uncond"]
+        leaf = c["c_crossattn"].detach().clone().requires_grad_()
+        c["c_crossattn"] = leaf
+        leaves.extend([(leaf, order.index(0))] if 0 in order else [])
+        if previous:
+            return previous(apply_model, {**args, "c": c})
+        return apply_model(args["input"], args["timestep"], **c)
+
+    listening.set_model_unet_function_wrapper(called)
+    return leaves

@@ -1,0 +1,1 @@
+"""What judges an erasure: what is gone, what is damaged, what is memorised, what brings it back."""

@@ -1,0 +1,145 @@
+"""Prompts as a text entry of a model reads them: rows of vectors, and what each row stands for."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..errors import ErasureError
+
+START, WORD, END, PADDING, TEMPLATE = range(5)
+UNKNOWN = -1  # among token ids: an embedding, or a row whose token is not known
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPrompt:
+    """One prompt at one text entry.
+
+    rows: (T, d) float32 on the CPU; T differs between prompts, but for encoders that fill a context. ids: the token of
+    each row, UNKNOWN where there is none. roles: (T,) what each row stands for: START, WORD, END, PADDING or TEMPLATE,
+    the words that an encoder puts around every prompt. inside: the ids of its words as they are after another word,
+    where tokenizers tell the two apart (" star" and "star"). heard: all ids in the first encoder's vocabulary, which a
+    conditioning is known by; spoken: sets of those that stand for its words, alone and after another word.
+    """
+
+    prompt: str
+    rows: torch.Tensor
+    ids: tuple[int, ...]
+    roles: torch.Tensor
+    inside: tuple[int, ...] = ()
+    heard: frozenset[int] = frozenset()
+    spoken: tuple[frozenset[int], ...] = ()
+
+    @property
+    def words(self):
+        """Token ids of its words."""
+        return tuple(i for i, role in zip(self.ids, self.roles.tolist()) if role == WORD)
+
+
+class Encoded:
+    """EncodedPrompts at one text entry, found by their prompts.
+
+    each: in order; contexts: whether all fill one context of the encoder, so that gates may compare them place by place
+    (CLIP). pooled: Encoded of the pooled vectors, one row a prompt, or None.
+    """
+
+    def __init__(self, prompts, contexts=False, pooled=None):
+        self.each, self.contexts, self.pooled = tuple(prompts), contexts, pooled
+        self.place = {prompt.prompt: prompt for prompt in self.each}
+
+    @classmethod
+    def of_contexts(cls, prompts, ids, vectors, end, pooled=None):
+        """From contexts of one length: start token, words, end token, padding.
+
+        ids: (T,) of each prompt; vectors: (n, T, d); end: id of the end token; pooled: (n, p) or None.
+        """
+        found = [
+            EncodedPrompt(prompt, rows, tuple(own), context_roles(own, end), heard=frozenset(own))
+            for prompt, own, rows in zip(prompts, ids, vectors)
+        ]
+        return cls(found, True, None if pooled is None else cls.of_pooled(prompts, pooled))
+
+    @classmethod
+    def of_pooled(cls, prompts, vectors):
+        """From one vector a prompt, (n, p)."""
+        role = torch.tensor([WORD])
+        return cls([EncodedPrompt(p, row[None], (UNKNOWN,), role) for p, row in zip(prompts, vectors)])
+
+    def __getitem__(self, prompt):
+        return self.place[prompt]
+
+    def __iter__(self):
+        return iter(self.each)
+
+    @property
+    def prompts(self):
+        """The prompts, in order."""
+        return tuple(prompt.prompt for prompt in self.each)
+
+    @property
+    def width(self):
+        """Width d of the vectors."""
+        return self.each[0].rows.shape[-1]
+
+    @cached_property
+    def vectors(self):
+        """(n, T, d) of prompts of one length; raises ErasureError for others."""
+        lengths = {len(prompt.rows) for prompt in self}
+        if len(lengths) > 1:
+            raise ErasureError(
+                f"The text encoder gives the prompts {min(lengths)} to {max(lengths)} vectors; expected the same number"
+                " for each, as encoders with contexts of one length give them; use a model with such an encoder."
+            )
+        return torch.stack([prompt.rows for prompt in self])
+
+
+def context_roles(ids, end):
+    """Roles (T,) of a context: a start token, words, then the first end token and padding."""
+    ids = list(ids)
+    stop = ids.index(end, 1) if end in ids[1:] else len(ids)
+    return torch.tensor(([START] + [WORD] * (stop - 1) + [END] + [PADDING] * (len(ids) - stop))[: len(ids)])
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a tokenizer puts around the words of every prompt: so many tokens before and behind them, and padding.
+
+    pad: id of the padding, None where there is none.
+    """
+
+    head: int
+    tail: int
+    pad: int | None
+
+    @classmethod
+    def of(cls, empty, other):
+        """From the token ids of the empty prompt and of one with words: what both begin with stands before them. A
+        token that the empty prompt repeats to its end is padding."""
+        pad = empty[-1] if len(empty) > 1 and empty[-1] == empty[-2] else None
+        bare, words = _without(empty, pad), _without(other, pad)
+        head = 0
+        while head < min(len(bare), len(words)) and bare[head] == words[head]:
+            head += 1
+        return cls(head, len(bare) - head, pad)
+
+    def roles(self, ids):
+        """Roles (T,) of a prompt's tokens.
+
+        One token before the words is a start token, one behind them an end token; more are a template. Where nothing
+        stands behind them, the first token of the padding is the end token, as in CLIP.
+        """
+        count = max(0, len(_without(ids, self.pad)) - self.head - self.tail)
+        found = [START if self.head == 1 else TEMPLATE] * self.head + [WORD] * count
+        found += [END if self.tail == 1 else TEMPLATE] * self.tail
+        padding = [PADDING] * (len(ids) - len(found))
+        if padding and not self.tail:
+            padding[0] = END
+        return torch.tensor((found + padding)[: len(ids)])
+
+
+def _without(ids, pad):
+    """Ids without the padding at their end."""
+    ids = list(ids)
+    while pad is not None and ids and ids[-1] == pad:
+        ids.pop()
+    return ids

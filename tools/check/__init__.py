@@ -1,0 +1,1 @@
+"""Checks of the repository: skipped tests, ComfyUI releases, translations, readers of foreign files."""

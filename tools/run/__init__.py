@@ -1,0 +1,1 @@
+"""The parts of run.py: environment, hosts, server, tests, benchmark records."""

@@ -1,0 +1,105 @@
+// @ts-check
+// One row of the stack editor. It shows whatever entry it is given, and touches only what differs.
+
+import { icon, make, setText } from "./elements.js";
+import { GateView } from "./gates.js";
+import { Control } from "./row_controls.js";
+import { field, understood } from "./stack_document.js";
+import { t } from "./strings.js";
+
+const iconButton = (name, attributes = {}) =>
+    make("button", { class: "membrane-icon", type: "button", "data-do": name, ...attributes }, icon(name));
+
+const lineOf = (controls, attributes = {}) =>
+    make("div", { class: "membrane-line", ...attributes }, ...controls.map((control) => control.element));
+
+export class RowView {
+    constructor() {
+        this.entry = null;
+        this.gate = new GateView();
+        this.makeButtons();
+        this.makeControls();
+        this.note = make("span", { class: "membrane-note" });
+        this.raw = make("code", { class: "membrane-raw", hidden: true });
+        const top = [this.handle, this.toggle, this.name, this.raw, this.note];
+        top.push(this.gate.element, this.info, this.copy, this.drop, this.more);
+        const lines = [make("div", { class: "membrane-top" }, ...top), this.basic, this.second, this.advanced];
+        this.element = make("li", { class: "membrane-row" }, ...lines);
+    }
+
+    makeButtons() {
+        const ours = (name, attributes) => make("button", { type: "button", "data-do": name, ...attributes });
+        this.toggle = ours("toggle", { class: "membrane-switch", role: "switch" });
+        this.name = ours("choose", { class: "membrane-name" });
+        this.handle = iconButton("handle", { class: "membrane-icon membrane-handle", title: t("row.move.hint") });
+        this.more = iconButton("more", { title: t("row.more.hint"), "aria-expanded": "false" });
+        this.info = iconButton("info", { title: t("row.info.hint") });
+        this.copy = iconButton("duplicate", { title: t("row.duplicate.hint") });
+        this.drop = iconButton("remove", { title: t("row.remove.hint") });
+    }
+
+    makeControls() {
+        const [strength, factor] = [new Control("strength"), new Control("permeability.factor")];
+        const mode = new Control("permeability.mode");
+        const [start, end] = [new Control("start_percent"), new Control("end_percent")];
+        const [threshold, topK] = [new Control("permeability.threshold"), new Control("permeability.top_k")];
+        const negative = new Control("permeability.negative");
+        this.basic = lineOf([strength, factor]);
+        this.second = lineOf([mode, start, end]);
+        this.advanced = lineOf([threshold, negative, topK], { hidden: true });
+        this.controls = [strength, factor, mode, start, end, threshold, negative, topK];
+    }
+
+    /** Shows an entry of the stack; missing: there is no file of its name. */
+    show(entry, missing) {
+        this.entry = entry;
+        const key = `${missing} ${JSON.stringify(entry)}`;
+        if (key === this.shown) return;
+        this.shown = key;
+        const known = understood(entry);
+        this.setOwner(known ? entry.adapter || t("row.no_adapter") : t("row.not_understood"), known);
+        setText(this.note, known ? (missing ? t("row.missing") : "") : t("row.kept"));
+        this.element.classList.toggle("membrane-missing", missing);
+        this.element.classList.toggle("membrane-off", known && field(entry, "enabled") === false);
+        if (known) this.showFields(entry);
+        else this.raw.textContent = JSON.stringify(entry);
+    }
+
+    showFields(entry) {
+        const on = String(field(entry, "enabled") !== false);
+        if (this.toggle.getAttribute("aria-checked") !== on) this.toggle.setAttribute("aria-checked", on);
+        for (const control of this.controls) control.show(entry);
+    }
+
+    /** Everything that depends only on whose row it is, and on whether that is understood. */
+    setOwner(what, known) {
+        const key = `${known} ${what}`;
+        if (key === this.owner) return;
+        this.owner = key;
+        const parts = [this.toggle, this.name, this.basic, this.second, this.info, this.more];
+        for (const part of parts) part.hidden = !known;
+        if (!known) this.advanced.hidden = true;
+        this.gate.forget();
+        this.raw.hidden = known;
+        this.element.setAttribute("aria-label", what);
+        this.nameButtons(what);
+        for (const control of this.controls) control.setOwner(what);
+    }
+
+    nameButtons(what) {
+        this.name.textContent = this.name.title = what;
+        this.name.setAttribute("aria-label", t("row.choose", what));
+        this.handle.setAttribute("aria-label", t("row.move", what));
+        this.toggle.setAttribute("aria-label", t("row.toggle", what));
+        this.copy.setAttribute("aria-label", t("row.duplicate", what));
+        this.drop.setAttribute("aria-label", t("row.remove", what));
+        this.info.setAttribute("aria-label", t("row.info", what));
+        this.more.setAttribute("aria-label", t("row.more", what));
+    }
+
+    /** Opens or closes the line of rarer settings. */
+    showMore() {
+        this.advanced.hidden = !this.advanced.hidden;
+        this.more.setAttribute("aria-expanded", String(!this.advanced.hidden));
+    }
+}
