@@ -220,32 +220,31 @@ class Installed:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        self.work = tempfile.TemporaryDirectory(prefix="membrane-sweep-")
         command = [python, "-c", WITH_PARENT, "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
         if "--database-url" in (folder / "comfy" / "cli_args.py").read_text(encoding="utf-8"):
-            # the one in its folder belongs to the ComfyUI that people use
-            command += ["--database-url", "sqlite:///" + Path(self.work.name, "comfyui.db").as_posix()]
-        self.log = Path(self.work.name, "log")
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *options], cwd=folder, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-            )
+            command += ["--database-url", "sqlite:///:memory:"]  # the file belongs to the ComfyUI that people use
+        self.log = tempfile.TemporaryFile()  # has no name that could stay behind
+        self.process = subprocess.Popen(
+            [*command, *options], cwd=folder, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log,
+            start_new_session=True,
+        )  # fmt: skip
         self._wait(timeout)
 
     def _wait(self, timeout):
         until = time.monotonic() + timeout
         while not Server(self.url).alive():
             if self.process.poll() is not None or time.monotonic() > until:
-                tail = "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
+                self.log.seek(0)
+                tail = "\n".join(self.log.read().decode("utf-8", "replace").splitlines()[-25:])
                 self.stop()
                 raise CannotRun(f"ComfyUI did not start on {socket.gethostname()}; its log ends with:\n{tail}")
             time.sleep(0.2)
 
     def stop(self):
-        """Ends it and removes its log."""
+        """Ends it."""
         self.process.kill()
         self.process.wait()
-        self.work.cleanup()
+        self.log.close()
 
 
 class Worker:
