@@ -346,7 +346,7 @@ def disk(monkeypatch):
     os.chmod(work, 0o755)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, CATEGORY, ([work], {".safetensors"}))
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: work)
-    monkeypatch.setattr(calibrations, "family", lambda model: "SD15")
+    monkeypatch.setattr(calibrations, "family_name", lambda model: "SD15")
     yield work
     os.chmod(work, 0o755)
     shutil.rmtree(work)

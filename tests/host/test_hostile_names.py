@@ -145,7 +145,7 @@ def test_a_pipe_is_no_file(root):
 
 def test_damaged_calibrations(monkeypatch):
     """A sentence, whatever is in the file, and its size bounded."""
-    monkeypatch.setattr(calibrations, "family", lambda model: "SD15")
+    monkeypatch.setattr(calibrations, "family_name", lambda model: "SD15")
     os.makedirs(calibrations._folder(), exist_ok=True)
     good = Calibration({"a": 1}, (0.5,), tuple(map(float, range(30))))
     name = calibrations.store(None, good)
