@@ -190,16 +190,14 @@ class Own:
 
     def begin(self):
         """The running ComfyUI: an object with url and stop(). Raises what says why there is none."""
-        starter = next((Path(self.root) / "tools").rglob("comfy_server.py"), None)
-        if starter is None:
+        if not (Path(self.root) / "tools" / "run").is_dir():
             return Installed(self._folder(), self.python or sys.executable, self.options)
-        sys.path.insert(0, str(starter.parent))  # a checkout: found and started as run.py does
-        import comfy_server
-        import hosts
+        sys.path.insert(0, self.root)  # a checkout: found and started as run.py does
+        from tools.run import comfy_server, environment, hosts
 
-        host, places = hosts.choose(self.comfyui), ("bin/python", "Scripts/python.exe")
-        own = next((hosts.environment() / name for name in places if (hosts.environment() / name).is_file()), None)
-        return comfy_server.Server(host.path, self.python or own or sys.executable, options=self.options).start()
+        host, own = hosts.choose(self.comfyui), environment.venv_python(hosts.environment())
+        python = self.python or (own if own.is_file() else sys.executable)
+        return comfy_server.Server(host.path, python, options=self.options).start()
 
     def _folder(self):
         around = Path(self.root).parent
