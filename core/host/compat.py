@@ -76,3 +76,9 @@ def encode_with_extras(clip, tokens):
         return clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
     vectors, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
     return {"cond": vectors, "pooled_output": pooled}
+
+
+def empty_latent(latent_format):
+    """A small empty latent (1, C, 8, 8) of a format, (1, C, 1, 8, 8) for video; hosts of March 2024 know 4 channels."""
+    video = getattr(latent_format, "latent_dimensions", 2) == 3
+    return torch.zeros(1, getattr(latent_format, "latent_channels", 4), *([1] * video), 8, 8)

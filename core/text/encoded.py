@@ -1,6 +1,6 @@
 """Prompts as a text entry of a model reads them: rows of vectors, and what each row stands for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -29,6 +29,19 @@ class EncodedPrompt:
     inside: tuple[int, ...] = ()
     heard: frozenset[int] = frozenset()
     spoken: tuple[frozenset[int], ...] = ()
+
+    def read_as(self, rows):
+        """The same prompt with what a model reads of it, rows (T', d). What is added before or behind the encoder's
+        rows counts as padding; where a model makes other rows, their tokens are not known."""
+        more = len(rows) - len(self.rows)
+        if not more:
+            return replace(self, rows=rows)
+        padding = torch.full((max(0, more),), PADDING)
+        if more > 0 and not rows[:more].any():
+            return replace(self, rows=rows, ids=(UNKNOWN,) * more + self.ids, roles=torch.cat([padding, self.roles]))
+        if more > 0 and not rows[-more:].any():
+            return replace(self, rows=rows, ids=self.ids + (UNKNOWN,) * more, roles=torch.cat([self.roles, padding]))
+        return replace(self, rows=rows, ids=(UNKNOWN,) * len(rows), roles=torch.full((len(rows),), WORD))
 
     @property
     def words(self):

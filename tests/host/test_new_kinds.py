@@ -7,6 +7,7 @@ method makes text maps of rows. (A new file format: test_adapters.py.)
 
 from dataclasses import dataclass
 
+import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_patcher
@@ -25,6 +26,8 @@ from membrane.core.errors import ErasureError
 from membrane.core.families import table
 from membrane.core.families.family import Family, TextEntry
 from membrane.core.formats import native
+from membrane.core.host.text.encode import encode, encode_for
+from membrane.core.text.encoded import PADDING
 from membrane.core.text.rows import subject
 from membrane.tools import host_library
 from torch import nn
@@ -338,6 +341,31 @@ def test_uce_behind_a_norm_is_the_formula(node, reader, text):
     expected = (n - c).T @ c @ torch.linalg.inv(system)
     found = adapter.maps["text"].matrix().double()
     assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.fixture
+def padding_reader(reader, monkeypatch):
+    """The same, of a kind of model that puts zeros before the text when it prepares it, as Flux.2 does."""
+    base, original = reader[0].model, type(reader[0].model).extra_conds
+
+    def extra_conds(**kwargs):
+        found = original(base, **kwargs)
+        text = kwargs["cross_attn"]
+        found["c_crossattn"] = comfy.conds.CONDRegular(torch.cat([torch.zeros_like(text[:, :3]), text], dim=1))
+        return found
+
+    monkeypatch.setattr(base, "extra_conds", extra_conds, raising=False)
+    monkeypatch.setattr(base.diffusion_model, "cap_norm", nn.Identity())
+    return reader
+
+
+def test_rows_are_those_that_the_model_prepares(padding_reader):
+    plain, found = (encode(padding_reader[1], ("a red star", "")), encode_for(*padding_reader, ("a red star", "")))
+    for prompt in found.prompts:
+        assert not found[prompt].rows[:3].any() and torch.equal(found[prompt].rows[3:], plain[prompt].rows)
+        assert found[prompt].roles.tolist() == [PADDING] * 3 + plain[prompt].roles.tolist()
+        assert found[prompt].ids[3:] == plain[prompt].ids
+    assert subject(found["a red star"], plain["a red star"]) == 3 + subject(plain["a red star"], plain["a red star"])
 
 
 # ---------------------------------------------------------------- a closed-form method

@@ -1,15 +1,15 @@
 """Text encoding through the host's CLIP object."""
 
 import hashlib
-from dataclasses import replace
 from numbers import Integral
 
 import comfy.model_management
 import torch
 
 from ...errors import ErasureError
+from ...families.unet import TEXT
 from ...text.encoded import UNKNOWN, WORD, Encoded, EncodedPrompt, Frame
-from ..compat import encode_with_extras
+from ..compat import empty_latent, encode_with_extras
 from ..model.layers import family, text_entries, text_width
 
 BATCH = 32  # prompts per forward pass of the text encoder
@@ -64,31 +64,33 @@ def fills_contexts(tokens):
     return set(tokens) <= CLIP_STREAMS
 
 
-def encode(clip, prompts, on_progress=None, pooled=False):
+def encode(clip, prompts, on_progress=None, pooled=False, read=None):
     """Encoded prompts, as the text encoder gives them.
 
     Prompts of CLIP encoders are batched; those of all others have different lengths and are encoded one at a time.
-    pooled: with the pooled vector of each as well.
+    pooled: with the pooled vector of each as well. read(given): rows (T, d) that a model reads of what encoding one
+    prompt gave; the encoder's own without it.
     """
     prompts = tuple(prompts)
-    tokenized = [_tokenize(clip, prompt) for prompt in prompts]
-    if fills_contexts(_tokenize(clip, "")):
+    tokenized, contexts = [_tokenize(clip, prompt) for prompt in prompts], fills_contexts(_tokenize(clip, ""))
+    for prompt, tokens in zip(prompts, tokenized) if contexts else ():
+        _require_one_context(prompt, tokens)
+    if contexts and read is None:
         return _contexts(clip, prompts, tokenized, on_progress, pooled)
     frames, found, vectors = {}, [], []
     for i, (prompt, tokens) in enumerate(zip(prompts, tokenized)):
         comfy.model_management.throw_exception_if_processing_interrupted()
         given = encode_with_extras(clip, tokens)
-        found.append(_described(clip, prompt, tokens, given["cond"][0].float().cpu(), frames))
+        described = _described(clip, prompt, tokens, given["cond"][0].float().cpu(), frames)
+        found.append(described if read is None else described.read_as(read(given)))
         vectors.append(given.get("pooled_output"))
         if on_progress:
             on_progress(i + 1)
-    return Encoded(found, pooled=Encoded.of_pooled(prompts, _given(clip, vectors)) if pooled else None)
+    return Encoded(found, contexts, Encoded.of_pooled(prompts, _given(clip, vectors)) if pooled else None)
 
 
 def _contexts(clip, prompts, tokenized, on_progress, pooled):
     """Encoded prompts of CLIP encoders, which travel as contexts of one long prompt, as every host batches them."""
-    for prompt, tokens in zip(prompts, tokenized):
-        _require_one_context(prompt, tokens)
     end = ids_of(_first(_tokenize(clip, "")))[1]  # follows the start token of an empty prompt
     vectors = []
     for start in range(0, len(prompts), BATCH):
@@ -170,15 +172,18 @@ def _inside(clip, prompt, stream, frame):
 
 
 def encode_for(model, clip, prompts, on_progress=None, pooled=False):
-    """Encoded prompts as the main text entry of a MODEL reads them; raises when the CLIP belongs to another one."""
+    """Encoded prompts as the main text entry of a MODEL reads them; raises when the CLIP belongs to another one.
+
+    U-Nets read what the text encoder gives; other networks are asked, see _reader().
+    """
     width, entry = text_width(model), family(model).text
-    encoded = encode(clip, prompts, on_progress, pooled)
+    encoded = encode(clip, prompts, on_progress, pooled, None if entry == TEXT else _reader(model, entry))
     if encoded.width != width:
         raise ErasureError(
             f"The text encoder gives vectors of width {encoded.width}, but the model reads vectors of width {width}; "
             "connect the CLIP that belongs to the model."
         )
-    return _behind_the_norm(model, entry, encoded) if entry.norm else encoded
+    return encoded
 
 
 def encode_entries(model, clip, prompts, on_progress=None, others=False):
@@ -194,19 +199,24 @@ def behind_norm(model):
     return bool(family(model).text.norm)
 
 
-def _behind_the_norm(model, entry, encoded):
-    """The same prompts, their rows as the norm before a text entry gives them."""
+def _reader(model, entry):
+    """read(given) for encode(): what the model's own `extra_conds` makes of a conditioning, as the host prepares it for
+    sampling, and then the norm before the entry, if it has one."""
     comfy.model_management.load_models_gpu([model])
-    network = model.model.diffusion_model
-    norm = next(module for name, module in network.named_modules() if name.endswith(entry.norm))
-    kind = {"device": model.load_device, "dtype": model.model.get_dtype()}
+    base, network = model.model, model.model.diffusion_model
+    norm = next((m for name, m in network.named_modules() if entry.norm and name.endswith(entry.norm)), None)
+    latent, kind = empty_latent(base.latent_format), {"device": model.load_device, "dtype": base.get_dtype()}
 
-    def read(prompt):
-        rows = norm(prompt.rows[None].to(**kind))[0].float().cpu()
-        return replace(prompt, rows=rows)
+    def read(given):
+        more = {name: value for name, value in given.items() if name != "cond"}
+        with torch.inference_mode():
+            conds = base.extra_conds(
+                cross_attn=given["cond"], noise=latent, device=model.load_device, prompt_type="positive", **more
+            )
+            rows = conds[entry.result].cond[0]
+            return (rows if norm is None else norm(rows[None].to(**kind))[0]).float().cpu().clone()
 
-    with torch.no_grad():
-        return Encoded([read(prompt) for prompt in encoded], encoded.contexts, encoded.pooled)
+    return read
 
 
 def fingerprint(clip):
