@@ -27,11 +27,11 @@ def subject(prompt, word):
     For an empty word, and for one that the prompt does not hold, that of the last word, which is the row before the
     first end token (the published rule of UCE and SPEED, attention-mask sum minus 2).
     """
-    for ids in (word.words, word.inside):
-        for start in range(len(prompt.ids) - len(ids), -1, -1):
-            if ids and prompt.ids[start : start + len(ids)] == tuple(ids):
-                return start + len(ids) - 1
-    return _last_word(prompt.roles.tolist())
+    roles, found = prompt.roles.tolist(), []
+    for ids in filter(None, (tuple(word.words), tuple(word.inside))):
+        ends = range(len(ids) - 1, len(prompt.ids))
+        found += [end for end in ends if roles[end] == WORD and prompt.ids[end - len(ids) + 1 : end + 1] == ids]
+    return max(found, default=_last_word(roles))
 
 
 def _last_word(roles):

@@ -71,9 +71,10 @@ class Concepts:
 class WordConcepts:
     """Concepts of encoders whose rows differ in number, such as T5's and language models': their words decide.
 
-    tokens: for each the sets of token ids that stand for it, as it is alone and after another word. vectors: (C, d)
-    float32, means of the word rows. Place by place such texts have nothing in common, and the cosine of two of their
-    means is large for any two texts, so it only counts where the words of a text are not known.
+    tokens: for each the sets of token ids that stand for it, as it is alone and after another word, without those that
+    stand around every prompt. vectors: (C, d) float32, means of the word rows. Place by place such texts have nothing in
+    common, and the cosine of two of their means is large for any two texts, so it only counts where the words of a text
+    are not known.
     """
 
     names: tuple[str, ...]
@@ -83,9 +84,10 @@ class WordConcepts:
     @classmethod
     def of(cls, encoded):
         """From encoded prompts, of which the last is the empty one."""
-        *each, _ = encoded
+        *each, empty = encoded
+        tokens = (tuple(filter(None, (ids - empty.heard for ids in prompt.spoken))) for prompt in each)
         means = [prompt.rows[prompt.roles == WORD].mean(dim=0) if prompt.words else prompt.rows[0] for prompt in each]
-        return cls(encoded.prompts[:-1], torch.stack(means), tuple(prompt.spoken for prompt in each))
+        return cls(encoded.prompts[:-1], torch.stack(means), tuple(tokens))
 
     @property
     def shape(self):
@@ -99,7 +101,8 @@ class WordConcepts:
 
     def match(self, vectors, tokens=None):
         """How well texts match the concepts, (rows, C) float32 in [0, 1]: the share of a concept's tokens that a text
-        has; where its tokens are not known, the cosine of its mean row and the concept's mean word row.
+        has; where its tokens are not known, or the concept's stand around every prompt, the cosine of its mean row and
+        the concept's mean word row.
 
         vectors: (rows, T, d); tokens: as for Concepts.match().
         """
@@ -107,12 +110,13 @@ class WordConcepts:
         score = (means @ _unit(self.vectors).T).clamp(min=0)
         for i, row in enumerate(tokens or ()):
             if row is not None:
-                score[i] = torch.tensor([self._overlap(own, row) for own in self.tokens])
+                shares = [self._overlap(own, row, cosine) for own, cosine in zip(self.tokens, score[i].tolist())]
+                score[i] = torch.tensor(shares)
         return score
 
     @staticmethod
-    def _overlap(own, row):
-        return max((len(tokens & row) / len(tokens) for tokens in own if tokens), default=0.0)
+    def _overlap(own, row, otherwise):
+        return max((len(tokens & row) / len(tokens) for tokens in own), default=otherwise)
 
 
 def _unit(x):

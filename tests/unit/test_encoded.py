@@ -65,6 +65,17 @@ def test_a_word_is_found_as_it_is_inside_a_sentence():
     word = prompt("red", [*HEAD, 16, *TAIL], [TEMPLATE] * 3 + [WORD] + [TEMPLATE] * 2, inside=(6,))
     assert subject(STAR, word) == 4
     assert subject(STAR, prompt("moon", [16], [WORD])) == 5  # the last word
+    twice = prompt("red, a red star", [6, 5, 16, 7], [WORD] * 4)
+    assert subject(twice, prompt("red", [6], [WORD], inside=(16,))) == 2  # the last one, however it is written
+    assert subject(STAR, prompt("user", [91], [WORD])) == 5  # a word of the template is none of the prompt's
+
+
+def test_a_concept_that_is_a_word_of_the_template_does_not_open_for_every_prompt():
+    user = Encoded([spoken("user", [90], [90], 1), spoken("big user", [90, 6], [90, 16], 3), prompt(
+        "", [90], [TEMPLATE], heard=frozenset({90}))])  # fmt: skip
+    concepts, text = concepts_of(user), torch.randn(1, 9, 4)
+    assert concepts.tokens == ((), (frozenset({6}), frozenset({16})))
+    assert concepts.match(text, [frozenset({90, 5})])[0].tolist() == [concepts.match(text)[0, 0], 0.0]
 
 
 def test_prompts_of_different_length_are_aligned_from_their_subjects_on():

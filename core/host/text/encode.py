@@ -153,7 +153,7 @@ def _streams(tokens, length):
     """
     sizes = {name: sum(map(len, contexts)) for name, contexts in tokens.items()}
     names = list(sizes)
-    for name in reversed(names):
+    for name in names:
         if sizes[name] == length:
             return (name,), 0
     if len(names) > 1 and sizes[names[0]] + sizes[names[-1]] == length:
@@ -205,6 +205,11 @@ def _reader(model, entry):
     comfy.model_management.load_models_gpu([model])
     base, network = model.model, model.model.diffusion_model
     norm = next((m for name, m in network.named_modules() if entry.norm and name.endswith(entry.norm)), None)
+    if entry.norm and norm is None:
+        raise ErasureError(
+            f"The model {type(base).__name__} has no layer {entry.norm}, behind which a {family(model).title} model "
+            "reads its text; update ComfyUI or Membrane."
+        )
     latent, kind = empty_latent(base.latent_format), {"device": model.load_device, "dtype": base.get_dtype()}
 
     def read(given):
