@@ -72,9 +72,9 @@ class WordConcepts:
     """Concepts of encoders whose rows differ in number, such as T5's and language models': their words decide.
 
     tokens: for each the sets of token ids that stand for it, as it is alone and after another word, without those that
-    stand around every prompt. vectors: (C, d) float32, means of the word rows. Place by place such texts have nothing in
-    common, and the cosine of two of their means is large for any two texts, so it only counts where the words of a text
-    are not known.
+    stand around every prompt. vectors: (C, d) float32, means of the word rows. Place by place such texts have nothing
+    in common, and the cosine of two of their means is large for any two texts, so it only counts where the words of a
+    text are not known.
     """
 
     names: tuple[str, ...]
