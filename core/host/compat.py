@@ -5,6 +5,7 @@ import inspect
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sample
 import torch
 
 
@@ -79,6 +80,25 @@ def encode_with_extras(clip, tokens):
 
 
 def empty_latent(latent_format):
-    """A small empty latent (1, C, 8, 8) of a format, (1, C, 1, 8, 8) for video; hosts of March 2024 know 4 channels."""
+    """A small empty latent (1, C, 8, 8) of a format, (1, C, 1, 8, 8) for video."""
     video = getattr(latent_format, "latent_dimensions", 2) == 3
-    return torch.zeros(1, getattr(latent_format, "latent_channels", 4), *([1] * video), 8, 8)
+    return torch.zeros(1, channels_and_ratio(latent_format)[0], *([1] * video), 8, 8)
+
+
+def channels_and_ratio(latent_format):
+    """(channels of latents, pixels that one stands for) of a latent format; hosts of March 2024 know 4 and 8."""
+    return getattr(latent_format, "latent_channels", 4), getattr(latent_format, "spacial_downscale_ratio", 8)
+
+
+def fitted_latents(model, latents):
+    """Empty latents with as many channels and dimensions as a MODEL works on, where the host can tell."""
+    fix = getattr(comfy.sample, "fix_empty_latent_channels", None)
+    return latents if fix is None else fix(model, latents)
+
+
+def scheduled(clip, tokens):
+    """A CONDITIONING of a tokenized text, with the schedules of hooks on hosts that have such."""
+    if hasattr(clip, "encode_from_tokens_scheduled"):
+        return clip.encode_from_tokens_scheduled(tokens)
+    vectors, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    return [[vectors, {"pooled_output": pooled}]]

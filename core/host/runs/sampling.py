@@ -12,8 +12,9 @@ import comfy.sample
 import comfy.samplers
 import torch
 
+from ..compat import channels_and_ratio, fitted_latents, scheduled
+
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
-SPATIAL = 8  # pixels a latent stands for, where the host does not say
 PROBED_AT = 0.4  # part of the schedule at which models are asked for the numbers they are known again by
 
 
@@ -46,20 +47,14 @@ class Listeners:
 
 def conditioning(clip, text):
     """A CONDITIONING of a text, as CLIPTextEncode makes it."""
-    tokens = clip.tokenize(text)
-    if hasattr(clip, "encode_from_tokens_scheduled"):
-        return clip.encode_from_tokens_scheduled(tokens)
-    vectors, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
-    return [[vectors, {"pooled_output": pooled}]]
+    return scheduled(clip, clip.tokenize(text))
 
 
 def seeded_noise(model, seeds, settings):
     """(empty latents, noise), each (seeds, C, h, w) on the CPU; every picture's noise comes from its own seed alone."""
-    latent_format = model.model.latent_format
-    size = [x // getattr(latent_format, "spacial_downscale_ratio", SPATIAL) for x in (settings.height, settings.width)]
-    empty = torch.zeros(len(seeds), getattr(latent_format, "latent_channels", 4), *size)
-    if hasattr(comfy.sample, "fix_empty_latent_channels"):
-        empty = comfy.sample.fix_empty_latent_channels(model, empty)
+    channels, ratio = channels_and_ratio(model.model.latent_format)
+    size = [x // ratio for x in (settings.height, settings.width)]
+    empty = fitted_latents(model, torch.zeros(len(seeds), channels, *size))
     return empty, torch.cat([comfy.sample.prepare_noise(empty[:1], seed) for seed in seeds])
 
 
