@@ -275,7 +275,7 @@ def small(tmp_path):
     (folder / "comfy" / "cli_args.py").write_text("")
     shutil.copy(SMALL, folder / "main.py")
     yield folder
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid, _ in begun(folder)))  # each ends with its worker
+    wait_for(lambda: not any(alive(pid) for pid, _ in begun(folder)))  # each ends with its worker
 
 
 def begun(folder):
@@ -364,7 +364,7 @@ def test_the_pool_is_killed_in_the_middle(ray, small, tmp_path):
         (found,) = (
             p
             for p in psutil.Process().children(recursive=True)
-            if p.cmdline()[:1] in (["ray::Pool"], ["ray::Pool.run"])
+            if alive(p.pid) and p.cmdline()[:1] in (["ray::Pool"], ["ray::Pool.run"])
         )
         return found.pid
 
@@ -394,6 +394,14 @@ def test_no_comfyui_to_start(ray, small, tmp_path):
 
 
 # ---------------------------------------------------------------- the command
+
+
+def alive(pid):
+    """Whether a process runs; not one that has ended and is only waited for."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def marked(mark):
@@ -496,6 +504,7 @@ def test_ports_are_on_the_loopback_only(ray):
     listening = [
         connection.laddr.ip
         for process in [psutil.Process(), *psutil.Process().children(recursive=True)]
+        if alive(process.pid)
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     ]

@@ -57,9 +57,15 @@ def test_one_of_two_servers_is_killed(server, server_host, tmp_path):
 
 
 def comfyuis():
-    """The ComfyUIs that workers of this process started."""
-    workers = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::Worker")]
-    return [child for worker in workers for child in worker.children() if "host_main.py" in " ".join(child.cmdline())]
+    """The ComfyUIs that workers of this process started; not those that have ended and are only waited for."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if "host_main.py" in " ".join(child.cmdline()) and child.parent().name().startswith("ray::Worker"):
+                found.append(child)
+        except (psutil.Error, AttributeError):  # it, or what started it, has ended since
+            continue
+    return found
 
 
 def test_ready_jobs_on_two_servers_of_our_own_of_which_one_is_killed(server_host, tmp_path):
