@@ -96,8 +96,8 @@ def erase(job, entries, family, text_encoder, weight_gram=None, on_round=None, n
     of; family and text_encoder go on the card; normed: whether the rows are those behind a norm.
     """
     settings = {"preserve": list(job.preserve), "templates": list(job.templates), **asdict(job.settings)}
-    names, surrogates = zip(*((c.text, c.surrogate) for c in job.concepts)) if job.concepts else ((), ())
-    card = Card(job.method, tuple(names), tuple(surrogates), family, text_encoder, settings)
+    names, surrogates = (tuple(getattr(c, part) for c in job.concepts) for part in ("text", "surrogate"))
+    card = Card(job.method, names, surrogates, family, text_encoder, settings)
     maps = {}
     for name, encoded in entries.items():
         main = not maps

@@ -3,13 +3,14 @@ prompts and seeds.
 """
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 
 from ...errors import ErasureError
 from ...measures.detection import Trace, bright_ending, magnitude, text_part
 from ..model.layers import text_width
+from ..text.encode import ids_of
+from ..text.vocabulary import vocabulary_of
 from .attention import EndAttention
 from .batching import batches, join
 from .sampling import Listeners, conditioning, run
@@ -60,20 +61,12 @@ def require_cross_attention(model, clip):
 def encoded(clip, prompt):
     """Text of a prompt, encoded as CLIPTextEncode does."""
     tokens = clip.tokenize(prompt)
-    ids, end_id = _first_context(tokens), _first_context(clip.tokenize(""))[1]
+    ids, (_, end_id, *_) = (ids_of(next(iter(t.values()))[:1]) for t in (tokens, clip.tokenize("")))
     end = ids.index(end_id, 1) if end_id in ids[1:] else len(ids) - 1
-    name = next(iter(tokens))
-    tokenizer = getattr(clip.tokenizer, f"clip_{name}", clip.tokenizer)
-    vocabulary = getattr(tokenizer, "inv_vocab", {})
+    vocabulary = vocabulary_of(clip, next(iter(tokens))) or {}
     found = [vocabulary.get(i) for i in ids[1:end]]
     pieces = tuple((f and f.removesuffix("</w>"), f is None or f.endswith("</w>")) for f in found)
     return Text(prompt, conditioning(clip, prompt), end, pieces)
-
-
-def _first_context(tokens):
-    """Token ids of a tokenized text in the first context of the first encoder; None for an embedding's vectors."""
-    context = next(iter(tokens.values()))[0]
-    return [int(token) if isinstance(token, Integral) else None for token, *_ in context]
 
 
 # ---------------------------------------------------------------- sampling

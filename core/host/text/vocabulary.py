@@ -5,6 +5,11 @@ import torch
 from ...errors import ErasureError
 
 
+def vocabulary_of(clip, name):
+    """{id: piece} of the encoder of that name in a tokenized text, None where its tokenizer shows none."""
+    return getattr(getattr(clip.tokenizer, f"clip_{name}", clip.tokenizer), "inv_vocab", None)
+
+
 def words_near(clip, concept, count):
     """The `count` whole words of a CLIP whose token embeddings are closest to those of a concept, the closest first.
 
@@ -12,8 +17,7 @@ def words_near(clip, concept, count):
     """
     tokens = clip.tokenize(concept)
     name = next(iter(tokens))
-    tokenizer = getattr(clip.tokenizer, f"clip_{name}", clip.tokenizer)
-    vocabulary = getattr(tokenizer, "inv_vocab", None)
+    vocabulary = vocabulary_of(clip, name)
     table = next(
         (w for k, w in clip.cond_stage_model.state_dict().items() if k.endswith("token_embedding.weight")), None
     )
