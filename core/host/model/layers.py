@@ -112,13 +112,13 @@ def parameter_count(model):
     return sum(parameter.numel() for parameter in denoiser(model).parameters())
 
 
-def require_fit(model, stack):
+def require_fit(model, stack, keys):
     """Checks the changes of layers of a stack against a MODEL; returns how many of them the model has no layer for.
 
     Raises ErasureError when an adapter has no layer in common with the model or a change has another shape.
     """
     adapters = [entry.adapter for entry in stack.entries if entry.adapter.sites]
-    layers, keys, missing = (modules(model), layer_keys(model), 0) if adapters else ({}, {}, 0)
+    layers, missing = modules(model) if adapters else {}, 0
     for adapter in adapters:
         known = [name for name in adapter.sites if name in keys]
         if not known:

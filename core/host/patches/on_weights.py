@@ -10,7 +10,7 @@ from ...families.sites import site
 from ..model.layers import family, require_fit, text_entries
 from ..model.weights import entry_weights, text_weights, weight_of
 from .places import without_stack
-from .stack import add_low_rank, applied_stack, plan_for, static_changes
+from .stack import add_low_rank, applied_stack, keys_for, plan_for, static_changes
 
 log = logging.getLogger("membrane")
 
@@ -44,8 +44,9 @@ def apply_to_weights(model, stack):
             'the same for every step and prompt; set apply_to to "text", or the range to 0 and 1, the permeability '
             'to "fixed" and its negative to "same as positive".'
         )
-    require_fit(model, stack)
-    plan, static = plan_for(model, whole), static_changes(model, stack)
+    keys = keys_for(model, whole)
+    require_fit(model, stack, keys)
+    plan, static = plan_for(model, whole, keys), static_changes(model, stack, keys)
     patched = without_stack(model)
     if static:
         add_low_rank(patched, static)

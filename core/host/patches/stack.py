@@ -60,21 +60,25 @@ def concepts_for(stack, clip, known=None):
     return known + fresh
 
 
-def plan_for(model, stack, concepts=None):
-    """Plan of a stack on a MODEL; raises ErasureError when they do not fit."""
+def keys_for(model, stack):
+    """{site: key} of a MODEL's layers, nothing for a stack that changes none."""
+    return layer_keys(model) if any(entry.adapter.sites for entry in stack.entries) else {}
+
+
+def plan_for(model, stack, keys, concepts=None):
+    """Plan of a stack on a MODEL; keys: keys_for() them. Raises ErasureError when they do not fit."""
     of_text = any(entry.adapter.maps for entry in stack.entries)
-    of_layers = any(entry.adapter.sites for entry in stack.entries)
-    return make_plan(stack, text_entries(model) if of_text else {}, concepts, layer_keys(model) if of_layers else {})
+    return make_plan(stack, text_entries(model) if of_text else {}, concepts, keys)
 
 
-def static_changes(model, stack):
+def static_changes(model, stack, keys):
     """{key: LowRank} of what in a stack is the same for every text and step, for the host's own patch list.
 
     Of the stack that is added only: what was on the model before is in the list already.
     """
     always = (entry for entry in stack.entries if not gated(entry) and entry.adapter.sites)
     stack = ErasureStack(tuple(replace(e, adapter=replace(e.adapter, deltas=_of_layers(e.adapter))) for e in always))
-    return plan_for(model, stack).static
+    return plan_for(model, stack, keys).static
 
 
 def _of_layers(adapter):
@@ -87,9 +91,10 @@ def apply_stack(model, stack, clip=None):
     clip: needed when permeability follows the text.
     """
     before, whole = applied(model), applied_stack(model) + stack
-    missing = require_fit(model, stack)
-    plan = plan_for(model, whole, concepts_for(whole, clip, before and before.plan.concepts))
-    static = static_changes(model, stack)
+    keys = keys_for(model, whole)
+    missing = require_fit(model, stack, keys)
+    plan = plan_for(model, whole, keys, concepts_for(whole, clip, before and before.plan.concepts))
+    static = static_changes(model, stack, keys)
     if not (plan.maps or plan.running or static):
         return model
     patched = model.clone()
