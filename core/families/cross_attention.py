@@ -1,9 +1,10 @@
-"""Transformers whose blocks read the text by cross-attention, as U-Nets do: Wan, Cosmos, Anima, LTX, PixArt, HunyuanDiT.
+"""Transformers whose blocks read the text by cross-attention, as U-Nets do: Wan, Cosmos, Anima, LTX, PixArt.
 
 Wan 2.1, Wan Team 2025 (arXiv 2503.20314); Cosmos-Predict2, NVIDIA 2025; LTX-Video, HaCohen et al. 2025 (arXiv
 2501.00103); PixArt-alpha, Chen et al. 2024 (arXiv 2310.00426); HunyuanDiT, Li et al. 2024 (arXiv 2405.08748).
 """
 
+from . import joint
 from .family import Family, TextEntry
 from .transformers import T5, UMT5, sentence
 
@@ -29,16 +30,26 @@ LTX_ROLES = (
 READERS = (r"^blocks\.\d+\.cross_attn\.k_proj$", r"^blocks\.\d+\.cross_attn\.v_proj$")
 
 WAN = Family(
-    "WAN21", "Wan 2.1 and 2.2", ("WAN21_T2V",), (sentence(UMT5, r"^text_embedding\.0$"),), WAN_ROLES,
+    "WAN21", "Wan 2.1 and 2.2", ("WAN21_T2V",), (sentence(UMT5, r"^text_embedding\.0$"),), WAN_ROLES, joint=joint.WAN,
     note="Wan 2.2 with 14 billion weights is two models, for high and for low noise: erase from both.",
 )  # fmt: skip
 COSMOS1 = Family("Cosmos", "Cosmos 1", ("CosmosT2V",), (sentence("T5-11B", r"\.blocks\.1\.block\.attn\.to_[kv]\.0$"),))
 COSMOS2 = Family(
-    "CosmosPredict2", "Cosmos-Predict2", ("CosmosT2IPredict2",), (sentence("T5-11B", *READERS),), COSMOS_ROLES
+    "CosmosPredict2",
+    "Cosmos-Predict2",
+    ("CosmosT2IPredict2",),
+    (sentence("T5-11B", *READERS),),
+    COSMOS_ROLES,
+    joint=joint.COSMOS,
 )
 # an adapter inside `extra_conds` reads a language model by the tokens of T5, and gives the rows
 ANIMA = Family(
-    "Anima", "Anima", ("Anima",), (sentence("Anima's adapter", *READERS, prepared=True, stream="t5xxl"),), COSMOS_ROLES
+    "Anima",
+    "Anima",
+    ("Anima",),
+    (sentence("Anima's adapter", *READERS, prepared=True, stream="t5xxl"),),
+    COSMOS_ROLES,
+    joint=joint.COSMOS,
 )
 LTXV = Family("LTXV", "LTX-Video", ("LTXV",), (sentence(T5, r"^caption_projection\.linear_1$"),), LTX_ROLES)
 LTXAV = Family(

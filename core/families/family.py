@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from ..errors import ErasureError
 
 OTHER = "other"  # role of a layer that no pattern fits
+ALL, FIRST, LAST = "all", "first", "last"  # where the text's rows stand in a layer
 
 # how far a word spreads over the rows of a prompt: over its context as CLIP's published methods have it; over all rows
 # behind it (causal language models); over all rows (bidirectional encoders such as T5)
-CONTEXT, LATER, ALL = REACHES = ("context", "later", "all")
+CONTEXT, LATER = "context", "later"
+REACHES = (CONTEXT, LATER, ALL)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,45 @@ class TextEntry:
 
 
 @dataclass(frozen=True)
+class TextRows:
+    """Which rows are the text's in layers that text and picture may share.
+
+    layers: pattern of their sites in the host's names, searched for. place: "all", the layers see the text alone;
+    "first" or "last", its rows stand before or after the picture's. How many they are is told from what the network is
+    called with: the rows (next to last dimension) of its tensors, each rounded up to a multiple, and those that the
+    network adds of itself. tensors: (name of a tensor or a list of them, attribute of the network that reads it,
+    without which these rows are not there; "" for one that is always read). pictures: name of a list of reference
+    pictures, each of which has `multiple` rows of padding in the text's place where the last of `tensors`, a list, has
+    no text for it. splits: name of a list that, where it is not empty, puts pictures between the text's rows, so that
+    the call is refused. options: (name, ((key, value), ...)) of the host's transformer_options without which the rows
+    would not be there in every step. moved: whether older hosts put the rows behind the picture.
+    """
+
+    layers: str
+    place: str
+    tensors: tuple[tuple[str, str], ...] = ()
+    multiple: int = 1
+    added: int = 0
+    pictures: str = ""
+    splits: str = ""
+    options: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+    moved: bool = False
+
+    def count(self, call):
+        """Number of the text's rows for {name: tensor or list of tensors} that the network is called with."""
+        texts = [self._lengths(call.get(name)) for name, _ in self.tensors]
+        missing = len(call.get(self.pictures) or ()) - len(texts[-1]) if self.pictures else 0
+        rounded = sum(-(-length // self.multiple) for of_tensor in texts for length in of_tensor)
+        return self.added + (rounded + max(0, missing)) * self.multiple
+
+    @staticmethod
+    def _lengths(found):
+        if found is None:
+            return []
+        return [text.shape[-2] for text in (found if isinstance(found, (list, tuple)) else [found])]
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of model. Everything that differs between kinds is asked of this record.
 
@@ -81,6 +122,8 @@ class Family:
     ss_base_model_version, modelspec.architecture), the first that fits. refused: why text cannot be erased from it, or
     "". note: what a user should know when its text is erased, or "". cache: the host's transformer option of what it
     keeps of the text between steps and samplings, in families where it does; a map inside the network needs it off.
+    joint: where the text's rows stand in layers that see more than the text, for changes that act on them alone; the
+    first whose pattern fits a site counts, and a site that none fits has no such rows.
     """
 
     name: str
@@ -95,6 +138,7 @@ class Family:
     marks: tuple[str, ...] = ()
     note: str = ""
     cache: str = ""
+    joint: tuple[TextRows, ...] = ()
 
     @property
     def text(self):
@@ -104,6 +148,10 @@ class Family:
                 f"The text of {self.title} models cannot be erased: {self.refused}; use an adapter on layers."
             )
         return self.entries[0]
+
+    def text_rows(self, site):
+        """TextRows of the layer at a site in the host's names, None where nothing is known of its rows."""
+        return next((rows for rows in self.joint if re.search(rows.layers, site)), None)
 
     def role(self, site):
         """What the layer at a site does, such as "cross_attention.key", or "other"."""

@@ -4,6 +4,7 @@ AuraFlow, Mochi, CogVideoX, MiniMax, and Stable Cascade.
 HiDream-I1, Cai et al. 2025 (arXiv 2505.22705); HunyuanVideo, Kong et al. 2024 (arXiv 2412.03603).
 """
 
+from . import joint
 from .family import LATER, Family, TextEntry
 from .flux import BLOCKS, POOLED
 from .transformers import T5, pooled, sentence, text, words
@@ -29,6 +30,7 @@ HIDREAM = Family(
         *(_llama(layer) for layer in range(LLAMA_LAYERS)),
         pooled(r"^p_embedder\.pooled_embedder\.linear_1$", encoder="CLIP-L and CLIP-G"),
     ),
+    joint=joint.HIDREAM,
 )  # fmt: skip
 HIDREAM_O1 = Family(
     "HiDreamO1", "HiDream-O1", ("HiDreamO1",), (),
@@ -42,20 +44,32 @@ GLYPHS = TextEntry(
     encoder="ByT5-small", stream="byt5", reach="all",
 )  # fmt: skip
 HUNYUAN_VIDEO = Family(
-    "HunyuanVideo", "HunyuanVideo", ("HunyuanVideo",), (words("Llama-3-8B", *REFINER), POOLED), BLOCKS
+    "HunyuanVideo",
+    "HunyuanVideo",
+    ("HunyuanVideo",),
+    (words("Llama-3-8B", *REFINER), POOLED),
+    BLOCKS,
+    joint=joint.HUNYUAN,
 )
 HUNYUAN_IMAGE = Family(
     "HunyuanImage21", "HunyuanImage 2.1 and HunyuanVideo 1.5", ("HunyuanImage21", "HunyuanImage21Refiner",
     "HunyuanVideo15", "HunyuanVideo15_SR_Distilled"), (words("Qwen2.5-VL-7B", *REFINER), GLYPHS), BLOCKS,
+    joint=joint.HUNYUAN,
 )  # fmt: skip
 KANDINSKY5 = Family(
     "Kandinsky5", "Kandinsky 5", ("Kandinsky5",),
     (words("Qwen2.5-VL-7B", r"^text_embeddings\.in_layer$"), pooled(r"^pooled_text_embeddings\.in_layer$")),
 )  # fmt: skip
-AURA_FLOW = Family("AuraFlow", "AuraFlow", ("AuraFlow",), (sentence("Pile-T5-XL", r"^cond_seq_linear$"),))
+AURA_FLOW = Family(
+    "AuraFlow", "AuraFlow", ("AuraFlow",), (sentence("Pile-T5-XL", r"^cond_seq_linear$"),), joint=joint.AURAFLOW
+)
 MOCHI = Family("GenmoMochi", "Mochi", ("GenmoMochi",), (sentence(T5, r"^t5_yproj$", r"^t5_y_embedder\.to_(kv|q)$"),))
 COGVIDEOX = Family(
-    "CogVideoX", "CogVideoX", ("CogVideoX_T2V",), (sentence(T5, r"^patch_embed\.text_proj$", pads=True),)
+    "CogVideoX",
+    "CogVideoX",
+    ("CogVideoX_T2V",),
+    (sentence(T5, r"^patch_embed\.text_proj$", pads=True),),
+    joint=joint.COGVIDEOX,
 )
 # its refiner runs inside `extra_conds`; the blocks read the rows as it gives them
 MINIMAX_H3 = Family("MiniMaxH3", "MiniMax H3", ("MiniMaxH3",), (words("Qwen3-VL-32B", prepared=True),))

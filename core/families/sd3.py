@@ -4,6 +4,7 @@ Esser et al. 2024 (arXiv 2403.03206). Rows of both encoders have the same width,
 vectors of the two CLIPs stand beside them.
 """
 
+from . import joint
 from .family import Family
 from .transformers import pooled, sentence
 
@@ -22,5 +23,5 @@ ENCODER = "CLIP and T5-XXL of Stable Diffusion 3"
 SD3 = Family(
     "SD3", "Stable Diffusion 3", ("SD3",),
     (sentence(ENCODER, r"^context_embedder$", pads=True), pooled(r"^y_embedder\.mlp\.0$", encoder="CLIP-L and CLIP-G")),
-    BLOCKS,
+    BLOCKS, joint=joint.SD3,
 )  # fmt: skip

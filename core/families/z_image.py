@@ -4,6 +4,7 @@ Z-Image, Tongyi Lab 2025; Lumina Image 2.0, Qin et al. 2025 (arXiv 2503.21758). 
 `cap_embedder`, a norm and a linear layer, so that a map is exact behind the norm only.
 """
 
+from . import joint
 from .family import Family
 from .transformers import pooled, words
 
@@ -20,13 +21,15 @@ LAYERS = tuple(
     )
 )
 
-Z_IMAGE = Family("ZImage", "Z-Image", ("ZImage",), (words("Qwen3-4B", READER, norm=NORM),), LAYERS)
-LUMINA2 = Family("Lumina2", "Lumina Image 2", ("Lumina2",), (words("Gemma2-2B", READER, norm=NORM),), LAYERS)
+Z_IMAGE = Family("ZImage", "Z-Image", ("ZImage",), (words("Qwen3-4B", READER, norm=NORM),), LAYERS, joint=joint.Z_IMAGE)
+LUMINA2 = Family(
+    "Lumina2", "Lumina Image 2", ("Lumina2",), (words("Gemma2-2B", READER, norm=NORM),), LAYERS, joint=joint.LUMINA
+)
 NEWBIE = Family(
     "NewBie", "NewBie", ("Lumina2",),
     (
         words("Gemma3-4B", READER, norm=NORM),
         pooled(r"^clip_text_pooled_proj\.1$", "clip_text_pooled", "Jina CLIP 2", norm="clip_text_pooled_proj.0"),
     ),
-    LAYERS, marks=("clip_text_pooled_proj",),
+    LAYERS, marks=("clip_text_pooled_proj",), joint=joint.LUMINA,
 )  # fmt: skip

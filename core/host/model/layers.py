@@ -1,13 +1,16 @@
 """The layers of the host's model and the names that adapters know them by."""
 
+from dataclasses import replace
+
 import comfy.lora
 import comfy.ops
 import torch
 
 from ...errors import ErasureError
+from ...families.family import LAST
 from ...families.sites import site
 from ...families.table import family_of
-from ..compat import ensure_uncompiled
+from ..compat import ensure_uncompiled, text_after_picture
 
 NETWORK, WEIGHT = "diffusion_model.", ".weight"
 
@@ -19,7 +22,7 @@ def denoiser(model):
 
 
 def family(model):
-    """The Family of a MODEL, by the host's configuration of it and, where that is not enough, modules of the network."""
+    """The Family of a MODEL, by the host's configuration of it and, where that is not enough, its modules."""
     names = [kind.__name__.lstrip("_") for kind in type(model.model.model_config).__mro__]
     return family_of(names, lambda mark: getattr(denoiser(model), mark, None) is not None)
 
@@ -88,6 +91,15 @@ def readers(model, entry):
 def text_readers(model):
     """The same for the main text entry."""
     return readers(model, family(model).text)
+
+
+def text_rows(model, key):
+    """TextRows of the layer of a key of layer_keys(), as this MODEL has them; None where nothing is known of them."""
+    found, network = family(model).text_rows(site(plain_key(key))), denoiser(model)
+    if found is None:
+        return None
+    read = tuple(t for t in found.tensors if not t[1] or getattr(network, t[1], None) is not None)
+    return replace(found, tensors=read, place=LAST if found.moved and text_after_picture(network) else found.place)
 
 
 def reads_vector(model):
