@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from .groups import aligned_groups
+from .groups import aligned_groups, carrying, spreads
 from .method import Method
 from .solver import gram, group_sizes, ridge, runs, stacked, text_map
 
@@ -52,6 +52,10 @@ class Scales:
 
 def solve(job, encoded, weight_gram=None, on_round=None):
     """TextMap of a job, see Method."""
+    if spreads(job, encoded):
+        found = carrying(job, encoded)
+        preserved = [*found.preserved.values(), *found.replacing]
+        return uce_of(found.groups, preserved, fixed=found.fixed, **asdict(job.settings))
     return uce_of(aligned_groups(job, encoded), [encoded[p].rows for p in job.preserved()], **asdict(job.settings))
 
 
