@@ -1,8 +1,8 @@
 """LoRA files with the names of PEFT and diffusers: EraseAnything, GEM, MACE's attention processors, most DiT LoRAs.
 
 <layer>.lora_A.weight (r, in) and <layer>.lora_B.weight (out, r), also without .weight, or .lora.down/.up,
-_lora.down/.up; the layer with dots, or as XLabs name those of Flux' double blocks. Alpha is a tensor beside them, in the metadata, or in PEFT's adapter_config.json
-beside the file; without any it is the rank.
+_lora.down/.up; the layer with dots, or as XLabs name those of Flux' double blocks. Alpha is a tensor beside them, in
+the metadata, or in PEFT's adapter_config.json beside the file; without any it is the rank.
 """
 
 import json
