@@ -116,7 +116,7 @@ class Bypass(Patch):
         gates = None if self.rows.every is None else _for_rows(self.rows.every, x)
         if gates is None and self.follows:  # called outside a sampling: no gate is known
             return x
-        return self.text.erased(x, gates)
+        return self.text.erased(x[:, None], gates)[:, 0] if x.dim() == 2 else self.text.erased(x, gates)
 
     def _changed(self, x, ready, removed=False):
         """Output of the layer with its weight changed, or what the changes take from it, with the low-rank changes that

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from ..errors import ErasureError
 from ..families.family import ALL
+from ..families.table import family_of
 from ..text.similarity import Concepts
 from .deltas import low_rank, text_map
 from .deltas.delta import OPEN, Term
@@ -147,6 +148,12 @@ def make_plan(
     )
 
 
+def _encoder(config, name):
+    """The encoder whose rows a model of a host's configuration reads at an entry, "" where that is not known."""
+    found = (entry.encoder for entry in family_of((config,)).entries if entry.name == name)
+    return next(found, "")
+
+
 def _require_text_rows(adapter, site, delta, found):
     if getattr(delta, "on_text", False) and found is None:
         raise ErasureError(
@@ -186,6 +193,12 @@ def require_entries(adapter, entries):
         if name not in known:
             continue
         entry, width = known[name], entries[known[name]]
+        encoder = _encoder(adapter.card.family, name)
+        if encoder and entry.encoder and encoder != entry.encoder:
+            raise ErasureError(
+                f"The adapter {adapter.describe()} maps the rows of {encoder}{made_for}, but this model reads those of "
+                f"{entry.encoder}; use an adapter made for this family."
+            )
         if width is not None and found.width != width:
             raise ErasureError(
                 f"The adapter {adapter.describe()} maps text vectors of width {found.width}{made_for}, "

@@ -32,10 +32,11 @@ class Network:
     """What a tiny model is made of.
 
     config: name of the host's model configuration; unet: its unet_config. latent: (C, H, W) or (C, T, H, W). reads:
-    pattern of the names of all linear layers that a text tensor of the conditioning reaches first. width: of the
-    text vectors; extra: what its encoders give beside them; padded: tokens of every prompt, None for as many as it has.
-    settings: what its configuration gets after it was made; parameters: where the host lists the names of `unet` that
-    it knows, (module, class); needs: those without which it is another family.
+    pattern of the names of all linear layers that a text tensor of the conditioning reaches first, "" where an edit of
+    weights is not the same as one of the text. width: of the text vectors; extra: what its encoders give beside them;
+    padded: tokens of every prompt, None for as many as it has. settings: what its configuration gets after it was made;
+    parameters: where the host lists the names of `unet` that it knows, (module, class); needs: those without which it
+    is another family.
     """
 
     config: str
@@ -161,12 +162,12 @@ NETWORKS = {
         "PixArtSigma", dict(PIXART, image_model="pixart_sigma", hidden_size=64, micro_condition=False), (4, 40, 40),
         PIXART_READS,
     ),
-    # the rows of its CLIP reach the attention of every block beside those of T5
+    # its blocks read the rows of CLIP and of mT5 side by side, and places are added to them first
     "hunyuan_dit": Network(
         "HunyuanDiT",
         dict(image_model="hydit", depth=4, hidden_size=64, num_heads=2, text_states_dim=48, text_states_dim_t5=40,
              text_len=8, text_len_t5=8),
-        (4, 8, 8), r"blocks\.\d+\.attn2\.kv_proj|mlp_t5\.0|pooler\.[kv]_proj",
+        (4, 8, 8), "",
         extra=words.both(words.mask, words.rows("conditioning_mt5xl", 40, "attention_mask_mt5xl")),
     ),
     "flux_dev": Network(

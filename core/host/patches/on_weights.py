@@ -54,8 +54,12 @@ def apply_to_weights(model, stack):
     for entry in text_entries(model) if plan.maps else ():
         if entry.name in plan.maps:
             changes = dict(on_weights(plan.maps[entry.name], entry_weights(patched, entry)))
-            if changes:
-                add_low_rank(patched, changes)
+            if not changes:
+                raise ErasureError(
+                    f"No edit of weights equals the erasure at the text entry {entry.name} of a {family(model).title} "
+                    'model, whose layers read other rows too; set apply_to to "text".'
+                )
+            add_low_rank(patched, changes)
     for key, layer in plan.running.items():  # last, and one after the other, as masks multiply
         for term in layer.on_weight:
             difference = term.delta.difference(weight_of(patched, key), term.factor)

@@ -21,7 +21,17 @@ from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
 from ...text.similarity import concepts_of
-from ..model.layers import layer_keys, layer_weight, modules, plain_key, readers, require_fit, text_entries, text_rows
+from ..model.layers import (
+    family,
+    layer_keys,
+    layer_weight,
+    modules,
+    plain_key,
+    readers,
+    require_fit,
+    text_entries,
+    text_rows,
+)
 from ..text.encode import encode
 from ..text.known_tokens import PROMPTS
 from .conditioning import EXTRA_CONDS, ErasedConditioning
@@ -122,6 +132,9 @@ def _put(patched, model, whole, plan):
     previous = foreign(model, EXTRA_CONDS)
     conditioning = ErasedConditioning(base, whole, plan, early, travels, previous)
     patched.add_object_patch(EXTRA_CONDS, conditioning)
+    if inside and family(model).cache:
+        options = patched.model_options["transformer_options"] = dict(patched.model_options["transformer_options"])
+        options[family(model).cache] = {"device": "off"}  # else rows of before the erasure may come back
     parts = _put_on_layers(patched, model, plan, inside, rows)
     if travels or plan.tells_rows:
         steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))

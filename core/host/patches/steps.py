@@ -22,7 +22,10 @@ class ErasedSteps(Patch):
         super().__init__(base, previous)
         self.plan, self.conditioning, self.rows, self.parts = plan, conditioning, rows, parts
         self.text_rows = {part.text_rows for part in parts if part.text_rows is not None}
-        self.texts = {entry.result: plan.maps[entry.name] for entry in entries}
+        self.texts = {}
+        for entry in entries:
+            self.texts.setdefault(entry.result, []).append(entry)
+        self.maps = {entry.name: plan.maps[entry.name] for entry in entries}
         self.timed = {}
         for k, gate in enumerate(plan.gates):
             if not gate.always:
@@ -68,8 +71,11 @@ class ErasedSteps(Patch):
     def _erased(self, name, text, gates):
         if text is None:
             return None
-        part = self.texts[name] = self.texts[name].to(text.device)
-        return part.erased(text, gates)
+        for entry in self.texts[name]:
+            part = self.maps[entry.name] = self.maps[entry.name].to(text.device)
+            if text.shape[-1] == part.width:
+                text = entry.mapped(text, lambda rows, part=part: part.erased(rows, gates))
+        return text
 
     def _in_range(self, gates, t):
         sampling = self.owner.model_sampling
