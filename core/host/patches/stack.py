@@ -20,9 +20,8 @@ from ...adapters.gates import gated, wanted_concepts
 from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
-from ...text.similarity import concepts_of
 from ..model.layers import layer_keys, layer_weight, modules, plain_key, readers, require_fit, text_entries
-from ..text.encode import encode
+from ..text.calibration import compared_with
 from ..text.known_tokens import PROMPTS
 from .conditioning import EXTRA_CONDS, ErasedConditioning
 from .places import foreign
@@ -49,7 +48,7 @@ def concepts_for(stack, clip, known=None):
     if not missing:
         return known
     PROMPTS.want()
-    fresh = concepts_of(encode(clip, (*missing, "")))
+    fresh = compared_with(clip, missing)
     if known is None:
         return fresh
     if known.shape != fresh.shape:
