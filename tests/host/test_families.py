@@ -269,7 +269,7 @@ def test_a_zeroed_negative(subject):
 def test_a_closed_form_erasure_is_the_edit_of_the_weights(subject, method):
     erased, adapter = subject.node(
         "MembraneErase", model=subject.model, clip=subject.clip, concepts="star -> circle", replace_with="",
-        preserve="heart\na house", method=method, strength=1.0, templates="{}\na red {}",
+        preserve="heart\na house", method=method, strength=1.0, templates="{}\na red {}", tau=20.0,
     )  # fmt: skip
     names = {entry.name: entry for entry in subject.entries}
     maps = {names[name]: change for name, change in adapter.maps.items()}
