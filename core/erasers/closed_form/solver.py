@@ -4,6 +4,8 @@ Everything is float64. Rows that come in may be float32 and are widened a batch 
 needed does not grow with the number of preserved prompts.
 """
 
+from hashlib import sha256
+
 import numpy as np
 import torch
 
@@ -152,11 +154,11 @@ def stacked(groups):
 def shared(groups):
     """(targets (E, d), replacements (u, d), index (E,), rows of each concept) of groups; float64.
 
-    The replacement of target i is row index[i]: those of one surrogate, say, are there once.
+    The replacement of target i is row index[i]: equal blocks of them, those of one surrogate, say, are there once.
     """
     known, found, index = {}, [], []
     for _, rows in (pair for pairs in groups for pair in pairs):
-        key = rows.data_ptr(), rows.shape, rows.stride()
+        key = rows.shape, rows.dtype, sha256(rows.contiguous().numpy()).digest()
         if key not in known:
             known[key] = sum(map(len, found))
             found.append(rows)
