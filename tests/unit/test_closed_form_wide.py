@@ -171,6 +171,19 @@ def test_the_scale_of_rows():
     assert mean_square(rows[:0]) == 1.0
 
 
+@pytest.mark.parametrize("preserved", [M, 2 * D])
+def test_no_fixed_rows_are_no_constraint(preserved):
+    groups, r, empty, none = grouped(draw(N, 1), draw(N, 2)), draw(preserved, 3), draw(5, 4), torch.zeros(0, D)
+    weights = LayerGram(layers())
+    for found, more in (
+        (uce_of, (r,)),
+        (speed_of, (r[:M], empty)),
+        (double_projection_of, (r[:M],)),
+        (lambda g, *rest, **fixed: rece_of(g, g, *rest, **fixed), (r, weights)),
+    ):
+        assert torch.equal(found(groups, *more, fixed=none).matrix(), found(groups, *more).matrix())
+
+
 # ---------------------------------------------------------------- rows and their spans
 
 

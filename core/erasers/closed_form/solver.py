@@ -206,8 +206,8 @@ def mean_square(rows, fixed=None):
 
 
 def fixed_basis(fixed):
-    """Orthonormal basis (d, r) of the span of rows (h, d), each by its direction; None for None."""
-    return None if fixed is None else row_basis(fixed)
+    """Orthonormal basis (d, r) of the span of rows (h, d), each by its direction; None for none."""
+    return None if fixed is None or not len(fixed) else row_basis(fixed)
 
 
 def protected_basis(rows, tau=0.0, fixed=None):
@@ -220,12 +220,12 @@ def protected_basis(rows, tau=0.0, fixed=None):
     those of the rows outside their span.
     """
     count, width = rows.shape
+    start = fixed_basis(fixed)
     if not count:
-        return torch.zeros(width, 0, dtype=torch.float64) if fixed is None else fixed_basis(fixed)
-    if count < width and (fixed is not None or width >= WIDE_TEXT):
-        return strong_basis(rows, tau, fixed_basis(fixed)) if tau else row_basis(rows, fixed_basis(fixed))
-    if fixed is not None:
-        start = fixed_basis(fixed)
+        return torch.zeros(width, 0, dtype=torch.float64) if start is None else start
+    if count < width and (start is not None or width >= WIDE_TEXT):
+        return strong_basis(rows, tau, start) if tau else row_basis(rows, start)
+    if start is not None:
         return torch.cat([start, protected_basis(outside(rows.to(torch.float64), start), tau)], 1)
     if count >= width:
         squares, vectors = torch.linalg.eigh(gram(rows, 1 / count))

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .groups import aligned_groups
+from .groups import aligned_groups, carrying, spreads
 from .method import Method
 from .row_space import Rows, row_ridge
 from .solver import (
@@ -97,6 +97,10 @@ class Scales:
 
 def solve(job, encoded, weight_gram=None, on_round=None):
     """TextMap of a job, see Method."""
+    if spreads(job, encoded):
+        found = carrying(job, encoded)
+        preserved = [*found.preserved.values(), *found.replacing]
+        return uce_of(found.groups, preserved, fixed=found.fixed, **asdict(job.settings))
     return uce_of(aligned_groups(job, encoded), [encoded[p].rows for p in job.preserved()], **asdict(job.settings))
 
 
