@@ -3,8 +3,10 @@
 import pytest
 import torch
 from membrane.core.erasers.closed_form.double_projection import double_projection_of, double_projection_terms
+from membrane.core.erasers.closed_form.layers import LayerGram, LowRankMap, layer_gram
+from membrane.core.erasers.closed_form.rece import PENALTIES, derived_by_rows, rece_of, rece_row_terms, rece_terms
 from membrane.core.erasers.closed_form.row_space import Rows, row_basis, row_ridge, strong_basis
-from membrane.core.erasers.closed_form.solver import by_concept, fixed_basis, gram, mean_square
+from membrane.core.erasers.closed_form.solver import by_concept, fixed_basis, gram, mean_square, shared
 from membrane.core.erasers.closed_form.speed import (
     constrained_rows,
     invariants,
@@ -14,6 +16,7 @@ from membrane.core.erasers.closed_form.speed import (
 )
 from membrane.core.erasers.closed_form.uce import uce_of, uce_row_terms, uce_solver, uce_terms
 from membrane.core.errors import ErasureError
+from membrane.core.measures.impact import relative_change
 from torch.utils._python_dispatch import TorchDispatchMode
 
 D, N, M = 60, 7, 12
@@ -166,6 +169,19 @@ def test_the_scale_of_rows():
     left = (rows.double() - rows.double() @ q @ q.T).square().sum(1).mean().item()
     assert mean_square(rows, h) == pytest.approx(left, rel=1e-12)
     assert mean_square(rows[:0]) == 1.0
+
+
+@pytest.mark.parametrize("preserved", [M, 2 * D])
+def test_no_fixed_rows_are_no_constraint(preserved):
+    groups, r, empty, none = grouped(draw(N, 1), draw(N, 2)), draw(preserved, 3), draw(5, 4), torch.zeros(0, D)
+    weights = LayerGram(layers())
+    for found, more in (
+        (uce_of, (r,)),
+        (speed_of, (r[:M], empty)),
+        (double_projection_of, (r[:M],)),
+        (lambda g, *rest, **fixed: rece_of(g, g, *rest, **fixed), (r, weights)),
+    ):
+        assert torch.equal(found(groups, *more, fixed=none).matrix(), found(groups, *more).matrix())
 
 
 # ---------------------------------------------------------------- rows and their spans
@@ -354,3 +370,158 @@ def test_a_concept_inside_the_fixed_rows_is_refused(method):
             speed_of([[(c, n)]], draw(4, 4), draw(5, 5), fixed=h)
         else:
             double_projection_of([[(c, n)]], draw(4, 4), fixed=h)
+
+
+# ---------------------------------------------------------------- RECE
+
+
+OUTPUTS = (9, 14)  # of two layers, together fewer than the width
+
+
+def layers(seed=6, width=D):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(o, width, generator=g, dtype=torch.float64) for o in OUTPUTS]
+
+
+def naive_derived(start, current, c, n, penalty, penalty_on, p):
+    """RECE's derived embeddings with each of the published penalties, by plain inverses."""
+    eye = torch.eye(D, dtype=torch.float64)
+    if penalty_on == "outputs":  # (V^T V)^-1 V^T W is P^-1 where it is defined
+        return (c @ torch.linalg.inv(p).T + penalty * c) / (1 + penalty)
+    a = sum(w.T @ w for w in current)
+    right = sum(w.T @ v for w, v in zip(current, start)) @ c.T
+    if penalty_on == "both":
+        right, a = right + penalty * (a + eye) @ c.T, (1 + penalty) * a
+    right = right + penalty * {"distance": c.T, "replacement": n.T}.get(penalty_on, 0.0)
+    return (torch.linalg.inv(penalty * eye + a) @ right).T
+
+
+def naive_rece(start, c, n, full_c, full_n, r, h, epochs, penalty, penalty_on):
+    """The published loop on every layer; the edits vanish on h."""
+    p = torch.eye(D, dtype=torch.float64) + constrained(c, n - c, r, h, 1.0, 0.7, 0.5)
+    for _ in range(epochs):
+        current = [w @ p for w in start]
+        derived = naive_derived(start, current, full_c, full_n, penalty, penalty_on, p)
+        p = p + p @ constrained(derived, full_n - derived, r, h, 1.0, 0.2, 0.3)
+    return p - torch.eye(D, dtype=torch.float64)
+
+
+RECE_SETTINGS = {"penalty": 0.3, "edit_anchor": 0.3, "edit_preserve_scale": 0.2, "preserve_scale": 0.7, "anchor": 0.5}
+
+
+@pytest.mark.parametrize("penalty_on", PENALTIES)
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("fixed", [0, 3])
+@pytest.mark.parametrize("rows", ["few", "few, whole matrix", "many"])
+def test_rece_is_the_loop_on_every_layer(penalty_on, epochs, fixed, rows):
+    """In the space of the rows, and with (d, d) matrices for fewer and for more rows than the width."""
+    many = rows == "many"
+    full_c, full_n = draw(80 if many else 9, 1), draw(80 if many else 9, 2)
+    c, n, r, h = full_c[3:7], full_n[3:7], draw(M, 3), draw(fixed, 4)
+    groups, full_groups, start = grouped(c, n, 2), grouped(full_c, full_n, 2), layers()
+    weight_gram = LayerGram(start) if rows == "few" else sum(w.T @ w for w in start)
+    settings = {**RECE_SETTINGS, "epochs": epochs, "penalty_on": penalty_on}
+    expected = naive_rece(start, c, n, full_c, full_n, r, h, epochs, 0.3, penalty_on)
+    if rows == "few":
+        basis = fixed_basis(h) if fixed else None
+        terms = list(rece_row_terms(groups, full_groups, Rows([r], basis), weight_gram, basis, **settings))
+        whole = rece_terms(groups, full_groups, gram(r), weight_gram.dense(), fixed=h if fixed else None, **settings)
+        for mine, theirs in zip(terms, whole):
+            assert difference(mine[0] @ mine[1], theirs[0] @ theirs[1]) < 1e-9
+        assert difference(product(terms), expected) < 1e-10
+    found = rece_of(groups, full_groups, list(r.split(5)), weight_gram, fixed=h if fixed else None, **settings)
+    stored = found.a.double() @ found.b.double()
+    assert difference(stored, expected) < 2e-6
+    assert ((h @ stored.T).norm(dim=1) / h.norm(dim=1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_a_relative_anchor_of_rece_means_the_same_at_every_length(few):
+    """Layers that are so much the smaller as the rows are the longer."""
+
+    def found(scale, **more):
+        c, n, r = (scale * draw(k, seed) for k, seed in ((9, 1), (9, 2), (M, 3)))
+        weights = LayerGram(layers()) if few else LayerGram(layers()).dense()
+        settings = {**RECE_SETTINGS, "anchor": 0.05, "edit_anchor": 0.02, **more}
+        return rece_of(grouped(c, n), grouped(c, n), r, weights, **settings).matrix().double()
+
+    assert difference(found(50.0, relative=True), found(1.0, relative=True)) < 1e-5
+    assert difference(found(50.0), found(1.0)) > 1e-4
+
+
+def test_rece_by_layers_with_more_rows_than_the_width_is_that_of_the_whole_matrix():
+    c, n, r, weights = draw(9, 1), draw(9, 2), draw(2 * D, 3), LayerGram(layers())
+    found = rece_of(grouped(c, n), grouped(c, n), r, weights).matrix()
+    assert torch.equal(found, rece_of(grouped(c, n), grouped(c, n), r, weights.dense()).matrix())
+
+
+def test_rece_by_layers_makes_no_square_matrix():
+    g = torch.Generator().manual_seed(6)
+    c, n, r = (draw(k, i, 4096).float() for i, k in enumerate((9, 9, 300)))
+    weights = LayerGram([torch.randn(40, 4096, generator=g), torch.randn(60, 4096, generator=g)])
+    with Largest() as largest:
+        found = rece_of(grouped(c, n), grouped(c, n), r, weights, epochs=2)
+    assert len(found.concept) and 0 < largest.size < 400 * 4096
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-12])
+def test_rece_by_layers_says_when_the_penalty_is_too_small(penalty):
+    c, n, r = draw(9, 1), draw(9, 2), draw(M, 3)
+    with pytest.raises(ErasureError, match="raise the penalty"):
+        rece_of(grouped(c, n), grouped(c, n), r, LayerGram(layers()), penalty=penalty)
+
+
+def test_rece_by_layers_says_when_the_edit_has_no_inverse():
+    p = LowRankMap(LayerGram(layers()))
+    first = torch.zeros(1, D, dtype=torch.float64)
+    first[0, 0] = 1.0
+    p.add(-first.T, first)
+    with pytest.raises(ErasureError, match='put the penalty on "length"'):
+        derived_by_rows(draw(3, 1), draw(3, 2), p, 0.1, "outputs")
+
+
+def test_rece_by_layers_says_when_the_edit_has_no_solution():
+    c, n = draw(9, 1), draw(9, 2)
+    with pytest.raises(ErasureError, match="no stable solution with an anchor weight of 0;"):
+        rece_of(grouped(c, n), grouped(c, n), draw(M, 3), LayerGram(layers()), edit_anchor=0.0)
+
+
+def test_a_low_rank_map_of_layers_is_the_whole_one():
+    p = LowRankMap(LayerGram(layers()))
+    whole, w, x = torch.eye(D, dtype=torch.float64), torch.cat(layers()), draw(5, 7)
+    for seed in (1, 2):
+        a, b = 0.1 * draw(3, seed).T, 0.1 * draw(3, seed + 2)
+        p.add(a, b)
+        whole = whole + a @ b
+    assert difference(p.of(x), x @ whole.T) < 1e-12
+    assert difference(p.transposed(x), x @ whole) < 1e-12
+    assert difference(p.square(), (w @ whole) @ (w @ whole).T) < 1e-12
+    inverse, pivots = p.inverse_of(x)
+    assert difference(inverse, x @ torch.linalg.inv(whole).T) < 1e-12 and pivots > 1e-3
+
+
+@pytest.mark.parametrize(("width", "outputs", "kind"), [(4096, 3, LayerGram), (4096, 5000, torch.Tensor)])
+def test_the_form_of_the_layers_gram(width, outputs, kind):
+    """By the layers where the text is wide and they have fewer outputs than it."""
+    g, calls = torch.Generator().manual_seed(6), []
+    weights = [torch.randn(2, width, generator=g), torch.randn(1, width, generator=g)]
+    found = layer_gram(iter(weights), outputs, calls.append)
+    assert isinstance(found, kind) and len(found) == width and calls == [1, 2]
+    narrow = layer_gram([w[:, :50] for w in weights], 3)
+    expected = sum(w[:, :50].double().T @ w[:, :50].double() for w in weights)
+    assert torch.equal(narrow, expected)
+
+
+def test_the_impact_on_layers_is_that_of_their_gram():
+    weights, delta, vectors = LayerGram(layers()), draw(4, 1).float(), draw(4, 2).float()
+    found = relative_change(delta, vectors, weights)
+    assert found == pytest.approx(relative_change(delta, vectors, weights.dense()), rel=1e-9)
+
+
+def test_equal_replacements_are_there_once():
+    """Wherever they come from; others of the same shape are not."""
+    blank, other = draw(4, 1), draw(4, 2)
+    groups = [[(draw(4, 3), blank)], [(draw(4, 4), blank.clone())], [(draw(4, 5), other)]]
+    targets, replacements, index, sizes = shared(groups)
+    assert torch.equal(replacements, torch.cat([blank, other])) and sizes == [4, 4, 4]
+    assert torch.equal(replacements[index], torch.cat([blank, blank, other])) and len(targets) == 12

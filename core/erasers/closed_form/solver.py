@@ -4,6 +4,8 @@ Everything is float64. Rows that come in may be float32 and are widened a batch 
 needed does not grow with the number of preserved prompts.
 """
 
+from hashlib import sha256
+
 import numpy as np
 import torch
 
@@ -152,11 +154,11 @@ def stacked(groups):
 def shared(groups):
     """(targets (E, d), replacements (u, d), index (E,), rows of each concept) of groups; float64.
 
-    The replacement of target i is row index[i]: those of one surrogate, say, are there once.
+    The replacement of target i is row index[i]: equal blocks of them, those of one surrogate, say, are there once.
     """
     known, found, index = {}, [], []
     for _, rows in (pair for pairs in groups for pair in pairs):
-        key = rows.data_ptr(), rows.shape, rows.stride()
+        key = rows.shape, rows.dtype, sha256(rows.contiguous().numpy()).digest()
         if key not in known:
             known[key] = sum(map(len, found))
             found.append(rows)
@@ -204,8 +206,8 @@ def mean_square(rows, fixed=None):
 
 
 def fixed_basis(fixed):
-    """Orthonormal basis (d, r) of the span of rows (h, d), each by its direction; None for None."""
-    return None if fixed is None else row_basis(fixed)
+    """Orthonormal basis (d, r) of the span of rows (h, d), each by its direction; None for none."""
+    return None if fixed is None or not len(fixed) else row_basis(fixed)
 
 
 def protected_basis(rows, tau=0.0, fixed=None):
@@ -218,12 +220,12 @@ def protected_basis(rows, tau=0.0, fixed=None):
     those of the rows outside their span.
     """
     count, width = rows.shape
+    start = fixed_basis(fixed)
     if not count:
-        return torch.zeros(width, 0, dtype=torch.float64) if fixed is None else fixed_basis(fixed)
-    if count < width and (fixed is not None or width >= WIDE_TEXT):
-        return strong_basis(rows, tau, fixed_basis(fixed)) if tau else row_basis(rows, fixed_basis(fixed))
-    if fixed is not None:
-        start = fixed_basis(fixed)
+        return torch.zeros(width, 0, dtype=torch.float64) if start is None else start
+    if count < width and (start is not None or width >= WIDE_TEXT):
+        return strong_basis(rows, tau, start) if tau else row_basis(rows, start)
+    if start is not None:
         return torch.cat([start, protected_basis(outside(rows.to(torch.float64), start), tau)], 1)
     if count >= width:
         squares, vectors = torch.linalg.eigh(gram(rows, 1 / count))

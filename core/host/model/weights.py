@@ -5,12 +5,13 @@ from collections.abc import Mapping
 import torch
 
 from ...adapters.plan import require_entries
+from ...erasers.closed_form.layers import layer_gram
 from ...erasers.extract import BaseLayer
 from ...errors import ErasureError
 from ...families.sites import site
 from ...formats.weights import EditedWeights
 from ..compat import calculate_weight, ensure_uncompiled, key_patches, stored_weight
-from .layers import NETWORK, family, layer_keys, readers, text_entries
+from .layers import NETWORK, family, layer_keys, readers, text_entries, text_readers
 
 
 def effective_weight(model, key, patches):
@@ -113,12 +114,7 @@ def edited_weights(model):
 
 
 def text_gram(model, on_progress=None):
-    """S = sum_l W_l^T W_l over the key and value layers that read the text: (d, d) float64."""
-    total = None
-    for i, (_, weight) in enumerate(text_weights(model)):
-        weight = weight.double()
-        product = weight.T @ weight
-        total = product if total is None else total + product
-        if on_progress:
-            on_progress(i + 1)
-    return total
+    """S = sum_l W_l^T W_l over the key and value layers that read the text: (d, d) float64, or a LayerGram where the
+    text is wide and the layers have fewer outputs."""
+    outputs = sum(module.out_features for _, module in text_readers(model))
+    return layer_gram((weight for _, weight in text_weights(model)), outputs, on_progress)
