@@ -138,8 +138,8 @@ def test_the_search_for_words_says_what_it_needs(clip):
 # ---------------------------------------------------------------- every encoder that the host knows
 
 
-# What the rows stand for of no prompt, of "moon" and of six words, as the host cuts them: start, word, template, end and
-# padding, and how many follow one another; "" where it only matters that none is a word.
+# What the rows stand for of no prompt, of "moon" and of six words, as the host cuts them: start, word, template, end,
+# padding; and how many follow one another; "" where it only matters that none is a word.
 CONTEXT = ("S1 E1 P75", "S1 W1 E1 P74", "S1 W6 E1 P69")
 ROLES = {
     **dict.fromkeys(("sd15", "sd2", "sdxl", "sdxl_refiner", "cascade", "sd3_no_t5", "hunyuan_dit"), CONTEXT),
