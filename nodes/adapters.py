@@ -16,7 +16,7 @@ from ..core.host.files.folders import (
     stamp,
 )
 from ..core.host.model.layers import family_name, text_entries
-from ..core.host.model.names import kohya_names, kohya_sites
+from ..core.host.model.names import kohya_names, kohya_sites, whole_layers
 from ..core.host.model.weights import base_layers, edited_weights, text_weights
 from ..core.host.page.progress import Progress
 from ..core.host.patches.stack import applied
@@ -113,6 +113,12 @@ class MembraneSaveAdapter:
                 "The model input is empty, but a LoRA needs a model's weights or the names of its layers; "
                 'connect the model it is for, or set format to "membrane".'
             )
+        others = set(adapter.deltas) - {"map", "low_rank", "mask"}
+        if others:
+            raise ErasureError(
+                f"The adapter {adapter.describe()} holds {', '.join(sorted(others))}, kinds of changes that a LoRA "
+                'cannot hold; set format to "membrane".'
+            )
         if sum(map(bool, (adapter.maps, adapter.low_rank, adapter.masks))) > 1:
             raise ErasureError(
                 f"The adapter {adapter.describe()} changes the text, layers or single weights at the same time, which "
@@ -122,6 +128,7 @@ class MembraneSaveAdapter:
             return self._save_differences(adapter, filename_prefix, model)
         if not adapter.maps:
             names, convolutions = kohya_sites(model)
+            adapter = whole_layers(model, adapter)
             path, name = new_adapter_path(filename_prefix, "loras")
             kohya.save_low_rank(adapter, path, names, convolutions)
             return path, name

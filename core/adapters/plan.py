@@ -137,8 +137,9 @@ def make_plan(
         for _, site, delta in adapter.of_layers:
             if site in keys:
                 _require_text_rows(adapter, site, delta, text_rows(keys[site]))
+                key, delta = low_rank.turned(keys[site], delta)
                 term = _of_layer(entry, place[number, own] if gated(entry) else OPEN, delta)
-                layers.setdefault(keys[site], []).append(term)
+                layers.setdefault(key, []).append(term)
     return Plan(
         gates if any(gated(entry) for entry in stack.entries if entry.acts) else (),
         concepts,

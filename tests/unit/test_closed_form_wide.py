@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from membrane.core.erasers.closed_form.double_projection import double_projection_of, double_projection_terms
 from membrane.core.erasers.closed_form.row_space import Rows, row_basis, row_ridge, strong_basis
 from membrane.core.erasers.closed_form.solver import by_concept, fixed_basis, gram, mean_square
+from membrane.core.erasers.closed_form.speed import (
+    constrained_rows,
+    invariants,
+    prior_scores,
+    speed_of,
+    speed_terms,
+)
 from membrane.core.erasers.closed_form.uce import uce_of, uce_row_terms, uce_solver, uce_terms
 from membrane.core.errors import ErasureError
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -193,6 +201,7 @@ def test_a_basis_of_rows_ignores_repeats_and_lengths(count):
     assert (basis.T @ basis - torch.eye(count + 5, dtype=torch.float64)).norm() < 1e-11
     left = repeats.double() - (repeats.double() @ basis) @ basis.T
     assert (left.norm(dim=1) <= 1e-6 * repeats.double().norm(dim=1)).all()
+    assert torch.equal(row_basis(repeats[-count // 3 :], basis), basis)
 
 
 def test_a_basis_of_the_strong_directions():
@@ -205,3 +214,143 @@ def test_a_basis_of_the_strong_directions():
     basis = strong_basis(rows, 0.1)
     assert basis.shape == (D, 6)
     assert difference(basis @ basis.T, expected @ expected.T) < 1e-12
+
+
+# ---------------------------------------------------------------- SPEED and Double Projections
+
+
+def wide_text(monkeypatch):
+    """The paths of wide text at a width that the naive forms can follow."""
+    for module in ("solver", "double_projection"):
+        monkeypatch.setattr(f"membrane.core.erasers.closed_form.{module}.WIDE_TEXT", D)
+
+
+def speed_optimum(c1, change, c0, c2, h, rho, lam):
+    """The constrained optimum of SPEED for W = I; constraints with slack are squares of weight 1 / lam."""
+    empty = torch.zeros(0, D, dtype=torch.float64)
+    exact, slack = (torch.cat([c0, h]), c2) if lam else (torch.cat([c0, c2, h]), empty)
+    return constrained(c1, change, slack, exact, 1 / len(c1), 1 / lam if lam else 0.0, rho)
+
+
+@pytest.mark.parametrize(("rho", "lam"), [(1.0, 0.0), (0.05, 0.0), (0.7, 0.5)])
+@pytest.mark.parametrize("fixed", [0, 3])
+@pytest.mark.parametrize("wide", [True, False])
+def test_speed_is_the_constrained_optimum(monkeypatch, rho, lam, fixed, wide):
+    if wide:
+        wide_text(monkeypatch)
+    c, n, c0, empty, h = draw(N, 1), draw(N, 2), draw(M, 3), draw(6, 4), draw(fixed, 5)
+    settings = {"tau": 0.0, "rho": rho, "lam": lam, "prior_filter": False, "fixed": h if fixed else None}
+    expected = speed_optimum(c, n - c, c0, invariants(empty), h, rho, lam)
+    assert difference(product(speed_terms(grouped(c, n), c0, empty, **settings)), expected) < 1e-11
+    found = speed_of(grouped(c, n), c0, empty, **settings).matrix().double()
+    assert difference(found, expected) < 1e-6
+    assert ((h @ found.T).norm(dim=1) / h.norm(dim=1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_speed_in_row_space_is_that_of_the_whole_matrix(lam):
+    editable, held = draw(N, 1), torch.linalg.qr(draw(4, 2).T)[0].T
+    found = constrained_rows(editable, held, 0.3, lam)
+    system = editable.T @ editable / N + 0.3 * torch.eye(D, dtype=torch.float64)
+    z = torch.linalg.inv(system)
+    inner = torch.linalg.inv(held @ z @ held.T + lam * torch.eye(4, dtype=torch.float64))
+    assert difference(found, editable @ (z - z @ held.T @ inner @ held @ z)) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+@pytest.mark.parametrize("targets", [N, 2 * D])
+def test_prior_scores_are_the_norms_of_the_influence(scale, targets):
+    c, n, c0 = draw(targets, 1), draw(targets, 2), draw(M, 3)
+    t, a = c.T @ c / targets, n.T @ c / targets
+    change = (a - t) @ torch.linalg.inv(scale * torch.eye(D, dtype=torch.float64) + t)
+    assert difference(prior_scores(c0, c, n - c, scale), (c0 @ change.T).norm(dim=1)) < 1e-12
+
+
+@pytest.mark.parametrize("fixed", [None, 3])
+@pytest.mark.parametrize("retained", [M, 2 * D])
+@pytest.mark.parametrize("wide", [True, False])
+def test_speed_with_a_threshold_protects_what_it_does_in_the_whole_space(monkeypatch, fixed, retained, wide):
+    """The second moment's strong directions outside the fixed rows, and those."""
+    if wide:
+        wide_text(monkeypatch)
+    c, n, empty = draw(N, 1), draw(N, 2), draw(6, 4)
+    g = torch.Generator().manual_seed(8)
+    size = torch.tensor([3.0] * 8 + [0.05] * (D - 8), dtype=torch.float64)
+    c0 = torch.randn(retained, D, generator=g, dtype=torch.float64) * size
+    h = draw(fixed, 5) if fixed else torch.zeros(0, D, dtype=torch.float64)
+    q = torch.linalg.qr(h.T)[0]
+    rest = c0 - c0 @ q @ q.T
+    squares, vectors = torch.linalg.eigh(rest.T @ rest / retained)
+    strong = vectors[:, squares >= 0.1].T
+    assert 0 < len(strong) < M
+    expected = speed_optimum(c, n - c, strong, invariants(empty), h, 1.0, 0.0)
+    found = product(speed_terms(grouped(c, n), c0, empty, prior_filter=False, fixed=h if fixed else None))
+    assert difference(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["SPEED", "Double Projections"])
+@pytest.mark.parametrize("retained", [M, 3 * D])
+def test_relative_thresholds_mean_the_same_at_every_length(method, retained):
+    g = torch.Generator().manual_seed(8)
+    size = torch.tensor([3.0] * 8 + [0.05] * (D - 8), dtype=torch.float64)
+    c0 = torch.randn(retained, D, generator=g, dtype=torch.float64) * size
+
+    def found(scale, **more):
+        groups = grouped(scale * draw(N, 1), scale * draw(N, 2))
+        if method == "SPEED":
+            return speed_of(groups, scale * c0, scale * draw(6, 4), tau=0.01, rho=0.1, **more).matrix().double()
+        return double_projection_of(groups, scale * c0, tau=0.01, **more).matrix().double()
+
+    assert difference(found(200.0, relative=True), found(1.0, relative=True)) < 1e-5
+    if retained > D:
+        with pytest.raises(ErasureError, match="raise tau"):  # every direction is strong now
+            found(200.0)
+    elif method == "SPEED":
+        assert difference(found(200.0), found(1.0)) > 0.01
+
+
+@pytest.mark.parametrize("fixed", [None, 3])
+@pytest.mark.parametrize("wide", [True, False])
+def test_double_projection_is_exact_on_targets_and_nothing_on_the_others(monkeypatch, fixed, wide):
+    if wide:
+        wide_text(monkeypatch)
+    c, n, c0 = draw(N, 1), draw(N, 2), draw(M, 3)
+    h = draw(fixed, 5) if fixed else torch.zeros(0, D, dtype=torch.float64)
+    still = torch.cat([c0, h])
+    u2 = torch.linalg.svd(still.T)[0][:, len(still) :]
+    expected = (n - c).T @ torch.linalg.pinv(u2.T @ c.T) @ u2.T
+    settings = {"fixed": h if fixed else None}
+    assert difference(product(double_projection_terms(grouped(c, n), c0, **settings)), expected) < 1e-11
+    found = double_projection_of(grouped(c, n), c0, **settings).matrix().double()
+    assert difference(c @ found.T, n - c) < 1e-6
+    assert ((h @ found.T).norm(dim=1) / h.norm(dim=1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("fixed", [None, 3])
+def test_double_projection_on_a_safe_span_that_goes_on_from_the_retained(monkeypatch, fixed):
+    """As from scratch, which narrow text does."""
+    c, c0, more = draw(N, 1), draw(M, 3), draw(4, 6)
+    settings = {"safe": torch.cat([c0, more]), "fixed": draw(fixed, 5) if fixed else None}
+    expected = product(double_projection_terms(grouped(c, c), c0, **settings))
+    wide_text(monkeypatch)
+    assert difference(product(double_projection_terms(grouped(c, c), c0, **settings)), expected) < 1e-10
+
+
+def test_wide_speed_and_double_projection_make_no_square_matrix():
+    width = 4096
+    c, n, r, empty, h = (draw(k, i, width).float() for i, k in enumerate((9, 9, 300, 20, 5)))
+    with Largest() as largest:
+        speed_of(grouped(c, n), r, empty, fixed=h)
+        double_projection_of(grouped(c, n), r, fixed=h, safe=torch.cat([r, n]))
+    assert 0 < largest.size < 400 * width
+
+
+@pytest.mark.parametrize("method", ["SPEED", "Double Projections"])
+def test_a_concept_inside_the_fixed_rows_is_refused(method):
+    c, n, h = draw(1, 1), draw(1, 2), draw(3, 3)
+    c = 0.3 * h[:1] - 2.0 * h[1:2]
+    with pytest.raises(ErasureError, match='The concept "1" lies in the span'):
+        if method == "SPEED":
+            speed_of([[(c, n)]], draw(4, 4), draw(5, 5), fixed=h)
+        else:
+            double_projection_of([[(c, n)]], draw(4, 4), fixed=h)

@@ -9,10 +9,11 @@ import torch
 
 from ...adapters.deltas.text_map import TextMap
 from ...errors import ErasureError
-from .row_space import Rows, outside, row_basis
+from .row_space import Rows, outside, row_basis, strong_basis
 
 RANK_TOLERANCE = 1e-7  # of the largest singular value; float32 storage cannot hold less
 WIDE = 1024  # columns
+WIDE_TEXT = 4096  # columns from which a QR of as many rows takes too long
 SPAN_TOLERANCE = 1e-4  # part of a vector that must lie outside a space to count as outside; encoders repeat to 1e-6
 
 
@@ -34,9 +35,9 @@ def blocks_of(rows, size):
         yield waiting
 
 
-def batches(rows):
-    """Float64 copies of the rows (F, d), a batch at a time."""
-    for block in rows.split(batch_size(rows.shape[1])):
+def batches(rows, size=None):
+    """Float64 copies of the rows (F, d), a batch of `size` at a time, or of what fits (d, d) matrices."""
+    for block in rows.split(size or batch_size(rows.shape[1])):
         yield block.to(torch.float64)
 
 
@@ -207,16 +208,23 @@ def fixed_basis(fixed):
     return None if fixed is None else row_basis(fixed)
 
 
-def protected_basis(rows, tau=0.0):
+def protected_basis(rows, tau=0.0, fixed=None):
     """Orthonormal basis Q (d, r) of the directions in which rows R (F, d) have a mean square of at least tau.
 
     P = I - Q Q^T is the null-space projector of SPEED (Li et al. 2026) and U2 U2^T of Double Projections. The
     mean squares are the eigenvalues of R^T R / F; with tau = 0 Q spans the rows up to rounding. Fewer rows than
-    d: thin QR, and an SVD of its small factor only where it matters; otherwise a symmetric eigendecomposition.
+    d: thin QR, and an SVD of its small factor only where it matters, or what row_space has for wide text; otherwise
+    a symmetric eigendecomposition. fixed: rows (h, d) that Q spans too, whatever tau is; the mean squares are then
+    those of the rows outside their span.
     """
     count, width = rows.shape
     if not count:
-        return torch.zeros(width, 0, dtype=torch.float64)
+        return torch.zeros(width, 0, dtype=torch.float64) if fixed is None else fixed_basis(fixed)
+    if count < width and (fixed is not None or width >= WIDE_TEXT):
+        return strong_basis(rows, tau, fixed_basis(fixed)) if tau else row_basis(rows, fixed_basis(fixed))
+    if fixed is not None:
+        start = fixed_basis(fixed)
+        return torch.cat([start, protected_basis(outside(rows.to(torch.float64), start), tau)], 1)
     if count >= width:
         squares, vectors = torch.linalg.eigh(gram(rows, 1 / count))
         return vectors[:, squares >= max(tau, width * 1e-15 * squares[-1].item())]

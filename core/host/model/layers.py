@@ -108,11 +108,17 @@ def reads_vector(model):
 
 
 def layer_keys(model):
-    """{site: key} for every spelling the host's own LoRA loader knows; a key is that of a weight, or the host's
-    tuple of it and the part of it that the name stands for, where the host fuses layers."""
-    ensure_uncompiled(model)
+    """{site: key} for every spelling the host's own LoRA loader knows of a layer that the model has; a key is that of
+    a weight, or the host's tuple of it, the part of it that the name stands for where the host fuses layers, and the
+    function that turns the weight round."""
+    named = dict(denoiser(model).named_modules())
     names = comfy.lora.model_lora_keys_unet(model.model, {})
-    return {site(name): key for name, key in names.items() if plain_key(key).endswith(WEIGHT)}
+    keys = {site(name): key for name, key in names.items() if plain_key(key).endswith(WEIGHT)}
+    return {name: key for name, key in keys.items() if _path(key) in named}
+
+
+def _path(key):
+    return plain_key(key).removeprefix(NETWORK).removesuffix(WEIGHT)
 
 
 def plain_key(key):
@@ -192,7 +198,7 @@ def _shape(layer, key):
         out, shape = layer.out_channels, (layer.in_channels, *layer.kernel_size)
     else:
         return None
-    if not isinstance(key, str):
+    if not isinstance(key, str) and key[1] is not None:
         if key[1][0] != 0:
             return None
         out = key[1][2]

@@ -182,5 +182,6 @@ def add_low_rank(patched, changes):
         lora[f"{i}.lora_up.weight"], lora[f"{i}.lora_down.weight"] = change.up, change.down
         keys[str(i)] = key
         if change.bias is not None:
-            biases[plain_key(key).removesuffix("weight") + "bias"] = ("diff", (change.bias,))
+            bias = plain_key(key).removesuffix("weight") + "bias"
+            biases[bias if isinstance(key, str) else (bias, key[1])] = ("diff", (change.bias,))
     patched.add_patches(comfy.lora.load_lora(lora, keys) | biases, 1.0)
