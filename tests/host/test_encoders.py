@@ -162,6 +162,7 @@ ROLES = {
     "longcat": ("", "W1 P511", "W6 P506"),
     "ovis": ("", "T1 W1 T9 P245", "T1 W6 T9 P240"),
 }  # fmt: skip
+TWO_LINES = 271  # Llama's token for an empty line, which its template has before the words
 # a word reaches all rows behind it and none before it
 CAUSAL = ("sd15", "sdxl", "flux2", "flux2_klein", "z_image", "omnigen2", "lumina2", "ernie", "ovis")
 
@@ -179,6 +180,8 @@ def told(prompt):
 
 def test_rows_are_what_the_host_makes_of_the_prompt(each):
     prompts = ("", "moon", "a red star on a house")
+    if each.kind == "hunyuan_video" and TWO_LINES not in [token for token, _ in each.tokenize("")["llama"][0]]:
+        pytest.skip("transformers reads this host's tokenizer of Llama without its spaces")
     found = encode(each, prompts)
     for prompt, expected in zip(prompts, ROLES[each.kind]):
         assert torch.equal(found[prompt].rows, alone(each, prompt))
