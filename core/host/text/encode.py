@@ -71,7 +71,7 @@ def encode(clip, prompts, on_progress=None, pooled=False, read=None):
         comfy.model_management.throw_exception_if_processing_interrupted()
         with PROMPTS.aside():
             given = encode_with_extras(clip, tokens)
-        described = _described(clip, prompt, tokens, given["cond"][0].float().cpu())
+        described = _described(clip, prompt, tokens, given["cond"][0].detach().float().cpu())
         found.append(described if read is None else described.read_as(read(given)))
         vectors.append(given.get("pooled_output"))
         if on_progress:
