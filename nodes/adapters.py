@@ -113,17 +113,7 @@ class MembraneSaveAdapter:
                 "The model input is empty, but a LoRA needs a model's weights or the names of its layers; "
                 'connect the model it is for, or set format to "membrane".'
             )
-        others = set(adapter.deltas) - {"map", "low_rank", "mask"}
-        if others:
-            raise ErasureError(
-                f"The adapter {adapter.describe()} holds {', '.join(sorted(others))}, kinds of changes that a LoRA "
-                'cannot hold; set format to "membrane".'
-            )
-        if sum(map(bool, (adapter.maps, adapter.low_rank, adapter.masks))) > 1:
-            raise ErasureError(
-                f"The adapter {adapter.describe()} changes the text, layers or single weights at the same time, which "
-                'one LoRA cannot hold; set format to "membrane".'
-            )
+        kohya.require_one_kind(adapter)
         if adapter.masks:
             return self._save_differences(adapter, filename_prefix, model)
         if not adapter.maps:

@@ -133,6 +133,21 @@ def save_masks(adapter, weights, path, names):
     save_whole(tensors, path, _metadata(adapter.card, 1, 1, comment))
 
 
+def require_one_kind(adapter):
+    """Raises ErasureError for an adapter whose changes a LoRA cannot hold, or not all of them at once."""
+    others = set(adapter.deltas) - {"map", "low_rank", "mask"}
+    if others:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} holds {', '.join(sorted(others))}, kinds of changes that a LoRA cannot "
+            'hold; set format to "membrane".'
+        )
+    if sum(map(bool, (adapter.maps, adapter.low_rank, adapter.masks))) > 1:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} changes the text, layers or single weights at the same time, which one "
+            'LoRA cannot hold; set format to "membrane".'
+        )
+
+
 def require_layers(adapter, layers, names):
     """Raises ErasureError when a model with these names lacks one of the layers that an adapter changes."""
     missing = [layer for layer in layers if layer not in names]

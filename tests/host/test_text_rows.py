@@ -37,8 +37,8 @@ SHARED = {
     "krea2": (joint.KREA2, {}, "blocks.0.attn.wq", "blocks.1.mlp.down"),
     "auraflow": (joint.AURAFLOW, {"n_double_layers": 0}, "single_layers.0.attn.w1k", "single_layers.1.attn.w1v"),
     "hidream": (
-        joint.HIDREAM, {"num_layers": 0, "num_single_layers": 2}, "single_stream_blocks.0.block.attn1.to_q",
-        "single_stream_blocks.1.block.attn1.to_v",
+        joint.HIDREAM, {"num_layers": 0, "num_single_layers": 2, "llama_layers": [0, 31]},
+        "single_stream_blocks.0.block.attn1.to_q", "single_stream_blocks.1.block.attn1.to_v",
     ),
     "omnigen2": (joint.OMNIGEN2, {}, "layers.0.attn.to_k", "layers.1.attn.to_v"),
     "boogu": (joint.BOOGU, {"num_double_stream_layers": 0}, "single_stream_layers.0.attn.to_q",
