@@ -59,14 +59,13 @@ class Subject:
     def __init__(self, name, known, sizes, *layers):
         self.name, self.layers = name, layers
         self.model, self.other = networks.build(name, **sizes), networks.build(name, **sizes)
-        self.clip, self.texts = networks.text_encoder(name), {}
+        self.clip = networks.text_encoder(name)
         config = type(self.model.model.model_config).__name__.lstrip("_")
         self.family = Family(name, name, (config,), (), joint=known)
 
     def text(self, prompt):
-        if prompt not in self.texts:
-            self.texts[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
-        return self.texts[prompt]
+        """CONDITIONING of a prompt, made anew: the words of one from before a gate was wanted are not known."""
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
 
     def predict(self, model, positive=STAR, negative=HOUSE, **options):
         with torch.inference_mode():
