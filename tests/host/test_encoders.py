@@ -4,7 +4,7 @@ Each prompt is encoded as it is alone, its rows are told apart, and its gates co
 length, of several encoders side by side, with templates around them.
 """
 
-import importlib
+from itertools import groupby
 
 import pytest
 import torch
@@ -14,55 +14,31 @@ from membrane.core.errors import ErasureError
 from membrane.core.host.patches.stack import concepts_for
 from membrane.core.host.text.encode import encode
 from membrane.core.text.encoded import END, PADDING, START, TEMPLATE, WORD
-from membrane.core.text.rows import after_start, counted, subject
+from membrane.core.text.rows import after_start, counted, first_row, subject
+from membrane.tools.tiny import encoders
+from membrane.tools.tiny.networks import NotInThisHost
 
 PROMPTS = ("a star", "moon", "a small green heart beside a ring", "")
-CLIP = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
-T5 = {"d_model": 32, "d_ff": 32, "num_heads": 2, "d_kv": 16, "num_layers": 2}
-LANGUAGE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-            "num_key_value_heads": 1}  # fmt: skip
-# one that is not named here is built in its full size, of gigabytes
-SMALL = {
-    **{f"clip_{name}_model_config": CLIP for name in "lgh"}, "t5xxl_model_config": T5,
-    **{f"{name}_model_config": LANGUAGE for name in ("qwen25_7b", "qwen3_4b", "llama", "")}, "_model_config": LANGUAGE,
-}  # fmt: skip
-# module, its tokenizer, and its function that makes the encoder's class
 ENCODERS = {
-    "SD3": ("sd3_clip", "SD3Tokenizer", "sd3_clip"),
-    "Flux": ("flux", "FluxTokenizer", "flux_clip"),
-    "Chroma": ("pixart_t5", "PixArtTokenizer", "pixart_te"),
-    "Qwen-Image": ("qwen_image", "QwenImageTokenizer", "te"),
-    "Z-Image": ("z_image", "ZImageTokenizer", "te"),
-}
+    "SD3": "sd3", "Flux": "flux", "Chroma": "chroma", "Qwen-Image": "qwen_image", "Z-Image": "z_image"
+}  # fmt: skip
 LANGUAGE_MODELS = ("Qwen-Image", "Z-Image")
+
+
+def made(kind, name):
+    """CLIP of one of tools/tiny/encoders.py; kind: its name here."""
+    try:
+        found = encoders.encoder(name)
+    except NotInThisHost as error:
+        pytest.skip(str(error))
+    found.kind = kind
+    return found
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
 def clip(request):
-    """comfy.sd.CLIP of one of ENCODERS, small and with random weights."""
-    import comfy.sd
-    import comfy.supported_models_base
-
-    module, tokenizer, made = ENCODERS[request.param]
-    try:
-        module = importlib.import_module(f"comfy.text_encoders.{module}")
-    except ImportError:
-        pytest.skip(f"this host has no encoder of {request.param}")
-    wide = {"t5xxl_model_config": {**T5, "d_model": 4096}} if request.param == "SD3" else {}  # joined with CLIP's rows
-    cpu = torch.device("cpu")
-    found = comfy.sd.CLIP(
-        comfy.supported_models_base.ClipTarget(getattr(module, tokenizer), getattr(module, made)()),
-        embedding_directory=None,
-        model_options={**SMALL, **wide, "dtype": torch.float32, "load_device": cpu, "offload_device": cpu},
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in found.cond_stage_model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            norm = parameter.dim() < 2 and name.endswith("weight")
-            parameter.copy_(1 + 0.1 * noise if norm else noise * max(1, *parameter.shape, 1) ** -0.5)
-    found.kind = request.param
-    return found
+    """CLIP of one of ENCODERS, small and with random weights."""
+    return made(request.param, ENCODERS[request.param])
 
 
 def alone(clip, prompt):
@@ -157,3 +133,76 @@ def test_the_search_for_words_says_what_it_needs(clip):
     else:
         for prompt, rows in zip(found.prompts, found.vectors):
             assert torch.equal(rows, alone(clip, prompt))
+
+
+# ---------------------------------------------------------------- every encoder that the host knows
+
+
+# What the rows stand for of no prompt, of "moon" and of six words, as the host cuts them: start, word, template, end,
+# padding; and how many follow one another; "" where it only matters that none is a word.
+CONTEXT = ("S1 E1 P75", "S1 W1 E1 P74", "S1 W6 E1 P69")
+ROLES = {
+    **dict.fromkeys(("sd15", "sd2", "sdxl", "sdxl_refiner", "cascade", "sd3_no_t5", "hunyuan_dit"), CONTEXT),
+    "sd3": ("S1 E1 P75 E1 P76", "S1 W1 E1 P74 W1 E1 P75", "S1 W6 E1 P69 W8 E1 P68"),
+    **{name: ("E1 P255", "W1 E1 P254", f"W{words} E1 P{255 - words}")
+       for name, words in (("auraflow", 6), ("flux", 8), ("mochi", 8))},
+    "chroma": ("E1", "W1 E1", "W8 E1"),
+    **{name: (f"E1 P{rows - 1}", f"W1 E1 P{rows - 2}", f"W8 E1 P{rows - 9}")
+       for name, rows in (("ltxv", 128), ("hidream", 128), ("cosmos", 512), ("cogvideox", 226))},
+    "wan": ("E1 P511", "W1 E1 P510", "W6 E1 P505"),
+    "lumina2": ("S1", "S1 W4", "S1 W6"),
+    "ernie": ("S1", "S1 W1", "S1 W6"),
+    "flux2": ("T95 E1", "T95 W1 E1", "T95 W6 E1"),
+    "flux2_klein": ("T12 P500", "T3 W1 T9 P499", "T3 W6 T9 P494"),
+    **dict.fromkeys(("hunyuan_video", "hunyuan_image", "kandinsky5"), ("E1", "W1 E1", "W6 E1")),
+    "z_image": ("T8", "T3 W1 T5", "T3 W6 T5"),
+    **dict.fromkeys(("qwen_image", "krea2"), ("T5", "W1 T5", "W6 T5")),
+    "omnigen2": ("T25", "T23 W1 T2", "T23 W6 T2"),
+    "anima": ("", "W1", "W6"),
+    "longcat": ("", "W1 P511", "W6 P506"),
+    "ovis": ("", "T1 W1 T9 P245", "T1 W6 T9 P240"),
+}  # fmt: skip
+TWO_LINES = 271  # Llama's token for an empty line, which its template has before the words
+# a word reaches all rows behind it and none before it
+CAUSAL = ("sd15", "sdxl", "flux2", "flux2_klein", "z_image", "omnigen2", "lumina2", "ernie", "ovis")
+
+
+@pytest.fixture(scope="module", params=encoders.ENCODERS)
+def each(request):
+    """CLIP of every encoder."""
+    return made(request.param, request.param)
+
+
+def told(prompt):
+    """The roles of a prompt's rows as ROLES spells them."""
+    return " ".join(f"{'SWEPT'[role]}{len(list(rows))}" for role, rows in groupby(prompt.roles.tolist()))
+
+
+def test_rows_are_what_the_host_makes_of_the_prompt(each):
+    prompts = ("", "moon", "a red star on a house")
+    if each.kind == "hunyuan_video" and TWO_LINES not in [token for token, _ in each.tokenize("")["llama"][0]]:
+        pytest.skip("transformers reads this host's tokenizer of Llama without its spaces")
+    found = encode(each, prompts)
+    for prompt, expected in zip(prompts, ROLES[each.kind]):
+        assert torch.equal(found[prompt].rows, alone(each, prompt))
+        assert told(found[prompt]) == expected if expected else not found[prompt].words
+
+
+@pytest.mark.parametrize("each", CAUSAL, indirect=True)
+def test_a_word_reaches_the_rows_behind_it(each):
+    """Two prompts of as many tokens have the same rows up to the first word, and others from there to the template's
+    end: so much for which rows are words."""
+    moon, star = encode(each, ("red moon", "big star"))
+    assert len(moon.rows) == len(star.rows)
+    differs = (moon.rows != star.rows).any(dim=1).tolist()
+    first = first_row(moon)
+    last = max(i for i, role in enumerate(moon.roles.tolist()) if role in (WORD, TEMPLATE, END))
+    assert not any(differs[:first]) and all(differs[first : last + 1])
+
+
+@pytest.mark.parametrize("each", [name for name in encoders.ENCODERS if name != "sdxl_refiner"], indirect=True)
+def test_words_open_the_gates_of_every_encoder(node, each):
+    stack = node("MembraneStack", adapter=follows(("red star",), "star.safetensors"), strength=1.0)[0]
+    report = node("MembranePreview", clip=each, stack=stack, prompts="a red star on a house\nred star\na cat")[1]
+    values = [float(line.split()[-1]) for line in report.splitlines() if "star.safetensors" in line]
+    assert values[:2] == [1.0, 1.0] and values[2] < 1.0
