@@ -17,7 +17,7 @@ def runs(text):
     that puts no spaces between words, or one digit.
     """
     text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
-    text = re.sub(r"\s+'(?=s\b)", "'", text)  # as some tokenizers write a possessive
+    text = re.sub(r"\s+'\s*(?=s\b)", "'", text)  # as some tokenizers write a possessive
     found = []
     for run in RUN.findall(text):
         found.append(tuple(_singular(part) for part in PART.findall(run.removesuffix("'s"))))

@@ -155,11 +155,12 @@ def test_texts_of_any_length_match_by_their_words():
     assert concepts.match(texts, known).tolist() == [[1, 0], [1, 0], [0, 0.5], [0, 0]]
 
 
-def test_texts_whose_words_are_not_known_match_by_their_mean():
+def test_texts_whose_words_are_not_known_match_by_their_rows():
+    """Each row of a concept finds the nearest row of the text."""
     concepts = concepts_of(CONCEPTS)
     text = CONCEPTS["star"].rows.expand(1, 5, 4)
-    mean, own = text.double().mean(dim=1)[0], CONCEPTS["red moon"].rows.double().mean(dim=0)
-    expected = max(0.0, float(mean @ own / (mean.norm() * own.norm())))
+    star, moon = text.double()[0, 0], CONCEPTS["red moon"].rows.double()
+    expected = max(0.0, float((moon @ star / (moon.norm(dim=1) * star.norm())).mean()))
     assert concepts.match(text, [None])[0].tolist() == pytest.approx([1.0, expected], abs=1e-6)
     assert concepts.match(text)[0, 0] == pytest.approx(1.0)
 

@@ -47,7 +47,9 @@ def pseudo_inverse_rows(editable):
     return (vh[keep].T / s[keep]) @ (q @ u[:, keep]).T
 
 
-def double_projection_terms(groups, retained, *, safe=None, tau=0.1, names=None, relative=False, fixed=None):
+def double_projection_terms(
+    groups, retained, *, safe=None, tau=0.1, names=None, relative=False, fixed=None, every=True
+):
     """For each concept factors A (d, n), B (n, d), float64, with W_new = W (I + sum A B); see below."""
     targets, replacements, sizes = stacked(groups)
     if relative:
@@ -58,7 +60,7 @@ def double_projection_terms(groups, retained, *, safe=None, tau=0.1, names=None,
         anchors = safe_anchors(targets, safe_span(safe, tau, retained, basis, fixed))
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     editable = outside(targets, basis)
-    require_outside(targets, editable, owner, names or range(1, len(sizes) + 1))
+    require_outside(targets, editable, owner, names or range(1, len(sizes) + 1), every)
     return zip((anchors - targets).T.split(sizes, 1), pseudo_inverse_rows(editable).split(sizes))
 
 
@@ -71,7 +73,8 @@ def double_projection_of(groups, retained, **settings):
     that of the fixed ones, the targets are projected to get their anchors (the published anchor; those in groups
     without it); tau: with d or more retained rows, directions in which their mean square is below it are given up
     (the published truncation for large sets); names, of the concepts, for messages; relative, whether tau is times the
-    mean squared length of the retained rows; fixed, rows (h, d) on which the map must vanish whatever tau is.
+    mean squared length of the retained rows; fixed, rows (h, d) on which the map must vanish whatever tau is; every,
+    see require_outside().
     """
     width = groups[0][0][0].shape[1]
     return text_map(double_projection_terms(groups, retained, **settings), group_sizes(groups), width)
@@ -94,7 +97,7 @@ def solve(job, encoded, weight_gram=None, on_round=None):
     if spreads(job, encoded):
         found = carrying(job, encoded)
         groups, retained = found.groups, torch.cat([*found.preserved.values(), *found.replacing])
-        settings["fixed"] = found.fixed
+        settings |= {"fixed": found.fixed, "every": False}
     else:
         groups, retained = token_groups(job, encoded), preserved_rows(job, encoded, job.captions())
     safe = torch.cat([retained, *safe_surrogates(job, groups)]) if job.settings.safe_anchor else None

@@ -238,12 +238,16 @@ def protected_basis(rows, tau=0.0, fixed=None):
     return q @ u[:, (s.square() / count >= tau) & (s > RANK_TOLERANCE * s.max())]
 
 
-def require_outside(targets, editable, owner, names):
+def require_outside(targets, editable, owner, names, every=True):
     """Raise for the first target that its part outside the protected space does not reach.
 
-    targets, editable: (E, d), the rows and their part outside; owner: concept of each row; names: concepts.
+    targets, editable: (E, d), the rows and their part outside; owner: concept of each row; names: concepts. every:
+    else only for a concept none of whose rows reaches outside, as where rows are taken that may carry little of it.
     """
     inside = editable.norm(dim=1) <= SPAN_TOLERANCE * targets.norm(dim=1)
+    if not every:
+        reaching = set(owner[~inside].tolist())
+        inside &= torch.tensor([k not in reaching for k in owner.tolist()], dtype=torch.bool)
     if inside.any():
         name = names[owner[int(inside.nonzero()[0])]]
         raise ErasureError(

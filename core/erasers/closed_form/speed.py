@@ -71,7 +71,7 @@ def held_rows(fixed, basis, lam):
     itself may be dependent or protected already.
     """
     held = outside(fixed, basis)
-    if lam:
+    if lam or not len(held):
         return held
     u, s, _ = torch.linalg.svd(held.T, full_matrices=False)
     return u[:, s > 1e-6 * fixed.norm(dim=1).max()].T
@@ -134,6 +134,7 @@ def speed_terms(
     names=None,
     relative=False,
     fixed=None,
+    every=True,
 ):
     """For each concept factors A (d, n), B (n, d), float64, with W_new = W (I + sum A B); see speed_of()."""
     targets, replacements, sizes = stacked(groups)
@@ -146,7 +147,7 @@ def speed_terms(
     editable = outside(targets, basis)
     held = held_rows(invariants(empty), basis, lam)
     reachable = editable if lam else outside(editable, held.T)
-    require_outside(targets, reachable, owner, names or range(1, len(sizes) + 1))
+    require_outside(targets, reachable, owner, names or range(1, len(sizes) + 1), every)
     rows = constrained_rows(editable, held, scale * rho, lam)
     return zip((changes.T / len(targets)).split(sizes, 1), rows.split(sizes))
 
@@ -159,7 +160,8 @@ def speed_of(groups, retained, empty, **settings):
     of the retained set is protected; rho, the ridge; lam, slack of the constraints on the start token and the
     empty prompt (0: exact); prior_filter; names, of the concepts, for messages; relative, whether tau and rho, and the
     filter's ridge of 1, are times the mean squared length of the retained rows; fixed, rows (h, d) on which the map
-    must vanish whatever tau and lam are. The defaults are those of objects and styles; people: tau 1e-4, rho 0.05, no
+    must vanish whatever tau and lam are; every, see require_outside(). The defaults are those of objects and styles;
+    people: tau 1e-4, rho 0.05, no
     filter; nudity: tau 0.1, rho 0.7, lam 0.5, all rows.
     """
     terms = speed_terms(groups, retained, empty, **settings)
@@ -185,8 +187,8 @@ def solve(job, encoded, weight_gram=None, on_round=None):
     settings["names"] = [concept.text for concept in job.concepts]
     if spreads(job, encoded):
         found = carrying(job, encoded, job.retained_captions())
-        retained = torch.cat([*found.preserved.values(), *found.replacing, encoded[""].rows[:0]])
-        return speed_of(found.groups, retained, encoded[""].rows, fixed=found.fixed, **settings)
+        retained = torch.cat([*found.preserved.values(), *found.replacing, found.empty[:0]])
+        return speed_of(found.groups, retained, found.empty, fixed=found.fixed, every=False, **settings)
     retained = preserved_rows(job, encoded, job.retained_captions())
     return speed_of(token_groups(job, encoded), retained, encoded[""].rows, **settings)
 

@@ -128,9 +128,11 @@ def _streams(tokens, length):
     """(names of the encoders whose tokens are the rows, how many rows were cut off in front).
 
     The rows are those of one encoder, or of the first and the last one after the other, as SD3 joins them; language
-    models cut their template off the front.
+    models cut their template off the front. Beside another encoder CLIP-L alone gives no rows, only a pooled vector.
     """
     sizes = {name: sum(map(len, contexts)) for name, contexts in tokens.items()}
+    if "g" not in sizes:
+        sizes = {name: size for name, size in sizes.items() if name not in CLIP_STREAMS} or sizes
     names = list(sizes)
     for name in names:
         if sizes[name] == length:
