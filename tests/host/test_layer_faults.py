@@ -9,7 +9,7 @@ import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.deltas.neurons import Neurons
-from membrane.core.adapters.permeability import FIXED, TRANSPORT, Permeability
+from membrane.core.adapters.permeability import FIXED, OFF, TRANSPORT, Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
 from membrane.core.families.sites import site
@@ -346,3 +346,75 @@ def test_an_edit_of_quantised_weights_is_extracted(kind, node):
     name = written(f"edited_{kind}.safetensors", {"txt_in.weight": numbers[key] + delta})
     adapter, _ = node("MembraneExtract", model=model, weights_file=name, concepts=STAR, energy=1.0, max_rank=8)
     assert (product(adapter.low_rank["txt_in"]) - delta).norm() < 1e-3 * delta.norm()
+
+
+# ---------------------------------------------------------------- layers that get the batch in an order of their own
+
+
+MIXED = {
+    "hidream": ["double_stream_blocks.0.block.ff_i.experts.0.w1", "double_stream_blocks.1.block.ff_i.experts.1.w2"],
+    "cosmos1": ["blocks.block0.blocks.0.block.attn.to_q.0", "blocks.block1.blocks.2.block.layer1"],
+    "pixart_sigma": ["blocks.0.cross_attn.kv_linear"],
+    "hunyuan_dit": ["pooler.v_proj"],
+    "pixeldit": ["pixel_blocks.0.mlp.fc1"],
+}
+
+
+def gated_and_edited(subject, layers):
+    """(changes, the edits that they are) of layers of a network."""
+    changes, edits = {}, {}
+    for i, layer in enumerate(layers):
+        module = subject.model.model.diffusion_model.get_submodule(layer)
+        changes[site(layer)] = change(module.out_features, module.in_features, 10 * i)
+        edits[f"{layer}.weight"] = product(changes[site(layer)])
+    return changes, edits
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_equal_gates_are_right_whatever_the_order(tiny, name, rows):
+    """The negative prompt gets the opening of the positive one, as published, so all pictures of a batch have one."""
+    subject = tiny(name)
+    changes, edits = gated_and_edited(subject, MIXED[name])
+    base, expected = subject.predict(rows=rows), subject.predict(subject.edited(edits), rows=rows)
+    erased = apply_stack(subject.model, stacked(changes, TRANSPORT), subject.clip)
+    close(subject.predict(erased, rows=rows), expected, base)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_gates_that_differ_are_refused_by_the_layers_name(tiny, name):
+    subject = tiny(name)
+    changes, _ = gated_and_edited(subject, MIXED[name][:1])
+    erased = apply_stack(subject.model, stacked(changes, TRANSPORT, negative=OFF), subject.clip)
+    with pytest.raises(ErasureError, match=f"The layer {MIXED[name][0]} gets the .* pictures of a batch in an order"):
+        subject.predict(erased, STAR, "a blue cat", rows=2)
+
+
+# ---------------------------------------------------------------- layers that prepare the text
+
+
+@BOTH
+def test_layers_that_run_while_the_text_is_prepared(tiny, mode):
+    subject = tiny("anima")
+    layers = ["llm_adapter.blocks.0.cross_attn.k_proj", "llm_adapter.blocks.0.mlp.0", "llm_adapter.out_proj"]
+    changes, edits = gated_and_edited(subject, layers)
+    erased = apply_stack(subject.model, stacked(changes, mode), subject.clip)
+    close(subject.predict(erased), subject.predict(subject.edited(edits)), subject.predict())
+
+
+def test_the_negative_prompt_of_layers_that_prepare_the_text(tiny):
+    subject = tiny("anima")
+    changes, edits = gated_and_edited(subject, ["llm_adapter.blocks.0.cross_attn.v_proj"])
+    erased = apply_stack(subject.model, stacked(changes, TRANSPORT, negative=OFF), subject.clip)
+    cond, uncond = subject.predict(erased)
+    base, expected = subject.predict(), subject.predict(subject.edited(edits))
+    close([cond], expected[:1], base[:1])
+    assert torch.equal(uncond, base[1])
+
+
+def test_such_layers_cannot_begin_with_a_step(tiny):
+    subject = tiny("anima")
+    changes, _ = gated_and_edited(subject, ["llm_adapter.out_proj"])
+    erased = apply_stack(subject.model, stacked(changes, start_percent=0.2), subject.clip)
+    with pytest.raises(ErasureError, match="The layer llm_adapter.out_proj prepares the text once for all steps"):
+        subject.predict(erased)

@@ -5,8 +5,10 @@ from dataclasses import replace
 import comfy.lora
 import comfy.ops
 
+from ...adapters.beside import MIXED, PICTURES, TILED
 from ...errors import ErasureError
 from ...families.family import LAST
+from ...families.joint import mixed
 from ...families.sites import site
 from ...families.table import family_of
 from ..compat import ensure_uncompiled, plain_numbers, text_after_picture
@@ -99,6 +101,13 @@ def text_rows(model, key):
         return None
     read = tuple(t for t in found.tensors if not t[1] or getattr(network, t[1], None) is not None)
     return replace(found, tensors=read, place=LAST if found.moved and text_after_picture(network) else found.place)
+
+
+def rows_order(model, key):
+    """How the layer of a key gets the pictures of a batch, see Bypass: other packs cut them in U-Nets only."""
+    if mixed(site(plain_key(key))):
+        return MIXED
+    return TILED if hasattr(denoiser(model), "input_blocks") else PICTURES
 
 
 def reads_vector(model):

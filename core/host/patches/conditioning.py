@@ -44,13 +44,14 @@ class ErasedConditioning(Patch):
     """Stands in for the base model's `extra_conds`: erases from each conditioning's text once, and sets its gates.
 
     Clones may share it: what it learns belongs to one sampling. entries: the TextEntries whose maps act here, before
-    `extra_conds` or, where it runs layers of the model, on what it gives.
+    `extra_conds` or, where it runs layers of the model, on what it gives. rows: the Rows of the gated layers.
     """
 
     function, erases = EXTRA_CONDS, True
 
-    def __init__(self, base, stack, plan, entries, travels, previous):
+    def __init__(self, base, stack, plan, entries, travels, previous, rows):
         super().__init__(base, previous)
+        self.rows, self.timed = rows, [k for k, gate in enumerate(plan.gates) if not gate.always]
         self.stack, self.plan, self.travels = stack, plan, travels
         self.early = [entry for entry in entries if not entry.prepared]
         self.late = [entry for entry in entries if entry.prepared]
@@ -67,7 +68,7 @@ class ErasedConditioning(Patch):
             kwargs["membrane_text"] = text  # whose tokens are known, unlike those of the erased text
         # the host runs the layers that prepare a text in inference mode only
         prepare = bool(self.late) and not torch.is_grad_enabled()
-        with torch.inference_mode() if prepare else contextlib.nullcontext():
+        with torch.inference_mode() if prepare else contextlib.nullcontext(), self._lent(gates, kwargs.get("device")):
             out = original(**kwargs)
         for entry in self.late:
             if entry.result in out:
@@ -75,6 +76,12 @@ class ErasedConditioning(Patch):
         if self.travels:
             out[GATES] = comfy.conds.CONDRegular(gates.to(kwargs.get("device", "cpu")))
         return out
+
+    def _lent(self, gates, device):
+        """Lends the gates to the layers that `extra_conds` runs, in families where it does."""
+        if gates is None:
+            return contextlib.nullcontext()
+        return self.rows.lent(gates.to(device or "cpu"), tuple(range(gates.shape[1])), timed=self.timed)
 
     def _erase(self, entry, vectors, gates, kwargs):
         if vectors.shape[-1] != self.plan.maps[entry.name].width:
