@@ -182,9 +182,9 @@ def _require_shape(model, adapter, name, key, layer):
         if place != name:
             continue
         found = delta.shape
-        # a change of low rank fits a 1x1 convolution and part of a fused layer as well
+        # a change of low rank fits a convolution of one point and part of a fused layer as well
         low_rank = delta.low_rank() is not None
-        if low_rank and (wanted is None or found == wanted or (*found, 1, 1) == wanted):
+        if low_rank and (wanted is None or found == wanted or (*found, *[1] * (len(wanted) - 2)) == wanted):
             continue
         if low_rank or found != wanted or not isinstance(key, str):
             raise _other_shape(model, adapter, name, found, wanted)
