@@ -114,12 +114,17 @@ class Similarity:
     calibrated: bool
 
     @property
+    def apart(self):
+        """Whether the cosine tells texts with the concept from others."""
+        return self.hi - self.lo >= APART
+
+    @property
     def meaning(self):
-        """clip((cosine - lo) / (hi - lo), 0, 1). Where the two are not apart, the cosine tells texts with the concept
-        from others at hi only, and nothing where the words are known."""
+        """clip((cosine - lo) / (hi - lo), 0, 1). Where the two are not apart it is 0 or 1: open at hi where the words
+        are not known, closed where they are."""
         if self.cosine is None:
             return 0.0
-        if self.hi - self.lo < APART:
+        if not self.apart:
             return float(self.words is None and self.cosine >= self.hi)
         return min(1.0, max(0.0, (self.cosine - self.lo) / (self.hi - self.lo)))
 
@@ -303,3 +308,29 @@ def matches(concepts, encoded):
         return None
     rows = [concepts.match(prompt.rows[None], [prompt.heard]) for prompt in encoded]
     return torch.cat(rows)
+
+
+def calibration_report(concepts, encoded):
+    """What the matches of WordConcepts with Encoded prompts are made of, as text; "" for concepts of other kinds."""
+    if not isinstance(concepts, WordConcepts):
+        return ""
+    width = max(len(name) for name in concepts.names)
+    lines = [
+        "How prompts match: words is the share of the concept's words; s is the likeness of rows, from lo, which 95 of",
+        "100 neutral texts of that length stay below, to hi, that of texts with the concept. The better one counts.",
+    ]
+    for prompt in encoded:
+        lines.append(prompt.prompt)
+        for concept, found in zip(concepts.each, concepts.similarities(prompt.rows, prompt.heard)):
+            lines.append(f"  {concept.name:{width}}  {_told(found)}")
+    return "\n".join(lines)
+
+
+def _told(found):
+    """A Similarity as one line."""
+    words = "words   -  " if found.words is None else f"words {found.words:5.3f}"
+    if not found.calibrated:
+        return f"{words}  not measured: which rows stand for words is not known  match {found.value:5.3f}"
+    cosine = "s   -   " if found.cosine is None else f"s {found.cosine:6.3f}"
+    apart = "" if found.apart else "  (lo and hi are not apart: s does not count)"
+    return f"{words}  {cosine}  lo {found.lo:6.3f}  hi {found.hi:6.3f}  match {found.value:5.3f}{apart}"

@@ -62,7 +62,7 @@ def encode(clip, prompts, on_progress=None, pooled=False):
         return _contexts(clip, prompts, on_progress, pooled)
     found, vectors = [], []
     for prompt, tokens, given in each_given(clip, prompts, on_progress):
-        found.append(described(clip, prompt, tokens, given["cond"][0].float().cpu()))
+        found.append(described(clip, prompt, tokens, given["cond"][0].detach().float().cpu()))
         vectors.append(given.get("pooled_output"))
     return Encoded(found, pooled=Encoded.of_pooled(prompts, pooled_of(clip, vectors)) if pooled else None)
 
