@@ -8,6 +8,7 @@ import torch
 
 from ...adapters.gates import gate_values, of_negative, stronger
 from ...adapters.patch import Patch
+from ..compat import patched_layers_called
 from ..text.known_tokens import PROMPTS
 
 EXTRA_CONDS, GATES = "extra_conds", "membrane_gates"
@@ -77,11 +78,15 @@ class ErasedConditioning(Patch):
             out[GATES] = comfy.conds.CONDRegular(gates.to(kwargs.get("device", "cpu")))
         return out
 
+    @contextlib.contextmanager
     def _lent(self, gates, device):
         """Lends the gates to the layers that `extra_conds` runs, in families where it does."""
-        if gates is None:
-            return contextlib.nullcontext()
-        return self.rows.lent(gates.to(device or "cpu"), tuple(range(gates.shape[1])), timed=self.timed)
+        with contextlib.ExitStack() as lent:
+            lent.enter_context(patched_layers_called())
+            if gates is not None:
+                every = gates.to(device or "cpu")
+                lent.enter_context(self.rows.lent(every, tuple(range(every.shape[1])), timed=self.timed))
+            yield
 
     def _erase(self, entry, vectors, gates, kwargs):
         if vectors.shape[-1] != self.plan.maps[entry.name].width:

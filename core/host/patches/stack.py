@@ -20,6 +20,7 @@ from ...adapters.gates import gated, wanted_concepts
 from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
+from ..compat import folds_activations
 from ..model.layers import (
     NETWORK,
     WEIGHT,
@@ -138,7 +139,7 @@ def _put(patched, model, whole, plan):
         options = patched.model_options["transformer_options"] = dict(patched.model_options["transformer_options"])
         options[family(model).cache] = {"device": "off"}  # else rows of before the erasure may come back
     parts = _put_on_layers(patched, model, plan, inside, rows)
-    if travels or plan.tells_rows:
+    if travels or plan.tells_rows or (plan.running and folds_activations(base.diffusion_model)):
         steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
         patched.add_object_patch(APPLY_MODEL, steps)
 

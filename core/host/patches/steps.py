@@ -3,6 +3,7 @@
 from ...adapters.gates import gate_values
 from ...adapters.patch import Patch
 from ...errors import ErasureError
+from ..compat import patched_layers_called
 from .conditioning import GATES
 
 APPLY_MODEL = "apply_model"
@@ -45,7 +46,7 @@ class ErasedSteps(Patch):
         for part in self.parts:
             part.prepare(active, x.device, dtype)
         texts = self._lengths({"c_crossattn": c_crossattn, **kwargs})
-        with self.rows.lent(gates, active, texts):
+        with patched_layers_called(), self.rows.lent(gates, active, texts):
             return original(x, t, c_concat, c_crossattn, *args, **kwargs)
 
     def _lengths(self, call):
