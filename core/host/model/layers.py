@@ -5,9 +5,11 @@ from dataclasses import replace
 import comfy.lora
 import comfy.ops
 
+from ...adapters.beside import MIXED, PICTURES, TILED
 from ...errors import ErasureError
 from ...families import unet
 from ...families.family import LAST
+from ...families.joint import mixed
 from ...families.sites import site
 from ...families.table import family_of
 from ..compat import ensure_uncompiled, plain_numbers, text_after_picture
@@ -115,6 +117,13 @@ def text_rows(model, key):
     return replace(found, tensors=read, place=LAST if found.moved and text_after_picture(network) else found.place)
 
 
+def rows_order(model, key):
+    """How the layer of a key gets the pictures of a batch, see Bypass: other packs cut them in U-Nets only."""
+    if mixed(site(plain_key(key))):
+        return MIXED
+    return TILED if hasattr(denoiser(model), "input_blocks") else PICTURES
+
+
 def reads_vector(model):
     """Whether a MODEL reads a pooled vector beside the text, as SDXL does."""
     return getattr(model.model, "adm_channels", 0) > 0
@@ -187,9 +196,9 @@ def _require_shape(model, adapter, name, key, layer):
         if place != name:
             continue
         found = delta.shape
-        # a change of low rank fits a 1x1 convolution and part of a fused layer as well
+        # a change of low rank fits a convolution of one point and part of a fused layer as well
         low_rank = delta.low_rank() is not None
-        if low_rank and (wanted is None or found == wanted or (*found, 1, 1) == wanted):
+        if low_rank and (wanted is None or found == wanted or (*found, *[1] * (len(wanted) - 2)) == wanted):
             continue
         if low_rank or found != wanted or not isinstance(key, str):
             raise _other_shape(model, adapter, name, found, wanted)
