@@ -48,10 +48,11 @@ ENCODERS = {
     "Lumina2": ("lumina2", "LuminaTokenizer", "te", {}, PLAIN),
     "HunyuanVideo": ("hunyuan_video", "HunyuanVideoTokenizer", "hunyuan_video_clip", {}, None),
     "Wan": ("wan", "WanT5Tokenizer", "te", {}, PREFIX),
+}
+LEFT = {  # padded in front, to 1024 tokens
     "LTX-2": ("lt", "LTXAVGemmaTokenizer", "ltxav_te", {"dtype_llama": torch.float32}, PLAIN),
 }
 LANGUAGE_MODELS = ("Qwen-Image", "Z-Image", "Klein")  # with a template of several tokens around the words
-BARE = ("Lumina2", "LTX-2")  # a start token, and nothing behind the words
 WORDS = "a an the star stars moon house small green heart beside ring red here blue cow on snow and photo of Star STAR"
 
 
@@ -65,7 +66,8 @@ def vocabulary(add_dummy_prefix):
         text.write_text("\n".join([WORDS] * 20 + [f"a {word} of a {word}" for word in WORDS.split()] * 20))
         sentencepiece.SentencePieceTrainer.train(
             input=str(text), model_prefix=str(Path(folder) / "m"), vocab_size=160, model_type="bpe",
-            add_dummy_prefix=add_dummy_prefix, remove_extra_whitespaces=add_dummy_prefix, pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2,
+            add_dummy_prefix=add_dummy_prefix, remove_extra_whitespaces=add_dummy_prefix, pad_id=0, eos_id=1, bos_id=2,
+            unk_id=3, minloglevel=2,
         )  # fmt: skip
         return torch.frombuffer(bytearray((Path(folder) / "m.model").read_bytes()), dtype=torch.uint8)
 
@@ -75,7 +77,7 @@ def made(kind):
     import comfy.sd
     import comfy.supported_models_base
 
-    module, tokenizer, maker, arguments, pieces = ENCODERS[kind]
+    module, tokenizer, maker, arguments, pieces = {**ENCODERS, **LEFT}[kind]
     try:
         module = importlib.import_module(f"comfy.text_encoders.{module}")
         target = comfy.supported_models_base.ClipTarget(getattr(module, tokenizer), getattr(module, maker)(**arguments))
@@ -133,7 +135,7 @@ def test_words_are_told_from_what_stands_around_them(clip):
         assert roles[-1] == (PADDING if clip.kind == "Klein" else TEMPLATE) and (clip.kind == "Klein") == (
             PADDING in roles
         )
-    elif clip.kind in BARE:  # padding in front is cut off with the rows it gave
+    elif clip.kind == "Lumina2":  # a start token, and nothing behind the words
         assert roles == [START] + [WORD] * counts[0]
     elif clip.kind == "SD3":  # CLIP's context, then T5's
         assert roles[0] == START and roles[77] == WORD and roles.count(END) == 2
@@ -157,8 +159,7 @@ def test_rows_that_count(clip):
     moon, empty = found["moon"], found[""]
     assert len(counted(moon)) >= 1 and len(counted(empty)) <= len(empty.rows)
     same = len(moon.rows) - len(after_start(moon))
-    if clip.kind != "LTX-2":  # which scales all rows by the largest
-        assert torch.allclose(moon.rows[:same], empty.rows[:same], atol=1e-5)  # what stands before every prompt
+    assert torch.allclose(moon.rows[:same], empty.rows[:same], atol=1e-5)  # what stands before every prompt
 
 
 def follows(concepts, name=""):
@@ -318,6 +319,21 @@ def test_each_context_of_a_long_prompt_has_its_own_start_and_end():
     for start in range(0, 77 * contexts, 77):
         assert roles[start] == START and END in roles[start : start + 77]
     assert roles[77 * contexts] == WORD and min(found.heard.places) == 77 * contexts
+
+
+def test_padding_in_front_is_padding(node):
+    """LTX-2: Gemma 3 reads 1024 tokens, padded in front; the rows of padding are cut off."""
+    clip = made("LTX-2")
+    tokens = clip.tokenize("a red star")
+    layout = Tokenizer(clip.tokenizer).layout(tokens, 1024)
+    words = layout.roles.tolist().count(WORD)
+    assert (
+        layout.roles.tolist() == [PADDING] * (1023 - words) + [START] + [WORD] * words and layout.head == 1024 - words
+    )
+    given = encoded(node, clip, "a red star")
+    found = memory.PROMPTS.recall(given[0][0])[0]
+    assert found.words == ("a", "red", "star") and found.places == tuple(range(1, 1 + words))
+    assert gates(clip, given, "star") == [1.0]
 
 
 def test_a_template_of_another_node_is_told_from_what_the_user_says(node):
