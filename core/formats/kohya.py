@@ -6,6 +6,7 @@ SPM and LECO are told apart by what their metadata says, not by their keys.
 
 import json
 import logging
+import re
 
 import torch
 
@@ -27,6 +28,7 @@ PARTS = {
     ".alpha": "alpha",
     ".diff_b": "bias",
 }
+FLUX_SLIDER = re.compile(r"lora_unet_(single_)?transformer_blocks_\d+_attn_")
 MARK = "lora"  # membrane.format of our exports
 SPM_METADATA = ("prompts", "rank", "alpha")
 
@@ -64,7 +66,14 @@ def card(contents):
         concepts, surrogates = _leco_prompts(metadata)
         require_bounded(contents.name, concepts)
         return Card("LECO", concepts, surrogates)
-    return Card("LoRA", ())
+    return Card("Concept Sliders" if _is_flux_slider(contents.tensors) else "LoRA", ())
+
+
+def _is_flux_slider(keys):
+    """Whether the layers are the attentions of Flux by diffusers' names, which only Concept Sliders give kohya's
+    prefix."""
+    layers = {key.partition(".")[0] for key in keys}
+    return any("single" in layer for layer in layers) and all(map(FLUX_SLIDER.match, layers))
 
 
 FORMAT = Format("LoRA (kohya)", recognises, parse, card)  # the exports below need the model they are for
@@ -73,15 +82,16 @@ FORMAT = Format("LoRA (kohya)", recognises, parse, card)  # the exports below ne
 def save(adapter, weights, path, names):
     """Writes W -> W + W A B of an adapter at strength 1 as a LoRA; the file appears whole or not at all.
 
-    weights: (key, W (out, d)) pairs of the layers that read the text, as the model uses them; may be a
-    generator. names: {key: lora_unet_... name}. Each layer gets lora_up (out, k), lora_down (k, d) and
+    weights: {text entry: (key, W (out, d)) pairs of the layers that read it, as the model uses them; may be a
+    generator}. names: {key: lora_unet_... name}. Each layer gets lora_up (out, k), lora_down (k, d) and
     alpha = k, so that a loader's scale alpha / k is 1; the loader's strength scales the erasure linearly.
     """
     tensors, rank = {}, 1
-    for key, change in on_weights(adapter.maps["text"], weights):
-        up, down = balanced(change.up, change.down)
-        rank = max(rank, len(down))
-        tensors |= _layer(names[key], up, down, len(down))
+    for entry, text_map in adapter.maps.items():
+        for key, change in on_weights(text_map, weights[entry]):
+            up, down = balanced(change.up, change.down)
+            rank = max(rank, len(down))
+            tensors |= _layer(names[key], up, down, len(down))
     comment = f"closed-form concept erasure ({adapter.card.method}), computed, not trained"
     save_whole(tensors, path, _metadata(adapter.card, rank, rank, comment))
 

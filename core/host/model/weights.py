@@ -4,11 +4,14 @@ from collections.abc import Mapping
 
 import torch
 
+from ...adapters.plan import require_entries
+from ...erasers.closed_form.layers import layer_gram
 from ...erasers.extract import BaseLayer
+from ...errors import ErasureError
 from ...families.sites import site
 from ...formats.weights import EditedWeights
 from ..compat import calculate_weight, ensure_uncompiled, key_patches, stored_weight
-from .layers import NETWORK, family, layer_keys, readers
+from .layers import NETWORK, family, layer_keys, readers, text_entries, text_readers
 
 
 def effective_weight(model, key, patches):
@@ -34,6 +37,34 @@ def entry_weights(model, entry):
     patches = _key_patches(model)
     for key, _ in readers(model, entry):
         yield key, effective_weight(model, key, patches[key])
+
+
+def map_weights(model, adapter):
+    """{name of a text entry: (key, effective weight) of the layers that read it} for the maps of an adapter.
+
+    Raises ErasureError when the adapter does not fit, or no edit of weights equals one of its maps.
+    """
+    known = text_entries(model)
+    require_entries(adapter, known)
+    entries = [entry for entry in known if entry.name in adapter.maps]
+    for entry in entries:
+        require_readers(model, entry)
+    if missing := adapter.maps.keys() - {entry.name for entry in entries}:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} also maps the text at {', '.join(sorted(missing))}, which this "
+            f"{family(model).title} model does not have; use a model of the family it was made for."
+        )
+    return {entry.name: entry_weights(model, entry) for entry in entries}
+
+
+def require_readers(model, entry):
+    """Raises ErasureError for a TextEntry whose map no edit of a MODEL's weights equals."""
+    if next(readers(model, entry), None) is None:
+        raise ErasureError(
+            f"No edit of weights equals the erasure at the text entry {entry.name} of a {family(model).title} model, "
+            'whose layers read other rows too; apply it to the text ("apply_to": "text"), or save it in the format '
+            '"membrane".'
+        )
 
 
 def text_weights(model):
@@ -83,12 +114,7 @@ def edited_weights(model):
 
 
 def text_gram(model, on_progress=None):
-    """S = sum_l W_l^T W_l over the key and value layers that read the text: (d, d) float64."""
-    total = None
-    for i, (_, weight) in enumerate(text_weights(model)):
-        weight = weight.double()
-        product = weight.T @ weight
-        total = product if total is None else total + product
-        if on_progress:
-            on_progress(i + 1)
-    return total
+    """S = sum_l W_l^T W_l over the key and value layers that read the text: (d, d) float64, or a LayerGram where the
+    text is wide and the layers have fewer outputs."""
+    outputs = sum(module.out_features for _, module in text_readers(model))
+    return layer_gram((weight for _, weight in text_weights(model)), outputs, on_progress)

@@ -20,7 +20,17 @@ from ...adapters.gates import gated, wanted_concepts
 from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
-from ..model.layers import layer_keys, layer_weight, modules, plain_key, readers, require_fit, text_entries
+from ..model.layers import (
+    family,
+    layer_keys,
+    layer_weight,
+    modules,
+    plain_key,
+    readers,
+    require_fit,
+    text_entries,
+    text_rows,
+)
 from ..text.calibration import compared_with
 from ..text.known_tokens import PROMPTS
 from .conditioning import EXTRA_CONDS, ErasedConditioning
@@ -67,7 +77,8 @@ def keys_for(model, stack):
 def plan_for(model, stack, keys, concepts=None):
     """Plan of a stack on a MODEL; keys: keys_for() them. Raises ErasureError when they do not fit."""
     of_text = any(entry.adapter.maps for entry in stack.entries)
-    return make_plan(stack, text_entries(model) if of_text else {}, concepts, keys)
+    entries = text_entries(model) if of_text else {}
+    return make_plan(stack, entries, concepts, keys, lambda key: text_rows(model, key))
 
 
 def static_changes(model, stack, keys):
@@ -120,8 +131,11 @@ def _put(patched, model, whole, plan):
     previous = foreign(model, EXTRA_CONDS)
     conditioning = ErasedConditioning(base, whole, plan, early, travels, previous)
     patched.add_object_patch(EXTRA_CONDS, conditioning)
+    if inside and family(model).cache:
+        options = patched.model_options["transformer_options"] = dict(patched.model_options["transformer_options"])
+        options[family(model).cache] = {"device": "off"}  # else rows of before the erasure may come back
     parts = _put_on_layers(patched, model, plan, inside, rows)
-    if travels:
+    if travels or plan.tells_rows:
         steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
         patched.add_object_patch(APPLY_MODEL, steps)
 
@@ -131,8 +145,11 @@ def _put_on_layers(patched, model, plan, inside, rows):
     layers, parts = modules(model), {}
     changes = {plain_key(key): layer.on_weight for key, layer in plan.running.items() if layer.on_weight}
     for key, layer in plan.running.items():
+        found = parts.setdefault(plain_key(key), [])
         if layer.beside is not None:
-            parts.setdefault(plain_key(key), []).append(Part(layer.beside, _outputs(key)))
+            found.append(Part(layer.beside, _outputs(key)))
+        if layer.beside_text is not None:
+            found.append(Part(layer.beside_text, _outputs(key), layer.text_rows))
     texts = {key: plan.maps[entry.name] for entry in inside for key, _ in readers(model, entry)}
     for key in dict.fromkeys((*parts, *changes, *texts)):
         name = key.removesuffix(".weight") + ".forward"
@@ -164,5 +181,6 @@ def add_low_rank(patched, changes):
         lora[f"{i}.lora_up.weight"], lora[f"{i}.lora_down.weight"] = change.up, change.down
         keys[str(i)] = key
         if change.bias is not None:
-            biases[plain_key(key).removesuffix("weight") + "bias"] = ("diff", (change.bias,))
+            bias = plain_key(key).removesuffix("weight") + "bias"
+            biases[bias if isinstance(key, str) else (bias, key[1])] = ("diff", (change.bias,))
     patched.add_patches(comfy.lora.load_lora(lora, keys) | biases, 1.0)
