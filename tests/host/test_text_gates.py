@@ -20,6 +20,8 @@ from membrane.tools.tiny.networks import NotInThisHost
 
 KINDS = ("sd3", "flux", "chroma", "wan", "qwen_image", "z_image", "flux2_klein", "lumina2", "hunyuan_video")
 
+FEW_PIECES = ("wan", "lumina2")  # whose vocabulary is made for the tests and has no STAR
+
 
 def made(name):
     """CLIP of one of tools/tiny/encoders.py; skips where the host has none."""
@@ -31,7 +33,9 @@ def made(name):
 
 @pytest.fixture(scope="module", params=KINDS)
 def clip(request):
-    return made(request.param)
+    found = made(request.param)
+    found.kind = request.param
+    return found
 
 
 def follows(concepts, name=""):
@@ -57,12 +61,19 @@ def encoded(node, clip, text):
 LONG = "a red star on snow" + ", a cow and a house" * 60  # 300 words and more
 
 
-@pytest.mark.parametrize("text", ["a STAR", "Two red stars on snow", "the (star:1.3)", "star", LONG])
+@pytest.mark.parametrize("text", ["a STAR", "two red stars on the sea", "the (star:1.3)", "star", LONG])
 def test_a_word_opens_however_it_is_written(node, clip, text):
+    if clip.kind in FEW_PIECES:
+        text = text.lower()
     assert gates(clip, encoded(node, clip, text), "star") == [1.0]
     stack = node("MembraneStack", adapter=follows(("star",), "star.safetensors"), strength=1.0)[0]
     report = node("MembranePreview", clip=clip, stack=stack, prompts=text)[1]
     assert next(line for line in report.splitlines() if "star.safetensors" in line).endswith(" 1.000")
+
+
+def test_capitals_do_not_matter(node, clip):
+    assert gates(clip, encoded(node, clip, "a small house by Van Gogh"), "van gogh", "VAN") == [1.0, 1.0]
+    assert gates(clip, encoded(node, clip, "a small house by van gogh"), "Van Gogh") == [1.0]
 
 
 def test_preview_and_sampling_agree_and_preview_shows_the_calibration(node, clip):
@@ -101,8 +112,8 @@ def test_conditionings_in_half_precision_are_known(node, clip, dtype):
 
 def test_an_averaged_conditioning_opens_by_its_vectors_and_says_so_once(node, clip, caplog, monkeypatch):
     monkeypatch.setattr(memory.PROMPTS, "told", False)
-    star = encoded(node, clip, "a photo of a star")
-    other = encoded(node, clip, "a photo of a moon")
+    star = encoded(node, clip, "a photo of star")
+    other = encoded(node, clip, "a photo of moon")
     mixed = node("ConditioningAverage", conditioning_to=star, conditioning_from=other, conditioning_to_strength=0.98)[0]
     scaled = [[star[0][0] * 1.1, star[0][1]]]
     assert memory.PROMPTS.recall(mixed[0][0]) == memory.PROMPTS.recall(scaled[0][0]) == [None]
