@@ -14,6 +14,7 @@ from membrane.core.host.patches.stack import concepts_for
 from membrane.core.host.text import known_tokens as memory
 from membrane.core.host.text.encode import encode
 from membrane.core.host.text.tokens import Tokenizer
+from membrane.core.host.text.vocabulary import EMBEDDINGS, words_near
 from membrane.core.text.encoded import END, PADDING, START, WORD
 from membrane.tools.tiny import encoders
 from membrane.tools.tiny.networks import NotInThisHost
@@ -186,3 +187,29 @@ def test_a_template_of_another_node_is_told_from_what_the_user_says(node):
     vectors = clip.encode_from_tokens(tokens)
     assert memory.PROMPTS.recall(vectors)[0].words == ("a", "big", "hous")
     assert Tokenizer(clip.tokenizer).layout(tokens, vectors.shape[1]).places is None
+
+
+# ---------------------------------------------------------------- words of a vocabulary
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux", "wan", "qwen_image", "lumina2", "hunyuan_video", "flux2"])
+def test_words_near_a_concept_are_those_of_the_nearest_embeddings(name):
+    clip = made(name)
+    words = words_near(clip, "star", 20)
+    assert len(words) == len({word.lower() for word in words}) == 20
+    assert all(word.isalpha() and len(word) > 2 and "star" not in word.lower() for word in words)
+    stream = list(clip.tokenize(""))[-1]
+    table = {k: w for k, w in clip.cond_stage_model.state_dict().items() if k.endswith(EMBEDDINGS)}
+    table = next(w for k, w in table.items() if stream in k.replace("clip_l", "l").split(".")).double()
+
+    tokenizer = Tokenizer(clip.tokenizer)
+    pieces = {}
+    for i, word in tokenizer.vocabulary(stream).words.items():
+        pieces.setdefault(word, []).append(i)
+    star = table[list(tokenizer.word_ids(stream, clip.tokenize("a star")[stream])[1:])]
+
+    def near(word):
+        return torch.nn.functional.cosine_similarity(table[pieces[word]][:, None], star[None], dim=2).max().item()
+
+    found = [near(word) for word in words]
+    assert found == pytest.approx(sorted(found, reverse=True), abs=1e-6) and found[0] > near("house")
