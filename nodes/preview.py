@@ -47,7 +47,9 @@ class MembraneImpact:
         progress = Progress(len(lines) + layers)
         encoded = encode_for(model, clip, lines, progress.at)
         progress.next_phase(len(lines))
-        found = impacts(stack, encoded, text_gram(model, progress.at), concepts_for(stack, clip))
+        concepts = concepts_for(stack, clip)
+        heard = encode(clip, lines) if concepts and not encoded.contexts else None
+        found = impacts(stack, encoded, text_gram(model, progress.at), concepts, heard=heard)
         shown = found[:MOST_BARS]
         title = "Change of what the model hears" + (f" ({MOST_BARS} of {len(found)})" if len(found) > MOST_BARS else "")
         chart = bar_chart(title, [(impact.prompt, impact.change) for impact in shown])

@@ -1,6 +1,8 @@
 """Adapters on the layers of every kind of network: names, fused parts, turned outputs, missing layers, rows out of
 order. What is right is said by a second network whose weights are edited by hand."""
 
+import os
+
 import folder_paths
 import pytest
 import torch
@@ -12,9 +14,10 @@ from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
 from membrane.core.families.sites import site
 from membrane.core.host.model.layers import layer_keys
+from membrane.core.host.model.weights import base_layers, edited_weights, text_weights
 from membrane.core.host.patches.stack import apply_stack
 from membrane.tools.tiny import networks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 BOUND = 1e-5  # of the effect, in float32
 STAR, HOUSE = "a red star", "a small old house"
@@ -31,12 +34,10 @@ class Tiny:
     def __init__(self, name, **sizes):
         self.name, self.sizes = name, sizes
         self.model, self.clip = networks.build(name, **sizes), networks.text_encoder(name)
-        self.texts = {}
 
     def text(self, prompt):
-        if prompt not in self.texts:
-            self.texts[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
-        return self.texts[prompt]
+        """CONDITIONING of a prompt, made anew: the words of one from before a gate was wanted are not known."""
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
 
     def predict(self, model=None, positive=STAR, negative=HOUSE, **options):
         with torch.inference_mode():
@@ -246,3 +247,102 @@ def test_neurons_that_are_switched_off(tiny, mode, strength):
         edits[f"{layer}.weight"] = -strength * module.weight.detach() * off
     erased = apply_stack(subject.model, stacked(changes, mode, strength, kind="neurons"), subject.clip)
     close(subject.predict(erased), subject.predict(subject.edited(edits)), subject.predict())
+
+
+# ---------------------------------------------------------------- extraction from files of transformers
+
+
+def written(name, tensors):
+    """Name of a file in models/erasure_adapters that holds tensors."""
+    folder = folder_paths.get_folder_paths("erasure_adapters")[0]
+    os.makedirs(folder, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, os.path.join(folder, name))
+    return name
+
+
+def weight_and_bias(subject, name):
+    """What a name of diffusers stands for in the host's network, as the host's own table of keys has it; of a second
+    network, as the first may have patches in its weights."""
+    key = layer_keys(subject.model)[site(name)]
+    plain, part, *turn = (key, None) if isinstance(key, str) else key
+    path = plain.removeprefix("diffusion_model.").removesuffix(".weight")
+    module = subject.edited({}).model.diffusion_model.get_submodule(path)
+    found = {"weight": module.weight.detach()} | ({} if module.bias is None else {"bias": module.bias.detach()})
+    found = found if part is None else {kind: tensor.narrow(*part) for kind, tensor in found.items()}
+    return path, {kind: (turn[0](tensor) if turn else tensor).clone() for kind, tensor in found.items()}
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("network", "layers"),
+    [
+        # UCE's entries of Flux and HiDream
+        ("flux_dev", ["context_embedder", "time_text_embed.text_embedder.linear_1"]),
+        ("hidream", ["caption_projection.3.linear", "caption_projection.48.linear"]),
+        ("qwen_image", ["txt_in"]),
+        # ESD's layers, parts of fused ones
+        ("flux_dev", [*(f"transformer_blocks.0.attn.{name}" for name in ("to_k", "to_v", "add_q_proj")),
+                      "single_transformer_blocks.0.attn.to_q", "norm_out.linear"]),
+        ("z_image", ["layers.1.attention.to_q", "layers.0.attention.to_v", "layers.0.attention.to_out.0"]),
+        ("sd3", ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_v_proj"]),
+    ],
+)  # fmt: skip
+def test_extraction_from_the_files_of_transformers(tiny, node, network, layers, mode):
+    """Every layer of the file is found, and the adapter that comes of it is the edit."""
+    subject = tiny(network)
+    if any(site(layer) not in layer_keys(subject.model) for layer in layers):
+        pytest.skip(f"this host has no {networks.NETWORKS[network].config}")
+    tensors, edits = {}, {}
+    for i, layer in enumerate(layers):
+        path, stored = weight_and_bias(subject, layer)
+        delta = product(change(*stored["weight"].shape, 10 * i))
+        tensors |= {f"{layer}.{kind}": tensor for kind, tensor in stored.items()}
+        tensors[f"{layer}.weight"] = stored["weight"] + delta
+        key = layer_keys(subject.model)[site(layer)]
+        plain, part, *turn = (key, None) if isinstance(key, str) else key
+        delta = turn[0](delta) if turn else delta
+        module = subject.model.model.diffusion_model.get_submodule(path)
+        whole = edits.setdefault(f"{path}.weight", torch.zeros_like(module.weight))
+        (whole if part is None else whole.narrow(*part)).add_(delta)
+    name = written(f"edited_{network}_{len(layers)}.safetensors", tensors)
+    adapter, report = node(
+        "MembraneExtract", model=subject.model, weights_file=name, concepts=STAR, energy=1.0, max_rank=8
+    )
+    assert len(adapter.low_rank) == len(layers), report
+    base, expected = subject.predict(), subject.predict(subject.edited(edits))
+    erased = apply_stack(subject.model, stacked(adapter.low_rank, mode), subject.clip)
+    close(subject.predict(erased), expected, base, 1e-3)  # the adapter's factors are float16
+
+
+# ---------------------------------------------------------------- weights that are stored as something else
+
+
+@pytest.mark.parametrize("kind", networks.LAYOUTS)
+@pytest.mark.parametrize("network", ["flux_dev", "wan21"])
+def test_quantised_weights_are_read_as_the_numbers_they_stand_for(kind, network):
+    try:
+        model, numbers = networks.quantised(network, kind)
+    except networks.NotInThisHost as error:
+        pytest.skip(str(error))
+    layers = base_layers(model)
+    assert numbers
+    for key, expected in numbers.items():
+        found = layers[site(key)].read()[0]
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+    plain = set(edited_weights(model).tensors)
+    assert {(site(key), "weight") for key in numbers} <= plain
+    for reader, weight in text_weights(model):
+        assert torch.equal(weight, numbers[reader]) if reader in numbers else weight.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "int8_tensorwise"])
+def test_an_edit_of_quantised_weights_is_extracted(kind, node):
+    try:
+        model, numbers = networks.quantised("flux_dev", kind)
+    except networks.NotInThisHost as error:
+        pytest.skip(str(error))
+    key = "diffusion_model.txt_in.weight"
+    delta = product(change(*numbers[key].shape))
+    name = written(f"edited_{kind}.safetensors", {"txt_in.weight": numbers[key] + delta})
+    adapter, _ = node("MembraneExtract", model=model, weights_file=name, concepts=STAR, energy=1.0, max_rank=8)
+    assert (product(adapter.low_rank["txt_in"]) - delta).norm() < 1e-3 * delta.norm()

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import comfy.lora
 import comfy.ops
-import torch
 
 from ...errors import ErasureError
 from ...families.family import LAST
 from ...families.sites import site
 from ...families.table import family_of
-from ..compat import ensure_uncompiled, text_after_picture
+from ..compat import ensure_uncompiled, plain_numbers, text_after_picture
 
 NETWORK, WEIGHT = "diffusion_model.", ".weight"
 
@@ -136,8 +135,7 @@ def layer_weight(module, like):
     """(weight, bias) of a linear layer of the host as it multiplies with them, for an input like this."""
     cast = getattr(module, "cast_bias_weight", None)  # layers of GGUF loaders bring their own
     weight, bias = (cast(like) if cast else comfy.ops.cast_bias_weight(module, like))[:2]
-    if hasattr(weight, "dequantize") and type(weight) not in (torch.Tensor, torch.nn.Parameter):
-        weight = weight.dequantize()
+    weight = plain_numbers(weight)
     scale = getattr(module, "scale_weight", None)  # of scaled fp8
     return weight if scale is None else weight * scale.to(weight), bias
 

@@ -1,6 +1,7 @@
 """The effective weights of the host's model, with everything that is patched onto it."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -11,7 +12,7 @@ from ...errors import ErasureError
 from ...families.sites import site
 from ...formats.weights import EditedWeights
 from ..compat import calculate_weight, ensure_uncompiled, key_patches, stored_weight
-from .layers import NETWORK, family, layer_keys, readers, text_entries, text_readers
+from .layers import NETWORK, WEIGHT, family, layer_keys, plain_key, readers, text_entries, text_readers
 
 
 def effective_weight(model, key, patches):
@@ -73,21 +74,29 @@ def text_weights(model):
 
 
 def base_layers(model):
-    """{site: BaseLayer} of a MODEL's denoiser with its effective weights, every spelling of a site leading to one."""
-    patches, layers = _key_patches(model), {}
+    """{site: BaseLayer} of a MODEL's denoiser with its effective weights, every spelling of a site leading to one; of a
+    fused layer also the parts that other programs have as layers, and their order of its outputs."""
+    patches, found = _key_patches(model), {}
 
-    def layer(key):
-        def read():
-            found = [key, key.removesuffix("weight") + "bias"]
-            return tuple(effective_weight(model, k, patches[k]) if k in patches else None for k in found)
+    def read(key):
+        both = [plain_key(key), plain_key(key).removesuffix("weight") + "bias"]
+        return tuple(_part(key, effective_weight(model, k, patches[k])) if k in patches else None for k in both)
 
-        return BaseLayer(site(key), read)
+    def layer(key, name):
+        return found.setdefault(key, BaseLayer(name, partial(read, key)))
 
-    for key in patches:
-        if key.endswith(".weight"):
-            layers[site(key)] = layer(key)
-    spellings = {name: site(key) for name, key in layer_keys(model).items() if isinstance(key, str)}
-    return layers | {name: layers[own] for name, own in spellings.items() if own in layers}
+    layers = {site(key): layer(key, site(key)) for key in patches if key.endswith(WEIGHT)}
+    spellings = {name: key for name, key in layer_keys(model).items() if plain_key(key) in patches}
+    return layers | {name: layer(key, name) for name, key in spellings.items()}
+
+
+def _part(key, tensor):
+    """What a key of layer_keys() stands for in the weight or bias of its layer."""
+    if isinstance(key, str):
+        return tensor
+    part, turn = key[1], key[2] if len(key) > 2 else None
+    tensor = tensor if part is None else tensor.narrow(*part)
+    return tensor if turn is None else turn(tensor)
 
 
 class _Tensors(Mapping):
