@@ -19,7 +19,7 @@ from membrane.tools.tiny import networks
 
 RESULTS, TABLE = ROOT / "output" / "families", ROOT / "docs" / "families.md"
 METHODS = ("UCE", "RECE", "SPEED", "Double Projections")
-SMALL = {"seed": 1, "steps": 2, "sampler_name": "euler", "width": 64, "height": 64}
+SAMPLING = {"seed": 1, "steps": 2, "cfg": 3.0, "sampler_name": "euler"}
 
 
 # ---------------------------------------------------------------- what is tried; each gives what stands in the table
@@ -126,15 +126,23 @@ def extracted(subject):
 def stressed(subject):
     """Derived vectors: an attack that knows the weights."""
     subject.node("MembraneStressTest", original=subject.model, erased=subject.erase("UCE")[0], clip=subject.clip,
-                 concept="star", captions="{}", pictures=1, attacks="derived vectors", cfg=3.0,
-                 scheduler_name="simple", **SMALL)  # fmt: skip
+                 concept="star", captions="{}", pictures=1, attacks="derived vectors",
+                 scheduler_name="simple", **_size(subject), **SAMPLING)  # fmt: skip
     return "ok"
 
 
 def detected(subject):
     subject.node("MembraneDetectMemorization", model=subject.model, clip=subject.clip, prompts="a red star", seeds=1,
-                 first_steps=1, cfg=3.0, scheduler="simple", attribution=False, **SMALL)  # fmt: skip
+                 first_steps=1, scheduler="simple", attribution=False, **_size(subject), **SAMPLING)  # fmt: skip
     return "ok"
+
+
+def _size(subject):
+    """Width and height of pictures whose latents are as large as the network's."""
+    from membrane.core.host.compat import channels_and_ratio
+
+    side = networks.NETWORKS[subject.name].latent[-1] * channels_and_ratio(subject.model.model.latent_format)[1]
+    return {"width": side, "height": side}
 
 
 CHECKS = {
