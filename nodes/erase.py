@@ -3,7 +3,7 @@
 import hashlib
 
 from ..core.adapters.stack import Entry, ErasureStack
-from ..core.erasers.closed_form.groups import TOKENS
+from ..core.erasers.closed_form.groups import ROWS, TOKENS
 from ..core.erasers.closed_form.job import METHODS, Job, erase
 from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
 from ..core.erasers.closed_form.rece import PENALTIES
@@ -14,7 +14,8 @@ from ..core.host.model.weights import text_gram
 from ..core.host.page.progress import Progress
 from ..core.host.patches.on_weights import on_layers
 from ..core.host.patches.stack import apply_stack
-from ..core.host.text.encode import behind_norm, encode_entries, fingerprint
+from ..core.host.text.encode import fingerprint
+from ..core.host.text.entries import encode_entries
 from ..core.text.concepts import parse_concepts, parse_lines, parse_templates
 from . import inputs
 
@@ -127,8 +128,13 @@ class MembraneErase:
                     "or values: only those, as changes of this model's layers (SPEED is published for values).",
                 ),
                 "pooled": inputs.choice(
-                    [LEAVE, EDIT], LEAVE, "SDXL only: the pooled vector that it reads beside the text. leave: as "
-                    "published. edit: erased from by the same formulas.",
+                    [LEAVE, EDIT], LEAVE, "The pooled vector that SDXL, Flux.1, SD3 and others read beside the text. "
+                    "leave: it stays as it is. edit: erased from by the same formulas; erases more, damages more.",
+                ),
+                "rows": inputs.choice(
+                    ROWS, ROWS[0], "Models with T5 or a language model only: which of a prompt's vectors carry a "
+                    "concept. as the encoder needs: all that the words reach. as published: from the concept's last "
+                    "word on (UCE), that word alone (SPEED), as for CLIP.",
                 ),
             },
         }  # fmt: skip
@@ -150,7 +156,7 @@ class MembraneErase:
         self, model, clip, concepts, replace_with, preserve, method, strength,
         templates="{}", erase_scale=1.0, preserve_scale=1.0, anchor=0.5, epochs=1, penalty=0.1,
         tau=0.1, rho=1.0, tokens=TOKENS[0], preset=CUSTOM, preserve_file=NONE, penalty_on=PENALTIES[0], layers=BOTH,
-        pooled=LEAVE,
+        pooled=LEAVE, rows=ROWS[0],
     ):  # fmt: skip
         preserved = tuple(parse_lines(f"{preserve}\n{preserve_text(preserve_file)}"))
         if preset == CUSTOM:
@@ -164,7 +170,7 @@ class MembraneErase:
             settings = {"templates": PRESETS[preset].templates, **published(preset, method, len(preserved))}
         parsed = tuple(parse_concepts(concepts, replace_with))
         safe_anchor = not any(concept.surrogate for concept in parsed)
-        job = Job.of(parsed, preserved, method=method, safe_anchor=safe_anchor, **settings)
+        job = Job.of(parsed, preserved, method=method, rows=rows, safe_anchor=safe_anchor, **settings)
         prompts, needs_gram = job.prompts(), METHODS[method].needs_gram
         count = len(list(text_readers(model))) if needs_gram else 0
         progress = Progress(len(prompts) + count + job.rounds)
@@ -172,7 +178,7 @@ class MembraneErase:
         progress.next_phase(len(prompts))
         gram = text_gram(model, progress.at) if needs_gram else None
         progress.next_phase(count)
-        adapter = erase(job, entries, family_name(model), fingerprint(clip), gram, progress.at, behind_norm(model))
+        adapter = erase(job, entries, family_name(model), fingerprint(clip), gram, progress.at)
         progress.next_phase(job.rounds)
         if layers != BOTH:
             adapter = on_layers(model, adapter, LAYERS[layers])

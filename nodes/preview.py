@@ -7,7 +7,8 @@ from ..core.host.model.layers import text_readers
 from ..core.host.model.weights import text_gram
 from ..core.host.page.progress import Progress
 from ..core.host.patches.stack import concepts_for
-from ..core.host.text.encode import encode, encode_for
+from ..core.host.text.encode import encode
+from ..core.host.text.entries import encode_for
 from ..core.measures.chart import bar_chart
 from ..core.measures.impact import impacts, report
 from ..core.text.similarity import matches

@@ -13,7 +13,8 @@ from ..core.host.files.folders import new_adapter_path
 from ..core.host.model.layers import family_name
 from ..core.host.page.progress import Progress
 from ..core.host.runs.training import HostDenoiser, resumed, trainable_sites
-from ..core.host.text.encode import encode_for, fingerprint
+from ..core.host.text.encode import fingerprint
+from ..core.host.text.entries import encode_for
 from ..core.text.concepts import fill, parse_concepts, parse_lines, parse_templates
 from . import inputs
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .deltas import low_rank, mask, text_map  # noqa: F401  they register the kinds
+from .deltas import low_rank, mask, neurons, text_map, text_rows  # noqa: F401  they register the kinds
 from .deltas.delta import KINDS, Delta
 
 

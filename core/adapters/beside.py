@@ -5,20 +5,37 @@ own g for every row of the batch. What acts on the weight comes after that: of W
 damp the marked entries.
 """
 
+import contextlib
+
 import torch
 from torch.nn import functional
 
 from ..errors import ErasureError
+from ..families.family import FIRST
 from .deltas.delta import OPEN
 from .patch import Patch
 
 
 class Rows:
-    """The gates of the rows that are going through the network now: `every`, (rows, all gates), and `gates`, (rows,
-    active gates), with the numbers of the active ones. None while no call is under way."""
+    """What is known of the rows that are going through the network now.
+
+    every: (rows, all gates). gates: (rows, active gates and, last, a 1 for what is not gated), with `active`, the
+    numbers of the active ones. texts: {TextRows: number of the text's rows}. None while no call is under way.
+    """
 
     def __init__(self):
-        self.every, self.gates, self.active = None, None, ()
+        self.every, self.gates, self.active, self.texts = None, None, (), {}
+
+    @contextlib.contextmanager
+    def lent(self, every, active, texts=None):
+        """While it lasts, the rows are those of a call with these gates, (rows, all gates)."""
+        before = self.every, self.gates, self.active, self.texts
+        gates = torch.cat([every[:, list(active)], every.new_ones(len(every), 1)], dim=1)
+        self.every, self.gates, self.active, self.texts = every, gates, active, texts or {}
+        try:
+            yield
+        finally:
+            self.every, self.gates, self.active, self.texts = before
 
 
 class Changes:
@@ -70,27 +87,51 @@ class Bypass(Patch):
             x = self._erased(x)
         ready = []
         if self.rows.gates is not None:
-            found = ((part.factors(self.rows.active, x), part.outputs) for part in self.parts)
-            ready = [(factors, outputs) for factors, outputs in found if factors is not None]
+            found = ((part.factors(self.rows.active, x), part) for part in self.parts)
+            ready = [(factors, part, self._of(part, x)) for factors, part in found if factors is not None]
         if self.changes is not None and self.previous is None:
             return self._changed(x, ready)
         y = self.original(x, *args, **kwargs)
-        for factors, outputs in ready:
-            y = self._added(x, y, factors, outputs)
+        for factors, part, where in ready:
+            y = self._added(x, y, factors, part.outputs, where)
         if self.changes is not None:  # what another pack does beside the weight stays
             y = y - self._changed(x, ready, removed=True).to(y.dtype)
         return y
+
+    def _of(self, part, x):
+        """The rows of an input that a part acts on, as a slice of its second dimension; None for all of them."""
+        found = part.text_rows
+        if found is None:
+            return None
+        count, rows = self.rows.texts[found], x.shape[1]
+        if x.dim() < 3 or count > rows:
+            raise ErasureError(
+                f"A layer got {rows} rows, but the text alone has {count}; another node changes the text inside the "
+                "network, apply it to another model, or leave out the adapters that change the text's rows alone."
+            )
+        return slice(0, count) if found.place == FIRST else slice(rows - count, rows)
 
     def _erased(self, x):
         self.text = self.text.to(x.device)
         gates = None if self.rows.every is None else _for_rows(self.rows.every, x)
         if gates is None and self.follows:  # called outside a sampling: no gate is known
             return x
-        return self.text.erased(x, gates)
+        return self.text.erased(x[:, None], gates)[:, 0] if x.dim() == 2 else self.text.erased(x, gates)
 
     def _changed(self, x, ready, removed=False):
-        """Output of the layer with its weight changed, or what the changes take from it, with the gated low-rank
-        changes inside the weight."""
+        """Output of the layer with its weight changed, or what the changes take from it, with the low-rank changes that
+        run beside it inside the weight."""
+        where = next((where for _, _, where in ready if where is not None), None)
+        everywhere = [(factors, part.outputs) for factors, part, where in ready if where is None]
+        y = self._through_changed(x, everywhere, removed)
+        if where is None:
+            return y
+        on_text = [(factors, part.outputs) for factors, part, _ in ready]
+        return torch.cat([y[:, : where.start], self._through_changed(x[:, where], on_text, removed),
+                          y[:, where.stop :]], dim=1)  # fmt: skip
+
+    def _through_changed(self, x, ready, removed):
+        """The same for rows that all get the same low-rank changes; ready: (Factors, outputs)."""
         weight, bias = self.changes.read(self.owner, x)
         gates, active = self.rows.gates, self.rows.active
         if removed:
@@ -101,22 +142,22 @@ class Bypass(Patch):
         rows = []
         for row, own in zip(x, _for_rows(gates, x).expand(len(x), -1)):
             full, shift = weight, bias
-            for factors, _ in ready:
-                full, moved = factors.inside(full, shift, own)
+            for factors, outputs in ready:
+                full, moved = factors.inside(full, shift, own, outputs)
                 shift = shift if removed else moved
             changed = self.changes(full, own, active)
             rows.append(functional.linear(row, full - changed if removed else changed, shift))
         return torch.stack(rows)
 
-    def _added(self, x, y, factors, outputs):
+    def _added(self, x, y, factors, outputs, where):
         """y with a part's changes; row by row where the memory is too small for all rows at once."""
         gates = _for_rows(self.rows.gates, x)
         try:
-            return self._add(x, y, factors, outputs, gates)[0]
+            return self._add(x, y, factors, outputs, where, gates)[0]
         except torch.cuda.OutOfMemoryError:  # nothing was written yet
             rows = gates.expand(len(x), -1).split(1)
         try:
-            found = [self._add(*row, factors, outputs, own) for *row, own in zip(x.split(1), y.split(1), rows)]
+            found = [self._add(*row, factors, outputs, where, own) for *row, own in zip(x.split(1), y.split(1), rows)]
         except torch.cuda.OutOfMemoryError as error:
             # the host knows this kind of error and makes room
             raise torch.cuda.OutOfMemoryError(
@@ -125,16 +166,18 @@ class Bypass(Patch):
             ) from error
         return y if found[0][1] else torch.cat([row for row, _ in found])
 
-    def _add(self, x, y, factors, outputs, gates):
+    def _add(self, x, y, factors, outputs, where, gates):
         """(output, whether it was written in place)."""
-        delta, in_place = factors.added(x, y, gates, self.owner, self.previous is None and outputs is None)
+        whole = outputs is None and where is None
+        x = x if where is None else x[:, where]
+        delta, in_place = factors.added(x, y, gates, self.owner, self.previous is None and whole)
         if in_place:
             return y, True
-        if outputs is None:
+        if whole:
             return y + delta, False
-        start, length = outputs
-        y = y.clone()
-        y[..., start : start + length] += delta
+        y = y if self.previous is None else y.clone()
+        start, length = outputs or (0, y.shape[-1])
+        (y if where is None else y[:, where])[..., start : start + length] += delta
         return y, False
 
 

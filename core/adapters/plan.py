@@ -5,6 +5,8 @@ from functools import cached_property
 from types import MappingProxyType
 
 from ..errors import ErasureError
+from ..families.family import ALL
+from ..families.table import family_of
 from ..text.similarity import Concepts
 from .deltas import low_rank, text_map
 from .deltas.delta import OPEN, Term
@@ -15,15 +17,19 @@ from .permeability import FIXED, REFERENCE
 class LayerPlan:
     """What one layer of a model gets of the Terms of its site; put together when it is asked for.
 
-    key: the host's, for messages.
+    key: the host's, for messages. text_rows: TextRows of the layer, needed for changes of the text's rows alone; of
+    such a layer that sees the text alone these are changes like any other.
     """
 
-    def __init__(self, terms, key):
-        self.key = key
+    def __init__(self, terms, key, text_rows=None):
+        self.key, self.text_rows = key, text_rows
         found = [(term, term.delta.low_rank()) for term in terms]
         changes = [replace(term, delta=change) for term, change in found if change is not None]
-        self._static = [term for term in changes if term.gate == OPEN]
-        self._gated = [term for term in changes if term.gate != OPEN]
+        shared = text_rows is not None and text_rows.place != ALL
+        self._on_text = [term for term in changes if term.delta.on_text and shared]
+        whole = [term for term in changes if not (term.delta.on_text and shared)]
+        self._static = [term for term in whole if term.gate == OPEN]
+        self._gated = [term for term in whole if term.gate != OPEN]
         others = [term for term, change in found if change is None]
         self.on_weight = tuple(sorted(others, key=lambda term: term.delta.last))
 
@@ -37,15 +43,25 @@ class LayerPlan:
         """Factors that run beside the layer, with gates; or None."""
         return low_rank.beside(self._gated, self.key)
 
+    @cached_property
+    def beside_text(self):
+        """Factors that run beside the layer for the text's rows alone, with gates or open; or None."""
+        return low_rank.beside(self._on_text, self.key)
+
+    @property
+    def tells_rows(self):
+        """True when it needs to know which rows are the text's."""
+        return bool(self._on_text)
+
     @property
     def runs(self):
         """True when something runs beside the layer or changes its weight while it runs."""
-        return bool(self._gated) or bool(self.on_weight)
+        return bool(self._gated) or bool(self._on_text) or bool(self.on_weight)
 
     @property
     def follows(self):
         """True when it needs gates."""
-        return bool(self._gated) or any(term.gate != OPEN for term in self.on_weight)
+        return bool(self._gated) or any(term.gate != OPEN for term in (*self._on_text, *self.on_weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +101,23 @@ class Plan:
         """True when some layer needs gates."""
         return any(layer.follows for layer in self.layers.values())
 
+    @property
+    def tells_rows(self):
+        """True when some layer needs to know which rows are the text's."""
+        return any(layer.tells_rows for layer in self.layers.values())
 
-def make_plan(stack, entries=MappingProxyType({}), concepts=None, keys=MappingProxyType({})):
+
+def make_plan(
+    stack, entries=MappingProxyType({}), concepts=None, keys=MappingProxyType({}), text_rows=lambda key: None
+):
     """Plan of what a stack does while a model runs.
 
     entries: {TextEntry: width or None} of the model, a map of another entry is left out. concepts: Concepts with all
     wanted_concepts(stack). keys: {site: key of the model's layer}; sites without one are left out.
+    text_rows(key): TextRows of a layer, None where nothing is known of its rows.
 
-    Raises ErasureError when a text map was made for another width, or adapters that are to be combined as the
-    published code does differ in rank.
+    Raises ErasureError when a text map was made for another width, adapters that are to be combined as the published
+    code does differ in rank, or one changes the text's rows of a layer of which they are not known.
     """
     gates = gates_of(stack, concepts.names if concepts else ())
     place = {(gate.entry, gate.concepts): k for k, gate in enumerate(gates)}
@@ -112,14 +136,29 @@ def make_plan(stack, entries=MappingProxyType({}), concepts=None, keys=MappingPr
                 maps.setdefault(name, []).append(_of_text(entry, number, own, delta, place))
         for _, site, delta in adapter.of_layers:
             if site in keys:
+                _require_text_rows(adapter, site, delta, text_rows(keys[site]))
                 term = _of_layer(entry, place[number, own] if gated(entry) else OPEN, delta)
                 layers.setdefault(keys[site], []).append(term)
     return Plan(
         gates if any(gated(entry) for entry in stack.entries if entry.acts) else (),
         concepts,
         {name: text_map.join(terms) for name, terms in maps.items()},
-        {key: LayerPlan(terms, key) for key, terms in layers.items()},
+        {key: LayerPlan(terms, key, text_rows(key)) for key, terms in layers.items()},
     )
+
+
+def _encoder(config, name):
+    """The encoder whose rows a model of a host's configuration reads at an entry, "" where that is not known."""
+    found = (entry.encoder for entry in family_of((config,)).entries if entry.name == name)
+    return next(found, "")
+
+
+def _require_text_rows(adapter, site, delta, found):
+    if getattr(delta, "on_text", False) and found is None:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} changes the text's rows of {site} alone, but which rows of that layer "
+            "are the text's is not known for this model; use it on a model of the family it was made for."
+        )
 
 
 def _of_text(entry, number, own, delta, place):
@@ -153,6 +192,12 @@ def require_entries(adapter, entries):
         if name not in known:
             continue
         entry, width = known[name], entries[known[name]]
+        encoder = _encoder(adapter.card.family, name)
+        if encoder and entry.encoder and encoder != entry.encoder:
+            raise ErasureError(
+                f"The adapter {adapter.describe()} maps the rows of {encoder}{made_for}, but this model reads those of "
+                f"{entry.encoder}; use an adapter made for this family."
+            )
         if width is not None and found.width != width:
             raise ErasureError(
                 f"The adapter {adapter.describe()} maps text vectors of width {found.width}{made_for}, "

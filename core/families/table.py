@@ -1,13 +1,16 @@
 """All families, and which of them a model is of."""
 
-from . import unet
+from . import cross_attention, flux, joint_attention, qwen, sd3, unet, z_image
 from .family import OTHER, Family
 
-FAMILIES = [unet.SDXL, unet.SD2, unet.SD1]
-
-# what a model that is of no known family is tried as: the text of the conditioning, read by the cross-attention that
-# U-Nets have
-UNKNOWN = Family("", "unknown", (), (unet.TEXT,), unet.ROLES, unet.TRAINED)
+FILES = unet, flux, z_image, qwen, sd3, cross_attention, joint_attention
+# what a model that is of no known family is tried as: the rows that most transformers call the context
+UNKNOWN = joint_attention.UNKNOWN
+# the same for one with the blocks of a U-Net
+UNKNOWN_UNET = Family("", "unknown", (), (unet.TEXT,), unet.ROLES, unet.TRAINED, marks=("input_blocks",))
+FAMILIES = [found for file in FILES for found in vars(file).values() if isinstance(found, Family) and found.name]
+# those told by marks before the others of the same configuration
+FAMILIES.sort(key=lambda family: not family.marks)
 
 
 def register(family):
@@ -15,16 +18,16 @@ def register(family):
     FAMILIES.insert(0, family)
 
 
-def family_of(names):
+def family_of(names, has=lambda mark: False):
     """The Family of a model configuration; names: of its class and of those it is derived from, nearest first.
 
-    UNKNOWN where none is known.
+    has(mark): whether the network has a module of this name. UNKNOWN or UNKNOWN_UNET where no family is known.
     """
     for name in names:
         for family in FAMILIES:
-            if name in family.configs:
+            if name in family.configs and all(map(has, family.marks)):
                 return family
-    return UNKNOWN
+    return UNKNOWN_UNET if all(map(has, UNKNOWN_UNET.marks)) else UNKNOWN
 
 
 def role(site):

@@ -6,9 +6,9 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 
 from .family import Family, TextEntry
 
-TEXT = TextEntry("text", "cross_attn", "c_crossattn", ("attn2.to_k", "attn2.to_v"), width="context_dim")
+TEXT = TextEntry("text", "cross_attn", "c_crossattn", (r"attn2\.to_k$", r"attn2\.to_v$"), width="context_dim")
 # the first inputs of the label embedding; the sizes of the picture follow
-POOLED = TextEntry("pooled", "pooled_output", "y", ("label_emb.0.0",), pooled=True)
+POOLED = TextEntry("pooled", "pooled_output", "y", (r"label_emb\.0\.0$",), pooled=True)
 
 ATTENTIONS = {"1": "self_attention", "2": "cross_attention"}
 PROJECTIONS = {"q": "query", "k": "key", "v": "value", "out_0": "out"}

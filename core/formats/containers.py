@@ -1,7 +1,7 @@
 """What a file holds, whoever wrote it: tensors by name and a map of strings. Nothing in a file is ever run."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -12,6 +12,9 @@ from .instructions import Foreign, require_weights
 
 SAFETENSORS, TORCH = "safetensors", "PyTorch"
 ZIP, LFS_POINTER = b"PK\x03\x04", b"version https://git-lfs"
+WEB_PAGES = (b"<!doctype html", b"<html")
+PEFT_WEIGHTS, PEFT_SETTINGS = "adapter_model.", "adapter_config.json"
+LONGEST_SETTINGS = 10**6  # bytes
 OUTER = ("state_dict", "model")  # outer keys that are no part of a tensor's name
 DEPTH = 4  # of nested dictionaries; published files have two
 PACKED = getattr(torch, "float4_e2m1fn_x2", object())
@@ -28,7 +31,9 @@ class Contents:
     """A file's tensors and metadata.
 
     tensors: {name: tensor} on the CPU, still in the file where possible; names of nested dictionaries are joined by
-    dots. metadata: safetensors' map of strings. outer: the keys of a PyTorch file that hold dictionaries.
+    dots, tensors of a list have the names "0", "1" and so on. metadata: safetensors' map of strings. outer: the keys
+    of a PyTorch file that hold dictionaries; listed: whether it is one list of tensors. settings: text of the JSON that
+    PEFT keeps beside its files, "" where there is none.
     """
 
     name: str  # of the file, for messages
@@ -36,6 +41,8 @@ class Contents:
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     outer: frozenset[str] = frozenset()
+    listed: bool = False
+    settings: str = ""
 
     def __post_init__(self):
         longest = max(self.tensors, key=len, default="")
@@ -57,10 +64,17 @@ class Contents:
 
 
 def read(path):
-    """Contents of a safetensors or PyTorch file, told apart by its first bytes.
+    """Contents of a safetensors or PyTorch file, told apart by its first bytes, with PEFT's settings beside it.
 
     Raises ErasureError for every other file, a damaged one, and one that is more than tensors.
     """
+    name = os.path.basename(path)
+    found = _read_torch(path, name) if is_torch(path) else _read_safetensors(path, name)
+    return replace(found, settings=_settings_beside(path))
+
+
+def is_torch(path):
+    """Whether a file is PyTorch's and not safetensors'; raises ErasureError for what is neither by its first bytes."""
     name = os.path.basename(path)
     try:
         with open(path, "rb") as file:
@@ -74,7 +88,22 @@ def read(path):
             f'"{name}" is a Git LFS pointer, a few lines of text in place of the weights; download the file itself '
             '(about as large as its page says), or run "git lfs pull" in its folder.'
         )
-    return _read_torch(path, name) if head.startswith(ZIP) else _read_safetensors(path, name)
+    if head.lstrip().lower().startswith(WEB_PAGES):
+        raise ErasureError(
+            f'"{name}" is a web page in place of the weights, as it comes where a login or another address is needed; '
+            "download the file itself, by the download button of its page."
+        )
+    return head.startswith(ZIP)
+
+
+def _settings_beside(path):
+    """Text of PEFT's settings beside a file of the name that PEFT gives to weights; "" without."""
+    folder, name = os.path.split(path)
+    beside = os.path.join(folder, PEFT_SETTINGS)
+    if not name.startswith(PEFT_WEIGHTS) or not os.path.isfile(beside) or os.path.getsize(beside) > LONGEST_SETTINGS:
+        return ""
+    with open(beside, encoding="utf-8", errors="replace") as file:
+        return file.read()
 
 
 def _read_safetensors(path, name):
@@ -99,8 +128,11 @@ def _read_torch(path, name):
         raise ErasureError(
             f'"{name}" cannot be read as a PyTorch file ({_first_line(error)}); download it again, best as safetensors.'
         ) from error
+    listed = isinstance(found, list) and bool(found) and all(isinstance(value, torch.Tensor) for value in found)
     if isinstance(found, torch.Tensor):
         found = {"tensor": found}
+    elif listed:
+        found = {str(number): value for number, value in enumerate(found)}
     if not isinstance(found, dict):
         raise ErasureError(
             f'"{name}" holds one {type(found).__name__}; expected a dictionary of weights, choose another file.'
@@ -116,7 +148,8 @@ def _read_torch(path, name):
                 f'"{name}" holds {key} without a stored number for each of its elements; expected plain tensors, get '
                 "it as safetensors."
             )
-    return Contents(name, TORCH, tensors, outer=frozenset(k for k, v in found.items() if isinstance(v, dict)))
+    outer = frozenset(key for key, value in found.items() if isinstance(value, dict))
+    return Contents(name, TORCH, tensors, outer=outer, listed=listed)
 
 
 def _flat(mapping, seen, prefix="", depth=1):

@@ -6,6 +6,7 @@ SPM and LECO are told apart by what their metadata says, not by their keys.
 
 import json
 import logging
+import re
 
 import torch
 
@@ -27,6 +28,7 @@ PARTS = {
     ".alpha": "alpha",
     ".diff_b": "bias",
 }
+FLUX_SLIDER = re.compile(r"lora_unet_(single_)?transformer_blocks_\d+_attn_")
 MARK = "lora"  # membrane.format of our exports
 SPM_METADATA = ("prompts", "rank", "alpha")
 
@@ -64,7 +66,14 @@ def card(contents):
         concepts, surrogates = _leco_prompts(metadata)
         require_bounded(contents.name, concepts)
         return Card("LECO", concepts, surrogates)
-    return Card("LoRA", ())
+    return Card("Concept Sliders" if _is_flux_slider(contents.tensors) else "LoRA", ())
+
+
+def _is_flux_slider(keys):
+    """Whether the layers are the attentions of Flux by diffusers' names, which only Concept Sliders give kohya's
+    prefix."""
+    layers = {key.partition(".")[0] for key in keys}
+    return any("single" in layer for layer in layers) and all(map(FLUX_SLIDER.match, layers))
 
 
 FORMAT = Format("LoRA (kohya)", recognises, parse, card)  # the exports below need the model they are for

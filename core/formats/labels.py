@@ -49,9 +49,8 @@ def header(path):
     """Contents of a safetensors file with tensors that have shapes but no numbers; None for a PyTorch file."""
     name = os.path.basename(path)
     try:
-        with open(path, "rb") as file:
-            if file.read(4) == containers.ZIP:
-                return None
+        if containers.is_torch(path):
+            return None
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
             return containers.Contents(name, containers.SAFETENSORS, tensors, file.metadata() or {})

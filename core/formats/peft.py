@@ -1,10 +1,12 @@
-"""LoRA files with the names of PEFT and diffusers: EraseAnything, MACE's attention processors, most DiT LoRAs.
+"""LoRA files with the names of PEFT and diffusers: EraseAnything, GEM, MACE's attention processors, most DiT LoRAs.
 
-<layer>.lora_A.weight (r, in) and <layer>.lora_B.weight (out, r), or .lora.down/.up, _lora.down/.up; the layer with
-dots. Alpha is a tensor beside them or in the metadata; without either it is the rank.
+<layer>.lora_A.weight (r, in) and <layer>.lora_B.weight (out, r), also without .weight, or .lora.down/.up,
+_lora.down/.up; the layer with dots, or as XLabs name those of Flux' double blocks. Alpha is a tensor beside them, in
+the metadata, or in PEFT's adapter_config.json beside the file; without any it is the rank.
 """
 
 import json
+import logging
 import math
 import re
 
@@ -13,18 +15,30 @@ import torch
 from ..adapters.adapter import Card, ErasureAdapter
 from ..errors import ErasureError
 from ..families.sites import site
+from .containers import PEFT_SETTINGS
 from .factors import gather, low_rank
 from .format import Format
 
+log = logging.getLogger("membrane")
+
 # the layer, then one of PEFT's (which may say the adapter's name) or diffusers' spellings of a factor, or alpha
 KEY = re.compile(
-    r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight$"
+    r"(.+)\.lora_([AB])(?:\.(?!bias)[^.]+)?(?:\.weight)?$"
     r"|(.+?)(?:_lora|\.lora|\.lora_linear_layer)\.(down|up)\.weight$"
     r"|(.+)\.alpha$"
 )
+XLABS = re.compile(r"double_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12])\.(down|up)\.weight$")
+STREAMS = {"1": "img", "2": "txt"}
 PARTS = {"A": "down", "B": "up", "down": "down", "up": "up"}
 LARGEST_ALPHA = 1e9
 METADATA = "lora_adapter_metadata"  # diffusers' JSON of PEFT's settings, each under the model's name
+PEFT_PREFIX = "base_model.model."  # of PEFT's own files, whose alpha is never in the file
+BLOCK = re.compile(r"^transformer_blocks_(\d+)_attn_(\w+)$")
+# layers of every block that a method adapts, and no others
+METHODS = {
+    frozenset({"add_q_proj", "add_k_proj"}): "EraseAnything",
+    frozenset({"add_q_proj", "add_k_proj", "to_q", "to_k"}): "GEM",
+}
 
 
 def recognises(contents):
@@ -46,14 +60,23 @@ def parse(contents):
 
 
 def card(contents):
-    """Card of such a file, which says nothing of concepts."""
-    return Card("LoRA", ())
+    """Card of such a file, which says nothing of concepts; some methods are known by the layers they adapt."""
+    blocks = {}
+    for layer in {site(found[0]) for found in map(_split, contents.tensors) if found}:
+        found = BLOCK.match(layer)
+        blocks.setdefault(found and found[1], set()).add(found and found[2])
+    targets = {frozenset(found) for found in blocks.values()}
+    return Card(METHODS.get(targets.pop(), "LoRA") if len(targets) == 1 else "LoRA", ())
 
 
 FORMAT = Format("LoRA (PEFT, diffusers)", recognises, parse, card)
 
 
 def _split(key):
+    found = XLABS.match(key)
+    if found:
+        block, layer, stream, way = found.groups()
+        return f"double_blocks.{block}.{STREAMS[stream]}_attn.{layer}", way
     found = KEY.match(key)
     if not found:
         return None
@@ -63,8 +86,16 @@ def _split(key):
 
 def _settings(contents):
     """PEFT's settings of the denoiser, or {} where the file does not have them."""
-    text = contents.metadata.get(METADATA)
-    if text is None:
+    where = METADATA if METADATA in contents.metadata else PEFT_SETTINGS
+    text = contents.metadata.get(METADATA) or contents.settings
+    if not text:
+        if any(key.startswith(PEFT_PREFIX) for key in contents.tensors):
+            log.warning(
+                "Membrane: %s does not say its alpha, which PEFT keeps in %s; without that beside it (and the name "
+                "adapter_model) its scale is taken as 1",
+                contents.name,
+                PEFT_SETTINGS,
+            )
         return {}
     try:
         whole = json.loads(text)
@@ -72,7 +103,7 @@ def _settings(contents):
         whole = None
     if not isinstance(whole, dict):
         raise ErasureError(
-            f'"{contents.name}" has damaged settings ({METADATA} is no JSON object), and its scale is unknown without '
+            f'"{contents.name}" has damaged settings ({where} is no JSON object), and its scale is unknown without '
             "them; get the file again."
         )
     for model in ("transformer.", "unet.", ""):

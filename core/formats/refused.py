@@ -1,17 +1,16 @@
 """Files that are known but not read, each with the reason, so that nobody searches for a mistake of their own."""
 
-import re
-
 from ..errors import ErasureError
+from . import lokr
 
 RECELER = (".down.weight", ".down.bias", ".up.weight", ".up.bias")
-Z_ERASE = re.compile(r"layers\.\d+\.attention\.to_[qk]\.lora_(down|up)\.weight$")
 EMBEDDINGS = {"emb_params", "clip_l", "clip_g", "t5xxl"}
 
+LOKR = "LoKr factors"
 # what a key of such a file contains, and its kind
 KINDS = {
     "hada_w": "LoHa factors",
-    "lokr_w": "LoKr factors",
+    "lokr_w": LOKR,
     "dora_scale": "DoRA factors",
     "lora_magnitude_vector": "DoRA factors",
     "oft_blocks": "OFT factors",
@@ -32,18 +31,13 @@ def look_alike(contents):
             "is a CPE file (three-dimensional factors and an attention_gate), which is no LoRA without its gate",
             OWN_PROGRAM,
         )
-    if keys and all(map(Z_ERASE.match, keys)):
-        return _error(
-            contents,
-            "is a Z-Erase file, which changes the positions of the text only; as a LoRA it would change the "
-            "picture's as well",
-            OWN_PROGRAM,
-        )
     if any(key.endswith(".down.bias") for key in keys) and all(key.endswith(RECELER) for key in keys):
         return _error(contents, "is a Receler file, a small network after each attention and no LoRA", OWN_PROGRAM)
     if any(key.startswith("controlnet_") for key in keys):
         return _error(contents, "is a ControlNet and no erasure", "load it as a ControlNet")
     for part, kind in KINDS.items():
+        if kind == LOKR and lokr.recognises(contents):
+            continue
         found = next((key for key in keys if part in key), None)
         if found:
             return _no_pairs(contents, kind, found)
@@ -59,6 +53,12 @@ def other(contents):
             contents,
             "holds a whole text encoder (such as AdvUnlearn's), and Membrane erases in the denoiser",
             "load it as the CLIP of your workflow",
+        )
+    if any(key.startswith(("unet:", "text_encoder:")) for key in keys):
+        return _error(
+            contents,
+            "is a LoRA of the first kind (cloneofsimo, 2022), whose layers have numbers and no names",
+            "convert it to a plain LoRA",
         )
     placeholder = len(keys) == 1 and next(iter(keys)).startswith("<")
     if keys & EMBEDDINGS or "string_to_param" in contents.outer or placeholder:

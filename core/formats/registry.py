@@ -1,7 +1,7 @@
 """All formats: which one a file has, by its keys and metadata and never by its name."""
 
 from ..errors import ErasureError
-from . import containers, kohya, native, peft, refused, weights
+from . import containers, in_by_rank, kohya, lokr, minimal_masks, native, peft, refused, weights, z_erase
 
 FORMATS = []
 
@@ -12,8 +12,12 @@ def register(kind):
 
 
 register(native.FORMAT)
+register(z_erase.FORMAT)  # whose keys are kohya's
+register(lokr.FORMAT)
 register(kohya.FORMAT)
+register(in_by_rank.FORMAT)
 register(peft.FORMAT)
+register(minimal_masks.FORMAT)
 
 
 def load(path):

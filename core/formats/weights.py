@@ -27,7 +27,7 @@ ROOTS = frozenset(
     "transformer_blocks single_transformer_blocks context_embedder time_text_embed x_embedder norm_out proj_out "
     "caption_projection double_stream_blocks single_stream_blocks double_blocks single_blocks joint_blocks txt_in "
     "img_in vector_in time_in guidance_in final_layer y_embedder t_embedder cap_embedder noise_refiner "
-    "context_refiner layers".split()
+    "context_refiner layers cond_seq_linear double_layers single_layers text_embedding text_proj p_embedder".split()
 )
 # first and last layer of the networks: who has both is whole
 ENDS = (
@@ -39,7 +39,7 @@ ENDS = (
 )
 WEIGHTS = "weights"  # source of a file that no method is known to write
 KEY_VALUE = {"cross_attention.key", "cross_attention.value"}
-TEXT_ENTRIES = {"context_embedder", "time_text_embed", "caption_projection"}
+TEXT_ENTRIES = {"context_embedder", "time_text_embed", "caption_projection", "txt_in"}
 TRANSFORMERS = {"transformer_blocks", "single_transformer_blocks"}
 PARTS_OF_A_MODEL = {"unet", "state_dict"}
 

@@ -79,6 +79,14 @@ def encode_with_extras(clip, tokens):
     return {"cond": vectors, "pooled_output": pooled}
 
 
+def text_after_picture(network):
+    """Whether a network puts the text's rows behind the picture's, as those of Hunyuan did in 2025."""
+    try:
+        return "cat((img, txt)" in inspect.getsource(type(network).forward_orig)
+    except (AttributeError, OSError):
+        return False
+
+
 def empty_latent(latent_format):
     """A small empty latent (1, C, 8, 8) of a format, (1, C, 1, 8, 8) for video."""
     video = getattr(latent_format, "latent_dimensions", 2) == 3

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 
 from ..errors import ErasureError
+from ..families.family import CONTEXT
 
 START, WORD, END, PADDING, TEMPLATE = range(5)
 UNKNOWN = -1  # among token ids: an embedding, or a row whose token is not known
@@ -43,6 +44,21 @@ class EncodedPrompt:
             return replace(self, rows=rows, ids=self.ids + (UNKNOWN,) * more, roles=torch.cat([self.roles, padding]))
         return replace(self, rows=rows, ids=(UNKNOWN,) * len(rows), roles=torch.full((len(rows),), WORD))
 
+    def with_padding(self, count):
+        """The same with so many rows of its padding at most, evenly spread over them."""
+        padding = (self.roles == PADDING).nonzero().flatten()
+        if len(padding) <= count:
+            return self
+        kept = padding[torch.linspace(0, len(padding) - 1, count).round().long()].tolist()
+        rows = sorted({*(self.roles != PADDING).nonzero().flatten().tolist(), *kept})
+        ids = tuple(self.ids[i] for i in rows)
+        return replace(self, rows=self.rows[rows].clone(), ids=ids, roles=self.roles[rows])
+
+    @property
+    def size(self):
+        """Bytes of its rows."""
+        return self.rows.nbytes
+
     @property
     def words(self):
         """Token ids of its words."""
@@ -53,11 +69,12 @@ class Encoded:
     """EncodedPrompts at one text entry, found by their prompts.
 
     each: in order; contexts: whether all fill one context of the encoder, so that gates may compare them place by place
-    (CLIP). pooled: Encoded of the pooled vectors, one row a prompt, or None.
+    (CLIP). pooled: Encoded of the pooled vectors, one row a prompt, or None. entry: the TextEntry, None where the rows
+    are the encoder's alone.
     """
 
-    def __init__(self, prompts, contexts=False, pooled=None):
-        self.each, self.contexts, self.pooled = tuple(prompts), contexts, pooled
+    def __init__(self, prompts, contexts=False, pooled=None, entry=None):
+        self.each, self.contexts, self.pooled, self.entry = tuple(prompts), contexts, pooled, entry
         self.place = {prompt.prompt: prompt for prompt in self.each}
 
     @classmethod
@@ -78,11 +95,25 @@ class Encoded:
         role = torch.tensor([WORD])
         return cls([EncodedPrompt(p, row[None], (UNKNOWN,), role) for p, row in zip(prompts, vectors)])
 
+    def at(self, entry):
+        """The same at a TextEntry."""
+        return Encoded(self.each, self.contexts, self.pooled, entry)
+
     def __getitem__(self, prompt):
         return self.place[prompt]
 
     def __iter__(self):
         return iter(self.each)
+
+    @property
+    def behind_norm(self):
+        """Whether the rows are those behind the norm that stands before the layers."""
+        return self.entry is not None and bool(self.entry.norm)
+
+    @property
+    def reach(self):
+        """How far a word spreads over the rows, one of REACHES."""
+        return self.entry.reach if self.entry else CONTEXT
 
     @property
     def prompts(self):
@@ -93,6 +124,11 @@ class Encoded:
     def width(self):
         """Width d of the vectors."""
         return self.each[0].rows.shape[-1]
+
+    @property
+    def size(self):
+        """Bytes of its rows."""
+        return sum(prompt.size for prompt in self) + (self.pooled.size if self.pooled else 0)
 
     @cached_property
     def vectors(self):

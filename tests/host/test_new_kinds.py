@@ -26,7 +26,10 @@ from membrane.core.errors import ErasureError
 from membrane.core.families import table
 from membrane.core.families.family import Family, TextEntry
 from membrane.core.formats import native
-from membrane.core.host.text.encode import encode, encode_for
+from membrane.core.host.text import entries
+from membrane.core.host.text.encode import encode
+from membrane.core.host.text.entries import encode_for
+from membrane.core.host.text.kept import Kept
 from membrane.core.text.encoded import PADDING
 from membrane.core.text.rows import subject
 from membrane.tools import host_library
@@ -348,13 +351,14 @@ def padding_reader(reader, monkeypatch):
     """The same, of a kind of model that puts zeros before the text when it prepares it, as Flux.2 does."""
     base, original = reader[0].model, type(reader[0].model).extra_conds
 
-    def extra_conds(**kwargs):
-        found = original(base, **kwargs)
+    def extra_conds(self, **kwargs):
+        found = original(self, **kwargs)
         text = kwargs["cross_attn"]
         found["c_crossattn"] = comfy.conds.CONDRegular(torch.cat([torch.zeros_like(text[:, :3]), text], dim=1))
         return found
 
-    monkeypatch.setattr(base, "extra_conds", extra_conds, raising=False)
+    monkeypatch.setattr(type(base), "extra_conds", extra_conds)
+    monkeypatch.setattr(entries, "KEPT", Kept())  # what was encoded before was prepared in another way
     monkeypatch.setattr(base.diffusion_model, "cap_norm", nn.Identity())
     return reader
 

@@ -57,7 +57,9 @@ def test_families_are_told_by_the_width_of_their_text():
         ("SD20", ("sd_v2", "stable-diffusion-v2-512")),
         ("SDXL", ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")),
         ("SDXLRefiner", ("", "stable-diffusion-xl-v1-refiner")),
-        ("Flux", ("", "Flux")),
+        ("Flux", ("flux1", "flux-1-dev")),
+        ("FluxSchnell", ("flux1", "flux-1-schnell")),
+        ("GenmoMochi", ("", "GenmoMochi")),
         ("", ("", "unknown")),
     ],
 )

@@ -374,7 +374,6 @@ CPE = {
     [
         (CPE, "x.safetensors", "is a CPE file"),
         ({"lora_gloce_a_attn2_to_out_0.lora_update.weight": randn(2, 2)}, "x.safetensors", "is a GLoCE file"),
-        (pair("layers.19.attention.to_q", alpha=None), "x.safetensors", "is a Z-Erase file"),
         (
             {
                 "down_blocks.0.attentions.0": {

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from ...errors import ErasureError
-from .delta import Delta, register
+from .delta import OPEN, Delta, register
 
 
 @register
@@ -20,6 +20,7 @@ class LowRank(Delta):
     """
 
     kind: ClassVar[str] = "low_rank"
+    on_text: ClassVar[bool] = False  # whether it acts on the text's rows alone
 
     up: torch.Tensor
     down: torch.Tensor
@@ -73,9 +74,10 @@ def join(terms):
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """All gated low-rank changes of one layer: y -> y + U^T (g * (D x)), scales folded into U.
+    """All low-rank changes that run beside one layer: y -> y + U^T (g * (D x)), scales folded into U.
 
-    up: U, (K, out); down: D, (K, in) or (K, in, height, width); gate: (K,) numbers of gates, each row's g. The last
+    up: U, (K, out); down: D, (K, in) or (K, in, height, width); gate: (K,) numbers of gates, each row's g, or OPEN. The
+    last
     `paired` rows belong to adapters of equal rank combined as the published SPM code does: the factors of all are
     added, scaled by their gates, before they are multiplied; rank: of each of these. bias: (n, out) with bias_gate
     (n,), or None.
@@ -90,8 +92,9 @@ class Factors:
     bias_gate: torch.Tensor | None = None
 
     def rows(self, active):
-        """The same with only the rows of some gates, renumbered by their place in `active`; None without any."""
-        place = {gate: i for i, gate in enumerate(active)}
+        """The same with only the rows of some gates, renumbered by their place in `active`; None without any. What is
+        not gated comes after these."""
+        place = {gate: i for i, gate in enumerate((*active, OPEN))}
         keep, keep_bias = (
             [i for i, gate in enumerate(() if gates is None else gates.tolist()) if gate in place]
             for gates in (self.gate, self.bias_gate)
@@ -178,18 +181,22 @@ class Factors:
         scaled = self.scaled(inner.movedim(1, -1), row_gates[:, None, None, :])
         return (scaled @ self.up).movedim(-1, 1)
 
-    def inside(self, weight, bias, gates):
-        """A linear layer's (weight, bias) with the changes of one row in them; gates: (active gates,)."""
+    def inside(self, weight, bias, gates, outputs=None):
+        """A linear layer's (weight, bias) with the changes of one row in them; gates: (active gates,). outputs: see
+        Part."""
+        start, length = outputs or (0, len(weight))
         down = self.scaled(self.down.T, gates[self.gate].to(weight.dtype))
-        weight = weight + (down @ self.up).T
+        weight = weight.clone()
+        weight[start : start + length] += (down @ self.up).T
         if self.bias is None:
             return weight, bias
         shift = gates[self.bias_gate].to(weight.dtype) @ self.bias
+        shift = functional.pad(shift, (start, len(weight) - start - length))
         return weight, shift if bias is None else shift + bias
 
 
 def beside(terms, name):
-    """Factors of the gated Terms of one layer; name: of the layer, for messages; None of none.
+    """Factors of the Terms that run beside one layer; name: of the layer, for messages; None of none.
 
     Raises ErasureError when adapters that are to be combined as the published code does differ in rank.
     """
@@ -203,7 +210,7 @@ def beside(terms, name):
             f'at {name}; expected equal ranks, set the permeability to "facilitated transport".'
         )
     scale = paired[0].delta.scale if paired else 1.0  # the published code takes the first file's for all
-    scales = [t.delta.scale for t in plain] + [scale] * len(paired)
+    scales = [t.delta.scale * t.factor for t in plain] + [scale] * len(paired)
     ordered = plain + paired
     biases = [t for t in terms if t.delta.bias is not None]
     return Factors(
@@ -212,7 +219,7 @@ def beside(terms, name):
         torch.tensor([t.gate for t in ordered for _ in range(t.delta.rank)]),
         sum(t.delta.rank for t in paired),
         ranks.pop() if ranks else 1,
-        torch.stack([t.delta.bias.float() for t in biases]) if biases else None,
+        torch.stack([t.delta.bias.float() * t.factor for t in biases]) if biases else None,
         torch.tensor([t.gate for t in biases]) if biases else None,
     )
 
@@ -220,11 +227,12 @@ def beside(terms, name):
 class Part:
     """The Factors of a layer as its forward uses them: only the active rows, on the right device, of the right type.
 
-    outputs: (start, length) of the outputs they change, where the host fuses layers; None for all.
+    outputs: (start, length) of the outputs they change, where the host fuses layers; None for all. text_rows: TextRows
+    of the layer where they act on the text's rows alone; None for all rows.
     """
 
-    def __init__(self, factors, outputs=None):
-        self.every, self.outputs = factors, outputs
+    def __init__(self, factors, outputs=None, text_rows=None):
+        self.every, self.outputs, self.text_rows = factors, outputs, text_rows
         self.wanted, self.ready = None, None
 
     def factors(self, active, like):

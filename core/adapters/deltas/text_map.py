@@ -62,6 +62,11 @@ class TextPart:
     b: torch.Tensor  # (n, d)
     gate: torch.Tensor  # (n,), OPEN or a number of the plan's gates
 
+    @property
+    def width(self):
+        """Width d of the text vectors."""
+        return self.a.shape[0]
+
     def to(self, device):
         """The same part with its tensors on a device."""
         return replace(self, a=self.a.to(device), b=self.b.to(device), gate=self.gate.to(device))

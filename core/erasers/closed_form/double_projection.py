@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .groups import SUBJECT, preserved_rows, safe_surrogates, token_groups
+from .groups import SUBJECT, carrying, preserved_rows, safe_surrogates, spreads, token_groups
 from .method import Method
 from .solver import (
     RANK_TOLERANCE,
@@ -73,10 +73,15 @@ class Settings:
 
 def solve(job, encoded, weight_gram=None, on_round=None):
     """TextMap of a job, see Method."""
-    groups, retained = token_groups(job, encoded), preserved_rows(job, encoded, job.captions())
+    settings = {"tau": job.settings.tau, "names": [concept.text for concept in job.concepts]}
+    if spreads(job, encoded):
+        found = carrying(job, encoded)
+        groups, retained = found.groups, torch.cat([*found.preserved.values(), *found.replacing])
+        settings["fixed"] = found.fixed
+    else:
+        groups, retained = token_groups(job, encoded), preserved_rows(job, encoded, job.captions())
     safe = torch.cat([retained, *safe_surrogates(job, groups)]) if job.settings.safe_anchor else None
-    names = [concept.text for concept in job.concepts]
-    return double_projection_of(groups, retained, safe=safe, tau=job.settings.tau, names=names)
+    return double_projection_of(groups, retained, safe=safe, **settings)
 
 
 PRESET = {"tau": 0.1, "tokens": SUBJECT}  # no kinds are published

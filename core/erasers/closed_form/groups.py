@@ -1,10 +1,55 @@
 """Which rows of a job's encoded prompts the methods take: by concept, pairs of targets and replacements."""
 
+from dataclasses import dataclass
+
 import torch
 
+from ...families.family import CONTEXT
+from ...text.carriers import carriers, evened, fixed, kept, scale
 from ...text.rows import after_start, aligned, side_by_side, subject
 
 SUBJECT, ALL = TOKENS = ("subject", "all")
+NEEDED, PUBLISHED = ROWS = ("as the encoder needs", "as published")
+
+
+@dataclass(frozen=True)
+class Carrying:
+    """The rows of a job where the encoder spreads words over others; all as long as CLIP's on average.
+
+    groups: by concept, pairs (targets (r, d), replacements (r, d)); preserved: {prompt: rows (n, d)}; replacing: rows
+    of the prompts with surrogates, which stay as they are; fixed: (h, d), those that no map may change. Every pair,
+    and every prompt, weighs as much as one row.
+    """
+
+    groups: list
+    preserved: dict
+    replacing: list
+    fixed: torch.Tensor
+
+
+def spreads(job, encoded):
+    """Whether the rows to take are those that carry a concept instead of those that the methods are published with."""
+    return encoded.reach != CONTEXT and job.rows == NEEDED
+
+
+def carrying(job, encoded, captions=None):
+    """Carrying of a job; captions: the prompts to preserve, all that it names unless given."""
+    entry = encoded.entry
+    erased = [concept.text.lower() for concept in job.concepts]
+    groups, replacing = [[] for _ in job.concepts], {}
+    for i, target, replacement in job.pairs():
+        groups[i].append(carriers(encoded[target], encoded[replacement], entry.reach, entry.pads))
+        if job.concepts[i].surrogate.lower() not in erased:
+            replacing[replacement] = kept(encoded[replacement], entry.pads)
+    preserved = {p: kept(encoded[p], entry.pads) for p in (job.preserved() if captions is None else captions)}
+    size = scale([*preserved.values(), *replacing.values(), *(pair.targets for pairs in groups for pair in pairs)])
+    return Carrying(
+        [[tuple(evened(rows) * size for rows in (pair.targets, pair.replacements)) for pair in pairs]
+         for pairs in groups],
+        {prompt: evened(rows) * size for prompt, rows in preserved.items()},
+        [evened(rows) * size for prompt, rows in replacing.items() if prompt not in preserved],
+        fixed(encoded[""], entry.reach),
+    )  # fmt: skip
 
 
 def aligned_groups(job, encoded):

@@ -6,7 +6,7 @@ from typing import Any
 from ...adapters.adapter import Card, ErasureAdapter
 from ...text.concepts import Concept, fill
 from .double_projection import DOUBLE_PROJECTIONS
-from .groups import SUBJECT
+from .groups import NEEDED, SUBJECT
 from .method import METHODS, register
 from .rece import RECE
 from .speed import SPEED
@@ -21,7 +21,8 @@ class Job:
     """What to erase and how.
 
     preserve: prompts or concepts whose meaning must stay; each also in every template. The empty prompt
-    is always preserved. method: name of one of METHODS; settings: of its own kind.
+    is always preserved. method: name of one of METHODS; settings: of its own kind. rows: one of ROWS, which of a
+    prompt's rows are taken where the encoder spreads words over others.
     """
 
     concepts: tuple[Concept, ...]
@@ -29,14 +30,15 @@ class Job:
     templates: tuple[str, ...] = ("{}",)
     method: str = "UCE"
     settings: Any = None
+    rows: str = NEEDED
 
     @classmethod
-    def of(cls, concepts, preserve=(), templates=("{}",), method="UCE", **given):
+    def of(cls, concepts, preserve=(), templates=("{}",), method="UCE", rows=NEEDED, **given):
         """A job with settings by name; those that the method does not have are for others and left out."""
         kind = METHODS[method].settings
         known = {field.name for field in fields(kind)}
         settings = kind(**{name: value for name, value in given.items() if name in known})
-        return cls(tuple(concepts), tuple(preserve), tuple(templates), method, settings)
+        return cls(tuple(concepts), tuple(preserve), tuple(templates), method, settings, rows)
 
     @property
     def rounds(self):
@@ -89,11 +91,11 @@ def solve(job, encoded, weight_gram=None, on_round=None):
     return METHODS[job.method].solve(job, encoded, weight_gram, on_round)
 
 
-def erase(job, entries, family, text_encoder, weight_gram=None, on_round=None, normed=False):
+def erase(job, entries, family, text_encoder, weight_gram=None, on_round=None):
     """ErasureAdapter of a job.
 
     entries: {name of a text entry: Encoded of the job's prompts there}, the main one first, whose layers weight_gram is
-    of; family and text_encoder go on the card; normed: whether the rows are those behind a norm.
+    of; family and text_encoder go on the card.
     """
     settings = {"preserve": list(job.preserve), "templates": list(job.templates), **asdict(job.settings)}
     names, surrogates = (tuple(getattr(c, part) for c in job.concepts) for part in ("text", "surrogate"))
@@ -102,5 +104,5 @@ def erase(job, entries, family, text_encoder, weight_gram=None, on_round=None, n
     for name, encoded in entries.items():
         main = not maps
         found = solve(job, encoded, weight_gram if main else None, on_round if main else None)
-        maps[name] = replace(found, normed=normed and main)
+        maps[name] = replace(found, normed=encoded.behind_norm)
     return ErasureAdapter(card, {"map": maps})

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ...errors import ErasureError
-from .groups import aligned_groups, whole_groups
+from .groups import aligned_groups, carrying, spreads, whole_groups
 from .method import Method
 from .solver import cross_gram, gram, group_sizes, ridge, runs, shared, solve_rows, stacked, text_map
 from .uce import PRESET, Scales, target_rows, uce_of, uce_solver, uce_terms
@@ -227,11 +227,17 @@ class Settings(Scales):
 
 def solve(job, encoded, weight_gram=None, on_round=None):
     """TextMap of a job, see Method; without a weight_gram, which embeddings are derived from, its UCE part."""
-    groups, preserve = aligned_groups(job, encoded), [encoded[p].rows for p in job.preserved()]
     settings = asdict(job.settings)
+    if spreads(job, encoded):
+        found = carrying(job, encoded)
+        groups, full, preserve = found.groups, found.groups, [*found.preserved.values(), *found.replacing]
+        settings["fixed"] = found.fixed
+    else:
+        groups, full = aligned_groups(job, encoded), whole_groups(job, encoded)
+        preserve = [encoded[p].rows for p in job.preserved()]
     if weight_gram is None:
-        return uce_of(groups, preserve, **{name: settings[name] for name in asdict(Scales())})
-    return rece_of(groups, whole_groups(job, encoded), preserve, weight_gram, on_epoch=on_round, **settings)
+        return uce_of(groups, preserve, **{k: v for k, v in settings.items() if k in (*asdict(Scales()), "fixed")})
+    return rece_of(groups, full, preserve, weight_gram, on_epoch=on_round, **settings)
 
 
 OBJECT = PRESET | {"penalty_on": PENALTIES[0], "epochs": 1, "penalty": 0.1}  # of the published scripts

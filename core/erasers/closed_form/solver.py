@@ -9,6 +9,7 @@ import torch
 
 from ...adapters.deltas.text_map import TextMap
 from ...errors import ErasureError
+from .row_space import Rows, outside, row_basis
 
 RANK_TOLERANCE = 1e-7  # of the largest singular value; float32 storage cannot hold less
 WIDE = 1024  # columns
@@ -74,31 +75,42 @@ class Ridge:
     """R -> R G^-1 for rows R (E, d) and a symmetric positive definite G, given by its Cholesky factor.
 
     count: how many rows will come. For many more than d an inverse, made once, takes half the work of solving.
+    basis: orthonormal, (d, h), or None; only the part of the rows outside its span counts.
     """
 
-    def __init__(self, factor, count):
+    def __init__(self, factor, count, basis=None):
         self.factor = None if count > 2 * len(factor) else factor
         self.inverse = torch.cholesky_inverse(factor) if self.factor is None else None
+        self.basis = basis
 
     def __call__(self, rows):
+        rows = rows if self.basis is None else outside(rows, self.basis)
         return solve_rows(self.factor, rows) if self.inverse is None else rows @ self.inverse
 
 
-def ridge(target_gram, preserve_gram, erase_scale, preserve_scale, anchor, count):
+def ridge(target_gram, preserve_gram, erase_scale, preserve_scale, anchor, count, basis=None):
     """Ridge of G = anchor I + erase_scale C^T C + preserve_scale R^T R, (d, d), for `count` rows; uses target_gram up.
 
-    The matrix that UCE inverts (Gandikota et al. 2024, eq. 7), the same for every layer. Raises when it is
-    numerically singular.
+    The matrix that UCE inverts (Gandikota et al. 2024, eq. 7), the same for every layer. basis: orthonormal, (d, h), of
+    what the map must not touch, or None: the rows C and R then count outside its span. Raises when G is numerically
+    singular.
     """
     system = target_gram.mul_(erase_scale).add_(preserve_gram, alpha=preserve_scale)
+    if basis is not None:
+        system = outside(outside(system, basis).T, basis)
     system.diagonal().add_(anchor)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed or not torch.isfinite(factor).all():
-        raise ErasureError(
-            f"The closed-form system has no stable solution with an anchor weight of {anchor:g}; "
-            "raise the anchor weight (0.1 to 0.5 is usual) or the preserve scale."
-        )
-    return Ridge(factor, count)
+        raise unstable(anchor)
+    return Ridge(factor, count, basis)
+
+
+def unstable(anchor):
+    """The error of a ridge that is numerically singular."""
+    return ErasureError(
+        f"The closed-form system has no stable solution with an anchor weight of {anchor:g}; "
+        "raise the anchor weight (0.1 to 0.5 is usual) or the preserve scale."
+    )
 
 
 def solve_rows(factor, rows):
@@ -167,7 +179,32 @@ def group_sizes(groups):
     return [sum(len(t) for t, _ in pairs) for pairs in groups]
 
 
+def as_blocks(rows):
+    """Rows (F, d) or a sequence of (F_i, d) as a list of blocks with rows in them."""
+    return [block for block in ([rows] if isinstance(rows, torch.Tensor) else rows) if len(block)]
+
+
+def count_of(rows):
+    """Number of rows, (F, d) or a sequence of (F_i, d)."""
+    return sum(map(len, as_blocks(rows)))
+
+
+def mean_square(rows, fixed=None):
+    """Mean of the squared lengths of rows, (F, d) or a sequence of (F_i, d); 1 for none.
+
+    The scale of the rows: anchors, ridges and thresholds that are times it mean the same whatever the rows' lengths
+    are. fixed: rows (h, d); the others count outside their span.
+    """
+    blocks = as_blocks(rows)
+    return Rows(blocks, fixed_basis(fixed)).mean_square() if blocks else 1.0
+
+
 # ---------------------------------------------------------------- what is to be protected
+
+
+def fixed_basis(fixed):
+    """Orthonormal basis (d, r) of the span of rows (h, d), each by its direction; None for None."""
+    return None if fixed is None else row_basis(fixed)
 
 
 def protected_basis(rows, tau=0.0):
@@ -189,11 +226,6 @@ def protected_basis(rows, tau=0.0):
         return q
     u, s, _ = torch.linalg.svd(r)
     return q @ u[:, (s.square() / count >= tau) & (s > RANK_TOLERANCE * s.max())]
-
-
-def outside(rows, basis):
-    """The part of rows (E, d) outside the span of an orthonormal basis (d, r)."""
-    return rows - (rows @ basis) @ basis.T
 
 
 def require_outside(targets, editable, owner, names):

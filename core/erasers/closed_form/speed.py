@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ...errors import ErasureError
-from .groups import ALL, SUBJECT, preserved_rows, token_groups
+from .groups import ALL, SUBJECT, carrying, preserved_rows, spreads, token_groups
 from .method import Method
 from .solver import batches, gram, group_sizes, outside, protected_basis, require_outside, stacked, text_map
 
@@ -138,9 +138,13 @@ class Settings:
 def solve(job, encoded, weight_gram=None, on_round=None):
     """TextMap of a job, see Method."""
     settings = {name: value for name, value in asdict(job.settings).items() if name != "tokens"}
+    settings["names"] = [concept.text for concept in job.concepts]
+    if spreads(job, encoded):
+        found = carrying(job, encoded, job.retained_captions())
+        retained = torch.cat([*found.preserved.values(), *found.replacing, encoded[""].rows[:0]])
+        return speed_of(found.groups, retained, encoded[""].rows, fixed=found.fixed, **settings)
     retained = preserved_rows(job, encoded, job.retained_captions())
-    names = [concept.text for concept in job.concepts]
-    return speed_of(token_groups(job, encoded), retained, encoded[""].rows, **settings, names=names)
+    return speed_of(token_groups(job, encoded), retained, encoded[""].rows, **settings)
 
 
 # of the published script

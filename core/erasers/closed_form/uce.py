@@ -2,9 +2,24 @@
 
 from dataclasses import asdict, dataclass
 
-from .groups import aligned_groups
+import torch
+
+from .groups import aligned_groups, carrying, spreads
 from .method import Method
-from .solver import gram, group_sizes, ridge, runs, stacked, text_map
+from .row_space import Rows, row_ridge
+from .solver import (
+    as_blocks,
+    count_of,
+    fixed_basis,
+    gram,
+    group_sizes,
+    mean_square,
+    ridge,
+    runs,
+    stacked,
+    text_map,
+    unstable,
+)
 
 
 def target_rows(groups):
@@ -12,13 +27,14 @@ def target_rows(groups):
     return [targets for pairs in groups for targets, _ in pairs]
 
 
-def uce_solver(groups, preserve_gram, *, target_gram=None, erase_scale=1.0, preserve_scale=1.0, anchor=0.5):
+def uce_solver(groups, preserve_gram, *, target_gram=None, erase_scale=1.0, preserve_scale=1.0, anchor=0.5, fixed=None):
     """Ridge of UCE's matrix for groups of rows; preserve_gram: R^T R of the preserved rows.
 
-    target_gram: that of the target rows, where it is known; it is used up.
+    target_gram: that of the target rows, where it is known; it is used up. fixed: see uce_of().
     """
     target_gram = gram(target_rows(groups)) if target_gram is None else target_gram
-    return ridge(target_gram, preserve_gram, erase_scale, preserve_scale, anchor, sum(group_sizes(groups)))
+    count = sum(group_sizes(groups))
+    return ridge(target_gram, preserve_gram, erase_scale, preserve_scale, anchor, count, fixed_basis(fixed))
 
 
 def uce_terms(groups, solve, erase_scale=1.0):
@@ -34,11 +50,40 @@ def uce_terms(groups, solve, erase_scale=1.0):
         yield from zip((erase_scale * (replacements - targets).T).split(sizes, 1), rows.split(sizes))
 
 
-def uce_of(groups, preserve, *, erase_scale=1.0, **scales):
-    """TextMap of UCE. groups: rows by concept (see by_concept()); preserve: (F, d) or a sequence of such."""
-    base = gram(preserve)
-    solve = uce_solver(groups, base, erase_scale=erase_scale, **scales)
-    return text_map(uce_terms(groups, solve, erase_scale), group_sizes(groups), len(base))
+def uce_row_terms(groups, preserved, basis=None, *, erase_scale=1.0, preserve_scale=1.0, anchor=0.5):
+    """The same where there are fewer rows than the text is wide, all at once and without a (d, d) matrix.
+
+    preserved: Rows or None, outside of basis; basis: orthonormal basis (d, h) of the fixed rows or None.
+    """
+    targets, replacements, sizes = stacked(groups)
+    try:
+        rows = row_ridge(Rows([targets], basis), preserved, erase_scale, preserve_scale, anchor)
+    except torch.linalg.LinAlgError:
+        raise unstable(anchor) from None
+    changes = replacements.sub_(targets).mul_(erase_scale**0.5).T
+    return zip(changes.split(sizes, 1), rows.split(sizes))
+
+
+def uce_of(groups, preserve, *, erase_scale=1.0, anchor=0.5, relative=False, fixed=None, **scales):
+    """TextMap of UCE. groups: rows by concept (see by_concept()); preserve: (F, d) or a sequence of such.
+
+    relative: whether the anchor is times the mean squared length of the preserved rows, for encoders whose vectors are
+    far from CLIP's lengths. fixed: rows (h, d) on which the map must vanish, such as those of a template that stands
+    in every prompt: the best map among those is that of the rows' parts outside the span of the fixed ones, with the
+    changes N - C as they are. A row counts w times as much when target and replacement, or the preserved row, are
+    times the root of w.
+    """
+    width, sizes = groups[0][0][0].shape[1], group_sizes(groups)
+    if relative:
+        anchor = anchor * mean_square(preserve, fixed)
+    scales.update(erase_scale=erase_scale, anchor=anchor)
+    if sum(sizes) + count_of(preserve) < width:
+        basis, blocks = fixed_basis(fixed), as_blocks(preserve)
+        terms = uce_row_terms(groups, Rows(blocks, basis) if blocks else None, basis, **scales)
+    else:
+        solve = uce_solver(groups, gram(preserve), fixed=fixed, **scales)
+        terms = uce_terms(groups, solve, erase_scale)
+    return text_map(terms, sizes, width)
 
 
 @dataclass(frozen=True)
@@ -52,6 +97,10 @@ class Scales:
 
 def solve(job, encoded, weight_gram=None, on_round=None):
     """TextMap of a job, see Method."""
+    if spreads(job, encoded):
+        found = carrying(job, encoded)
+        preserved = [*found.preserved.values(), *found.replacing]
+        return uce_of(found.groups, preserved, fixed=found.fixed, **asdict(job.settings))
     return uce_of(aligned_groups(job, encoded), [encoded[p].rows for p in job.preserved()], **asdict(job.settings))
 
 

@@ -1,13 +1,16 @@
 """The layers of the host's model and the names that adapters know them by."""
 
+from dataclasses import replace
+
 import comfy.lora
 import comfy.ops
 import torch
 
 from ...errors import ErasureError
+from ...families.family import LAST
 from ...families.sites import site
 from ...families.table import family_of
-from ..compat import ensure_uncompiled
+from ..compat import ensure_uncompiled, text_after_picture
 
 NETWORK, WEIGHT = "diffusion_model.", ".weight"
 
@@ -19,8 +22,9 @@ def denoiser(model):
 
 
 def family(model):
-    """The Family of a MODEL, by the host's configuration of it."""
-    return family_of([kind.__name__.lstrip("_") for kind in type(model.model.model_config).__mro__])
+    """The Family of a MODEL, by the host's configuration of it and, where that is not enough, its modules."""
+    names = [kind.__name__.lstrip("_") for kind in type(model.model.model_config).__mro__]
+    return family_of(names, lambda mark: getattr(denoiser(model), mark, None) is not None)
 
 
 def family_name(model):
@@ -29,36 +33,52 @@ def family_name(model):
 
 
 def text_entries(model):
-    """{TextEntry: width of its vectors, None where the model does not say} of a MODEL.
+    """{TextEntry: width of its vectors, None where the model does not say} of a MODEL: the main one, and those beside
+    it that the model has.
 
     Raises ErasureError for a model whose text no map can act on.
     """
-    return {entry: None if entry.pooled else _width(model, entry) for entry in (family(model).text, *_others(model))}
-
-
-def _others(model):
-    """The entries beside the main one that the model has."""
-    return [entry for entry in family(model).entries[1:] if next(readers(model, entry), None)]
+    main, *others = family(model).entries or (family(model).text,)
+    layers = list(denoiser(model).named_modules())
+    found = {entry: _first_width(entry, layers) for entry in (main, *others)}
+    has = {main, *(entry for entry in others if not entry.readers or found[entry] is not None)}
+    _require_main(model, main, found[main])
+    return {entry: None if entry.pooled else width for entry, width in found.items() if entry in has}
 
 
 def text_width(model):
-    """Width of the text vectors a MODEL reads first; raises ErasureError for a model whose text no map can act on."""
-    return _width(model, family(model).text)
+    """Width of the text vectors a MODEL reads first, None where it does not say; raises ErasureError for a model whose
+    text no map can act on."""
+    entry = family(model).text
+    width = _first_width(entry, denoiser(model).named_modules())
+    _require_main(model, entry, width)
+    return width
 
 
-def _width(model, entry):
-    found = next((module.in_features for _, module in readers(model, entry)), None)
-    if entry.width:
-        stated = getattr(model.model.model_config, "unet_config", {}).get(entry.width)
-        stated = stated[0] if isinstance(stated, (list, tuple)) else stated
-        found = found if found == stated else None
-    if found is None:
+def _first_width(entry, layers):
+    """Inputs of the first of (name, module) layers that reads an entry, or None."""
+    if not entry.readers:
+        return None
+    found = (module.in_features for name, module in layers if hasattr(module, "in_features") and entry.reads(name))
+    return next(map(int, found), None)
+
+
+def _require_main(model, entry, width):
+    """Raises ErasureError where nothing in a MODEL reads its main entry in the way that its family says."""
+    name = type(model.model).__name__
+    stated = getattr(model.model.model_config, "unet_config", {}).get(entry.width) if entry.width else width
+    stated = stated[0] if isinstance(stated, (list, tuple)) else stated
+    if entry.width and (width is None or width != stated):
         raise ErasureError(
-            f"The model {type(model.model).__name__} has no cross-attention that reads the text directly "
-            f"(no matching {entry.readers[0]} layers were found); "
-            "closed-form erasure needs a Stable Diffusion 1, 2 or XL type U-Net."
+            f"The model {name} has no cross-attention that reads the text directly (no matching attn2.to_k layers were "
+            "found); closed-form erasure needs a Stable Diffusion 1, 2 or XL type U-Net, or a transformer that "
+            "Membrane knows."
         )
-    return int(found)
+    if entry.norm and width is None:
+        raise ErasureError(
+            f"The model {name} has no linear layer behind {entry.norm}, where a {family(model).title} model reads its "
+            "text; update ComfyUI or Membrane, or load the model with the stock loader."
+        )
 
 
 def readers(model, entry):
@@ -71,6 +91,15 @@ def readers(model, entry):
 def text_readers(model):
     """The same for the main text entry."""
     return readers(model, family(model).text)
+
+
+def text_rows(model, key):
+    """TextRows of the layer of a key of layer_keys(), as this MODEL has them; None where nothing is known of them."""
+    found, network = family(model).text_rows(site(plain_key(key))), denoiser(model)
+    if found is None:
+        return None
+    read = tuple(t for t in found.tensors if not t[1] or getattr(network, t[1], None) is not None)
+    return replace(found, tensors=read, place=LAST if found.moved and text_after_picture(network) else found.place)
 
 
 def reads_vector(model):

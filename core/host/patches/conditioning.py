@@ -1,5 +1,6 @@
 """Erases from each conditioning's text once, when the host prepares it, and sets the gates that travel with it."""
 
+import contextlib
 import weakref
 
 import comfy.conds
@@ -42,41 +43,55 @@ class Runs:
 class ErasedConditioning(Patch):
     """Stands in for the base model's `extra_conds`: erases from each conditioning's text once, and sets its gates.
 
-    Clones may share it: what it learns belongs to one sampling. entries: the TextEntries whose maps act here.
+    Clones may share it: what it learns belongs to one sampling. entries: the TextEntries whose maps act here, before
+    `extra_conds` or, where it runs layers of the model, on what it gives.
     """
 
     function, erases = EXTRA_CONDS, True
 
     def __init__(self, base, stack, plan, entries, travels, previous):
         super().__init__(base, previous)
-        self.stack, self.plan, self.entries, self.travels = stack, plan, entries, travels
+        self.stack, self.plan, self.travels = stack, plan, travels
+        self.early = [entry for entry in entries if not entry.prepared]
+        self.late = [entry for entry in entries if entry.prepared]
         self.runs = Runs()
 
     def __call__(self, **kwargs):
         text, original = kwargs.get("cross_attn"), self.original
         gates = self.gates(text, kwargs.get("prompt_type"), kwargs.get("noise")) if self.plan.gates else None
-        for entry in self.entries:
+        for entry in self.early:
             vectors = kwargs.get(entry.argument)
             if vectors is not None:
                 self._erase(entry, vectors, gates, kwargs)
         if self.previous is not None:
             kwargs["membrane_text"] = text  # whose tokens are known, unlike those of the erased text
-        out = original(**kwargs)
+        # the host runs the layers that prepare a text in inference mode only
+        prepare = bool(self.late) and not torch.is_grad_enabled()
+        with torch.inference_mode() if prepare else contextlib.nullcontext():
+            out = original(**kwargs)
+        for entry in self.late:
+            if entry.result in out:
+                out[entry.result] = self._prepared(entry, out[entry.result], gates)
         if self.travels:
             out[GATES] = comfy.conds.CONDRegular(gates.to(kwargs.get("device", "cpu")))
         return out
 
     def _erase(self, entry, vectors, gates, kwargs):
-        part = self.plan.maps[entry.name]
-        if vectors.shape[-1] != part.a.shape[0]:
-            return
-        if entry.pooled:
-            kwargs[entry.argument] = part.erased(vectors[:, None], gates)[:, 0]
+        if vectors.shape[-1] != self.plan.maps[entry.name].width:
             return
         # a ControlNet reads the same text but is not part of what was edited
-        if "control" in kwargs and kwargs.get("cross_attn_controlnet") is None:
+        if entry.argument == "cross_attn" and "control" in kwargs and kwargs.get("cross_attn_controlnet") is None:
             kwargs["cross_attn_controlnet"] = vectors
-        kwargs[entry.argument] = part.erased(vectors, gates)
+        kwargs[entry.argument] = self._mapped(entry, vectors, gates)
+
+    def _prepared(self, entry, condition, gates):
+        if condition.cond.shape[-1] != self.plan.maps[entry.name].width:
+            return condition
+        return type(condition)(self._mapped(entry, condition.cond, gates))
+
+    def _mapped(self, entry, vectors, gates):
+        part = self.plan.maps[entry.name]
+        return entry.mapped(vectors, lambda rows: part.erased(rows, gates))
 
     def gates(self, text, prompt_type, noise):
         """Values (rows, K) of the plan's gates for a conditioning's text (rows, T, d) or None."""

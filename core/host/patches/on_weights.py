@@ -7,7 +7,7 @@ from ...adapters.deltas.text_map import on_weights
 from ...adapters.plan import first_gated, require_entries
 from ...errors import ErasureError
 from ...families.sites import site
-from ..model.layers import family, require_fit, text_entries
+from ..model.layers import family, plain_key, require_fit, text_entries
 from ..model.weights import entry_weights, text_weights, weight_of
 from .places import without_stack
 from .stack import add_low_rank, applied_stack, keys_for, plan_for, static_changes
@@ -47,17 +47,31 @@ def apply_to_weights(model, stack):
     keys = keys_for(model, whole)
     require_fit(model, stack, keys)
     plan, static = plan_for(model, whole, keys), static_changes(model, stack, keys)
+    _require_all_rows(plan)
     patched = without_stack(model)
     if static:
         add_low_rank(patched, static)
     for entry in text_entries(model) if plan.maps else ():
         if entry.name in plan.maps:
             changes = dict(on_weights(plan.maps[entry.name], entry_weights(patched, entry)))
-            if changes:
-                add_low_rank(patched, changes)
+            if not changes:
+                raise ErasureError(
+                    f"No edit of weights equals the erasure at the text entry {entry.name} of a {family(model).title} "
+                    'model, whose layers read other rows too; set apply_to to "text".'
+                )
+            add_low_rank(patched, changes)
     for key, layer in plan.running.items():  # last, and one after the other, as masks multiply
         for term in layer.on_weight:
             difference = term.delta.difference(weight_of(patched, key), term.factor)
             patched.add_patches({key: ("diff", (difference,))})
     log.info("Membrane: %d erasure adapter(s) on the weights of %s", len(whole.entries), type(model.model).__name__)
     return patched
+
+
+def _require_all_rows(plan):
+    layer = next((layer for layer in plan.layers.values() if layer.tells_rows), None)
+    if layer is not None:
+        raise ErasureError(
+            f"The stack changes the text's rows of {site(plain_key(layer.key))} alone, but weights are the same for "
+            'every row, those of the picture too; set apply_to to "text".'
+        )

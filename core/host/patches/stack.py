@@ -21,7 +21,17 @@ from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
 from ...text.similarity import concepts_of
-from ..model.layers import layer_keys, layer_weight, modules, plain_key, readers, require_fit, text_entries
+from ..model.layers import (
+    family,
+    layer_keys,
+    layer_weight,
+    modules,
+    plain_key,
+    readers,
+    require_fit,
+    text_entries,
+    text_rows,
+)
 from ..text.encode import encode
 from ..text.known_tokens import PROMPTS
 from .conditioning import EXTRA_CONDS, ErasedConditioning
@@ -68,7 +78,8 @@ def keys_for(model, stack):
 def plan_for(model, stack, keys, concepts=None):
     """Plan of a stack on a MODEL; keys: keys_for() them. Raises ErasureError when they do not fit."""
     of_text = any(entry.adapter.maps for entry in stack.entries)
-    return make_plan(stack, text_entries(model) if of_text else {}, concepts, keys)
+    entries = text_entries(model) if of_text else {}
+    return make_plan(stack, entries, concepts, keys, lambda key: text_rows(model, key))
 
 
 def static_changes(model, stack, keys):
@@ -121,8 +132,11 @@ def _put(patched, model, whole, plan):
     previous = foreign(model, EXTRA_CONDS)
     conditioning = ErasedConditioning(base, whole, plan, early, travels, previous)
     patched.add_object_patch(EXTRA_CONDS, conditioning)
+    if inside and family(model).cache:
+        options = patched.model_options["transformer_options"] = dict(patched.model_options["transformer_options"])
+        options[family(model).cache] = {"device": "off"}  # else rows of before the erasure may come back
     parts = _put_on_layers(patched, model, plan, inside, rows)
-    if travels:
+    if travels or plan.tells_rows:
         steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
         patched.add_object_patch(APPLY_MODEL, steps)
 
@@ -132,8 +146,11 @@ def _put_on_layers(patched, model, plan, inside, rows):
     layers, parts = modules(model), {}
     changes = {plain_key(key): layer.on_weight for key, layer in plan.running.items() if layer.on_weight}
     for key, layer in plan.running.items():
+        found = parts.setdefault(plain_key(key), [])
         if layer.beside is not None:
-            parts.setdefault(plain_key(key), []).append(Part(layer.beside, _outputs(key)))
+            found.append(Part(layer.beside, _outputs(key)))
+        if layer.beside_text is not None:
+            found.append(Part(layer.beside_text, _outputs(key), layer.text_rows))
     texts = {key: plan.maps[entry.name] for entry in inside for key, _ in readers(model, entry)}
     for key in dict.fromkeys((*parts, *changes, *texts)):
         name = key.removesuffix(".weight") + ".forward"

@@ -1,7 +1,8 @@
-"""Lends the gates of the rows in a batch to the layers, for the duration of one call of the network."""
+"""Lends what is known of the rows in a batch to the layers, for the duration of one call of the network."""
 
 from ...adapters.gates import gate_values
 from ...adapters.patch import Patch
+from ...errors import ErasureError
 from .conditioning import GATES
 
 APPLY_MODEL = "apply_model"
@@ -9,7 +10,8 @@ APPLY_MODEL = "apply_model"
 
 class ErasedSteps(Patch):
     """Stands in for the base model's `apply_model`: takes the gates of the rows in the batch off the call, closes
-    those out of their time range, and lends them to the gated layers until the call is over.
+    those out of their time range, and lends them to the layers until the call is over, with the number of the text's
+    rows where a layer asks for it.
 
     entries: the TextEntries whose maps change from step to step, and so act here.
     """
@@ -19,7 +21,11 @@ class ErasedSteps(Patch):
     def __init__(self, base, plan, conditioning, entries, rows, parts, previous):
         super().__init__(base, previous)
         self.plan, self.conditioning, self.rows, self.parts = plan, conditioning, rows, parts
-        self.texts = {entry.result: plan.maps[entry.name] for entry in entries}
+        self.text_rows = {part.text_rows for part in parts if part.text_rows is not None}
+        self.texts = {}
+        for entry in entries:
+            self.texts.setdefault(entry.result, []).append(entry)
+        self.maps = {entry.name: plan.maps[entry.name] for entry in entries}
         self.timed = {}
         for k, gate in enumerate(plan.gates):
             if not gate.always:
@@ -34,17 +40,26 @@ class ErasedSteps(Patch):
         if "c_crossattn" in self.texts:
             c_crossattn = self._erased("c_crossattn", c_crossattn, gates)
         kwargs |= {name: self._erased(name, kwargs[name], gates) for name in self.texts if name in kwargs}
-        rows = self.rows
-        before = rows.every, rows.gates, rows.active
         active = self.conditioning.runs.active(len(self.plan.gates))
         dtype = getattr(self.owner, "manual_cast_dtype", None) or self.owner.get_dtype()
         for part in self.parts:
             part.prepare(active, x.device, dtype)
-        try:
-            rows.every, rows.gates, rows.active = gates, gates[:, list(active)], active
+        texts = self._texts({"c_crossattn": c_crossattn, **kwargs}, kwargs)
+        with self.rows.lent(gates, active, texts):
             return original(x, t, c_concat, c_crossattn, *args, **kwargs)
-        finally:
-            rows.every, rows.gates, rows.active = before
+
+    def _texts(self, call, kwargs):
+        """{TextRows: number of the text's rows} of a call; what the rows need of the host goes into its options."""
+        for found in self.text_rows:
+            if call.get(found.splits):
+                raise ErasureError(
+                    "This conditioning puts reference pictures between the words, and adapters that change the text's "
+                    "rows alone cannot tell the two apart; leave out the reference pictures or these adapters."
+                )
+            if found.options:
+                options = {name: dict(values) for name, values in found.options}
+                kwargs["transformer_options"] = {**(kwargs.get("transformer_options") or {}), **options}
+        return {found: found.count(call) for found in self.text_rows}
 
     def _without_text(self):
         columns = [k for k, gate in enumerate(self.plan.gates) if not gate.reads_text]
@@ -56,8 +71,11 @@ class ErasedSteps(Patch):
     def _erased(self, name, text, gates):
         if text is None:
             return None
-        part = self.texts[name] = self.texts[name].to(text.device)
-        return part.erased(text, gates)
+        for entry in self.texts[name]:
+            part = self.maps[entry.name] = self.maps[entry.name].to(text.device)
+            if text.shape[-1] == part.width:
+                text = entry.mapped(text, lambda rows, part=part: part.erased(rows, gates))
+        return text
 
     def _in_range(self, gates, t):
         sampling = self.owner.model_sampling

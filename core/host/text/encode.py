@@ -7,10 +7,8 @@ import comfy.model_management
 import torch
 
 from ...errors import ErasureError
-from ...families.unet import TEXT
 from ...text.encoded import UNKNOWN, WORD, Encoded, EncodedPrompt, Frame
-from ..compat import empty_latent, encode_with_extras
-from ..model.layers import family, text_entries, text_width
+from ..compat import encode_with_extras
 
 BATCH = 32  # prompts per forward pass of the text encoder
 CLIP_STREAMS = {"l", "g", "h"}  # what the host calls the encoders whose prompts all fill contexts of one length
@@ -64,33 +62,42 @@ def fills_contexts(tokens):
     return set(tokens) <= CLIP_STREAMS
 
 
-def encode(clip, prompts, on_progress=None, pooled=False, read=None):
+def encode(clip, prompts, on_progress=None, pooled=False):
     """Encoded prompts, as the text encoder gives them.
 
     Prompts of CLIP encoders are batched; those of all others have different lengths and are encoded one at a time.
-    pooled: with the pooled vector of each as well. read(given): rows (T, d) that a model reads of what encoding one
-    prompt gave; the encoder's own without it.
+    pooled: with the pooled vector of each as well.
     """
     prompts = tuple(prompts)
-    tokenized, contexts = [_tokenize(clip, prompt) for prompt in prompts], fills_contexts(_tokenize(clip, ""))
-    for prompt, tokens in zip(prompts, tokenized) if contexts else ():
-        _require_one_context(prompt, tokens)
-    if contexts and read is None:
-        return _contexts(clip, prompts, tokenized, on_progress, pooled)
+    if in_contexts(clip):
+        return _contexts(clip, prompts, on_progress, pooled)
     frames, found, vectors = {}, [], []
-    for i, (prompt, tokens) in enumerate(zip(prompts, tokenized)):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        given = encode_with_extras(clip, tokens)
-        described = _described(clip, prompt, tokens, given["cond"][0].float().cpu(), frames)
-        found.append(described if read is None else described.read_as(read(given)))
+    for prompt, tokens, given in each_given(clip, prompts, on_progress):
+        found.append(described(clip, prompt, tokens, given["cond"][0].float().cpu(), frames))
         vectors.append(given.get("pooled_output"))
+    return Encoded(found, pooled=Encoded.of_pooled(prompts, pooled_of(clip, vectors)) if pooled else None)
+
+
+def in_contexts(clip):
+    """Whether a CLIP is one of CLIP encoders alone."""
+    return fills_contexts(_tokenize(clip, ""))
+
+
+def each_given(clip, prompts, on_progress=None):
+    """(prompt, its tokens, {"cond", "pooled_output", and what else the encoder gives}) of prompts, one at a time."""
+    for i, prompt in enumerate(prompts):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        tokens = _tokenize(clip, prompt)
+        yield prompt, tokens, encode_with_extras(clip, tokens)
         if on_progress:
             on_progress(i + 1)
-    return Encoded(found, contexts, Encoded.of_pooled(prompts, _given(clip, vectors)) if pooled else None)
 
 
-def _contexts(clip, prompts, tokenized, on_progress, pooled):
+def _contexts(clip, prompts, on_progress, pooled):
     """Encoded prompts of CLIP encoders, which travel as contexts of one long prompt, as every host batches them."""
+    tokenized = [_tokenize(clip, prompt) for prompt in prompts]
+    for prompt, tokens in zip(prompts, tokenized):
+        _require_one_context(prompt, tokens)
     end = ids_of(_first(_tokenize(clip, "")))[1]  # follows the start token of an empty prompt
     vectors = []
     for start in range(0, len(prompts), BATCH):
@@ -108,10 +115,10 @@ def _contexts(clip, prompts, tokenized, on_progress, pooled):
             on_progress(min(start + BATCH, len(prompts)))
     each = [clip.encode_from_tokens(tokens, return_pooled=True)[1] for tokens in tokenized] if pooled else ()
     ids = [ids_of(_first(tokens)) for tokens in tokenized]
-    return Encoded.of_contexts(prompts, ids, torch.cat(vectors), end, _given(clip, each) if pooled else None)
+    return Encoded.of_contexts(prompts, ids, torch.cat(vectors), end, pooled_of(clip, each) if pooled else None)
 
 
-def _given(clip, vectors):
+def pooled_of(clip, vectors):
     """Pooled vectors (n, p) as one tensor; raises ErasureError where the encoder gives none."""
     if any(vector is None for vector in vectors):
         raise ErasureError(
@@ -124,9 +131,13 @@ def _given(clip, vectors):
 # ---------------------------------------------------------------- which row is which token
 
 
-def _described(clip, prompt, tokens, rows, frames):
-    """EncodedPrompt of rows (T, d) that an encoder gave for a tokenized prompt; frames: {encoder: Frame} so far."""
-    first, (streams, cut) = next(iter(tokens)), _streams(tokens, len(rows))
+def described(clip, prompt, tokens, rows, frames, stream=""):
+    """EncodedPrompt of rows (T, d) that an encoder gave for a tokenized prompt.
+
+    frames: {encoder: Frame} so far; stream: the encoder whose tokens the rows belong to, "" where their number tells.
+    """
+    first = next(iter(tokens))
+    streams, cut = _streams({stream: tokens[stream]} if stream in tokens else tokens, len(rows))
     for name in {first, *streams} - frames.keys():
         frames[name] = Frame.of(*(ids_of(_tokenize(clip, text)[name]) for text in ("", BEFORE)))
     heard = ids_of(tokens[first])
@@ -166,62 +177,6 @@ def _inside(clip, prompt, stream, frame):
     """Token ids of a prompt's words as they are behind another word, () where that cannot be told."""
     before, both = (_words(frame, ids_of(_tokenize(clip, text)[stream])) for text in (BEFORE, f"{BEFORE} {prompt}"))
     return both[len(before) :] if both[: len(before)] == before else ()
-
-
-# ---------------------------------------------------------------- as a model reads it
-
-
-def encode_for(model, clip, prompts, on_progress=None, pooled=False):
-    """Encoded prompts as the main text entry of a MODEL reads them; raises when the CLIP belongs to another one.
-
-    U-Nets read what the text encoder gives; other networks are asked, see _reader().
-    """
-    width, entry = text_width(model), family(model).text
-    encoded = encode(clip, prompts, on_progress, pooled, None if entry == TEXT else _reader(model, entry))
-    if encoded.width != width:
-        raise ErasureError(
-            f"The text encoder gives vectors of width {encoded.width}, but the model reads vectors of width {width}; "
-            "connect the CLIP that belongs to the model."
-        )
-    return encoded
-
-
-def encode_entries(model, clip, prompts, on_progress=None, others=False):
-    """{name of a text entry: Encoded prompts as it reads them} of a MODEL, the main entry first; others: those beside
-    it as well."""
-    beside = [entry for entry in text_entries(model) if entry.pooled] if others else []
-    encoded = encode_for(model, clip, prompts, on_progress, bool(beside))
-    return {family(model).text.name: encoded, **{entry.name: encoded.pooled for entry in beside}}
-
-
-def behind_norm(model):
-    """Whether the main text entry of a MODEL is read behind a norm."""
-    return bool(family(model).text.norm)
-
-
-def _reader(model, entry):
-    """read(given) for encode(): what the model's own `extra_conds` makes of a conditioning, as the host prepares it for
-    sampling, and then the norm before the entry, if it has one."""
-    comfy.model_management.load_models_gpu([model])
-    base, network = model.model, model.model.diffusion_model
-    norm = next((m for name, m in network.named_modules() if entry.norm and name.endswith(entry.norm)), None)
-    if entry.norm and norm is None:
-        raise ErasureError(
-            f"The model {type(base).__name__} has no layer {entry.norm}, behind which a {family(model).title} model "
-            "reads its text; update ComfyUI or Membrane."
-        )
-    latent, kind = empty_latent(base.latent_format), {"device": model.load_device, "dtype": base.get_dtype()}
-
-    def read(given):
-        more = {name: value for name, value in given.items() if name != "cond"}
-        with torch.inference_mode():
-            conds = base.extra_conds(
-                cross_attn=given["cond"], noise=latent, device=model.load_device, prompt_type="positive", **more
-            )
-            rows = conds[entry.result].cond[0]
-            return (rows if norm is None else norm(rows[None].to(**kind))[0]).float().cpu().clone()
-
-    return read
 
 
 def fingerprint(clip):
