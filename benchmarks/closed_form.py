@@ -17,10 +17,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from membrane.core.erasers.closed_form.double_projection import double_projection_of
 from membrane.core.erasers.closed_form.job import METHODS, Job, solve
-from membrane.core.erasers.closed_form.rece import rece_terms
+from membrane.core.erasers.closed_form.layers import LayerGram
+from membrane.core.erasers.closed_form.rece import rece_of, rece_terms
 from membrane.core.erasers.closed_form.solver import gram, text_map
-from membrane.core.erasers.closed_form.uce import uce_solver, uce_terms
+from membrane.core.erasers.closed_form.speed import speed_of
+from membrane.core.erasers.closed_form.uce import uce_of, uce_solver, uce_terms
 from membrane.core.text.concepts import Concept
 from membrane.core.text.encoded import Encoded
 
@@ -42,9 +45,16 @@ class Size:
     concepts: int = 100
     preserved: int = 1000
     repeats: int = 3
+    # width of the text and outputs of the layer that reads it, of encoders of whole sentences: Flux.1, Flux.2, Krea 2
+    texts: tuple[tuple[int, int], ...] = ((4096, 3072), (15360, 6144), (30720, 6144))
+    text_concepts: int = 5  # of 64 rows each
+    text_preserved: int = 26  # of 77 rows each
 
 
-QUICK = Size(rows=(32, 64, 96), width=96, wide_rows=(64, 96), wide=128, concepts=8, preserved=40, repeats=1)
+QUICK = Size(
+    rows=(32, 64, 96), width=96, wide_rows=(64, 96), wide=128, concepts=8, preserved=40, repeats=1,
+    texts=((768, 96), (1024, 128)), text_concepts=2, text_preserved=3,
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- data
@@ -348,20 +358,93 @@ def wide_exactness(size, figures):
     figures["sdxl_max_relative_error"] = float(f"{max(errors.values()):.2g}")
 
 
+def text_rows(size, width):
+    """(groups by concept, preserved rows (F, width), rows of the empty prompt) of an encoder of whole sentences."""
+    rows = embeddings(2 * size.text_concepts + size.text_preserved + 1, width, 2)
+    pairs = rows[: 2 * size.text_concepts, 1:65].split(size.text_concepts)
+    preserved = rows[2 * size.text_concepts : -1].flatten(0, 1)
+    return [[pair] for pair in zip(*pairs)], preserved, rows[-1]
+
+
+def wide_text(size, figures):
+    """All methods in the space of the rows: fewer rows than the text is wide, no (d, d) matrix; UCE beside one."""
+    row("wide text", "rows", "seconds", "processor s", "peak GB", "terms")
+    for width, outputs in size.texts:
+        groups, preserved, empty = text_rows(size, width)
+        row(f"  width {width}, {outputs} outputs")
+        layers = LayerGram([torch.randn(outputs, width) / width**0.5])
+        methods = {
+            "UCE": lambda g=groups, p=preserved: uce_of(g, p),
+            "SPEED": lambda g=groups, p=preserved, e=empty: speed_of(g, p, e),
+            "SPEED, all preserved": lambda g=groups, p=preserved, e=empty: speed_of(g, p, e, prior_filter=False),
+            "Double Projections": lambda g=groups, p=preserved: double_projection_of(
+                g, p, safe=torch.cat([p, *(n for pairs in g for _, n in pairs)])
+            ),
+            "RECE": lambda g=groups, p=preserved, w=layers: rece_of(g, g, p, w),
+        }
+        rows, peak = sum(len(t) for pairs in groups for t, _ in pairs) + len(preserved), 0
+        for name, method in methods.items():
+            key = name.replace(",", "").replace(" ", "_").lower()
+            used, begin, found = [], time.process_time(), []
+            took = seconds(lambda m=method, f=found, u=used: _watched(m, f, u))
+            spent = time.process_time() - begin
+            assert found[0].a.isfinite().all() and found[0].b.isfinite().all()
+            memory = f"{used[0][0] / 1e9:.2f}" if used else "-"
+            row(f"    {name}", rows, f"{took:.2f}", f"{spent:.1f}", memory, len(found[0].concept))
+            figures[f"wide_{width}_{key}_seconds"] = round(took, 2)
+            peak = max(peak, used[0][0] if used else 0)
+        if peak:
+            figures[f"wide_{width}_peak_gb"] = round(peak / 1e9, 2)
+        if width == size.texts[0][0]:
+            whole = seconds(lambda g=groups, p=preserved: whole_matrix(g, p), size.repeats)
+            ours = seconds(lambda g=groups, p=preserved: uce_of(g, p), size.repeats)
+            figures["wide_row_space_speedup"] = round(whole / ours, 1)
+            row(
+                f"  width {width}, UCE, (d, d) against rows",
+                f"{whole:.2f}",
+                f"{ours:.2f}",
+                "times",
+                f"{whole / ours:.1f}",
+            )
+
+
+def _watched(method, found, used):
+    """Calls it; the result to `found`, and to `used` its peak memory where that can be seen."""
+    if LINUX:
+        used.append(peak_memory(lambda: found.append(method())))
+    else:
+        found.append(method())
+
+
+def whole_matrix(groups, preserved):
+    """UCE with the (d, d) matrix of eq. 7."""
+    terms = list(uce_terms(groups, uce_solver(groups, gram(preserved))))
+    return text_map(terms, [len(b) for _, b in terms], preserved.shape[1])
+
+
+def clip_text(size, figures):
+    """Everything about the text that Stable Diffusion 1.5 and XL read."""
+    layers = list(weights(size.rows, size.width))
+    many_concepts(size, figures)
+    speed_speedup(size, layers, figures)
+    exactness(size, layers, figures)
+    rece_speedups(size, layers, figures)
+    del layers
+    wide_exactness(size, figures)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
-    size = QUICK if parser.parse_args().quick else Size()
+    parser.add_argument("--wide", action="store_true", help="only the wide text of encoders of whole sentences")
+    told = parser.parse_args()
+    size = QUICK if told.quick else Size()
     torch.set_num_threads(2)
     figures = {}
-    layers = list(weights(size.rows, size.width))
     with torch.no_grad():
-        many_concepts(size, figures)
-        speed_speedup(size, layers, figures)
-        exactness(size, layers, figures)
-        rece_speedups(size, layers, figures)
-        del layers
-        wide_exactness(size, figures)
+        if not told.wide:
+            clip_text(size, figures)
+        wide_text(size, figures)
     print(json.dumps({"figures": figures}))
 
 

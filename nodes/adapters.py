@@ -2,7 +2,6 @@
 
 import logging
 
-from ..core.adapters.plan import require_entries
 from ..core.erasers.extract import extract
 from ..core.errors import ErasureError
 from ..core.formats import kohya, native, registry
@@ -15,9 +14,9 @@ from ..core.host.files.folders import (
     signature,
     stamp,
 )
-from ..core.host.model.layers import family_name, text_entries
-from ..core.host.model.names import kohya_names, kohya_sites
-from ..core.host.model.weights import base_layers, edited_weights, text_weights
+from ..core.host.model.layers import family_name
+from ..core.host.model.names import kohya_names, kohya_sites, whole_layers
+from ..core.host.model.weights import base_layers, edited_weights, map_weights
 from ..core.host.page.progress import Progress
 from ..core.host.patches.stack import applied
 from ..core.text.concepts import parse_lines
@@ -60,6 +59,26 @@ class MembraneLoadAdapter:
     def load(self, adapter_name):
         adapter = load_adapter(adapter_name)
         return adapter, "\n".join(adapter.card.concepts)
+
+
+def _require_lora(adapter, model):
+    """Raises ErasureError for an adapter that no LoRA can hold, and without a model."""
+    if model is None:
+        raise ErasureError(
+            "The model input is empty, but a LoRA needs a model's weights or the names of its layers; "
+            'connect the model it is for, or set format to "membrane".'
+        )
+    others = set(adapter.deltas) - {"map", "low_rank", "mask"}
+    if others:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} holds {', '.join(sorted(others))}, kinds of changes that a LoRA "
+            'cannot hold; set format to "membrane".'
+        )
+    if sum(map(bool, (adapter.maps, adapter.low_rank, adapter.masks))) > 1:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} changes the text, layers or single weights at the same time, which "
+            'one LoRA cannot hold; set format to "membrane".'
+        )
 
 
 class MembraneSaveAdapter:
@@ -108,26 +127,18 @@ class MembraneSaveAdapter:
         return {"ui": {"text": [name]}}
 
     def _save_lora(self, adapter, filename_prefix, model):
-        if model is None:
-            raise ErasureError(
-                "The model input is empty, but a LoRA needs a model's weights or the names of its layers; "
-                'connect the model it is for, or set format to "membrane".'
-            )
-        if sum(map(bool, (adapter.maps, adapter.low_rank, adapter.masks))) > 1:
-            raise ErasureError(
-                f"The adapter {adapter.describe()} changes the text, layers or single weights at the same time, which "
-                'one LoRA cannot hold; set format to "membrane".'
-            )
+        _require_lora(adapter, model)
         if adapter.masks:
             return self._save_differences(adapter, filename_prefix, model)
-        if not adapter.maps:
-            names, convolutions = kohya_sites(model)
+        if adapter.maps:
+            weights = map_weights(model, adapter)  # before a file name is taken
             path, name = new_adapter_path(filename_prefix, "loras")
-            kohya.save_low_rank(adapter, path, names, convolutions)
+            kohya.save(adapter, weights, path, kohya_names(model))
             return path, name
-        require_entries(adapter, text_entries(model))  # before a file name is taken
+        names, convolutions = kohya_sites(model)
+        adapter = whole_layers(model, adapter)
         path, name = new_adapter_path(filename_prefix, "loras")
-        kohya.save(adapter, text_weights(model), path, kohya_names(model))
+        kohya.save_low_rank(adapter, path, names, convolutions)
         return path, name
 
     def _save_differences(self, adapter, filename_prefix, model):

@@ -11,7 +11,7 @@ from ..core.host.text.encode import encode
 from ..core.host.text.entries import encode_for
 from ..core.measures.chart import bar_chart
 from ..core.measures.impact import impacts, report
-from ..core.text.similarity import matches
+from ..core.text.similarity import calibration_report, matches
 from . import inputs
 
 MOST_BARS = 60
@@ -86,7 +86,8 @@ class MembranePreview:
         rows = openings(stack, lines, score, concepts.names if concepts else ())
         bars = [(f"{opening.prompt}: {opening.adapter}", opening.value) for opening in rows]
         title = "How far adapters open" + (f" ({MOST_BARS} of {len(bars)})" if len(bars) > MOST_BARS else "")
-        return torch.from_numpy(bar_chart(title, bars[:MOST_BARS]))[None], openings_report(rows)
+        report = "\n\n".join(filter(None, (openings_report(rows), calibration_report(concepts, encoded))))
+        return torch.from_numpy(bar_chart(title, bars[:MOST_BARS]))[None], report
 
 
 NODES = [MembraneImpact, MembranePreview]

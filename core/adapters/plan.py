@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from ..errors import ErasureError
 from ..families.family import ALL
-from ..families.table import family_of
+from ..families.table import FAMILIES
 from ..text.similarity import Concepts
 from .deltas import low_rank, text_map
 from .deltas.delta import OPEN, Term
@@ -137,8 +137,9 @@ def make_plan(
         for _, site, delta in adapter.of_layers:
             if site in keys:
                 _require_text_rows(adapter, site, delta, text_rows(keys[site]))
+                key, delta = low_rank.turned(keys[site], delta)
                 term = _of_layer(entry, place[number, own] if gated(entry) else OPEN, delta)
-                layers.setdefault(keys[site], []).append(term)
+                layers.setdefault(key, []).append(term)
     return Plan(
         gates if any(gated(entry) for entry in stack.entries if entry.acts) else (),
         concepts,
@@ -147,10 +148,10 @@ def make_plan(
     )
 
 
-def _encoder(config, name):
-    """The encoder whose rows a model of a host's configuration reads at an entry, "" where that is not known."""
-    found = (entry.encoder for entry in family_of((config,)).entries if entry.name == name)
-    return next(found, "")
+def _encoders(config, name):
+    """The encoders whose rows models of a host's configuration read at an entry, none where that is not known."""
+    families = (family for family in FAMILIES if config in family.configs)
+    return {entry.encoder for family in families for entry in family.entries if entry.name == name and entry.encoder}
 
 
 def _require_text_rows(adapter, site, delta, found):
@@ -192,11 +193,11 @@ def require_entries(adapter, entries):
         if name not in known:
             continue
         entry, width = known[name], entries[known[name]]
-        encoder = _encoder(adapter.card.family, name)
-        if encoder and entry.encoder and encoder != entry.encoder:
+        encoders = _encoders(adapter.card.family, name)
+        if encoders and entry.encoder and entry.encoder not in encoders:
             raise ErasureError(
-                f"The adapter {adapter.describe()} maps the rows of {encoder}{made_for}, but this model reads those of "
-                f"{entry.encoder}; use an adapter made for this family."
+                f"The adapter {adapter.describe()} maps rows of {' or '.join(sorted(encoders))}{made_for}, but this "
+                f"model reads those of {entry.encoder}; use an adapter made for this family."
             )
         if width is not None and found.width != width:
             raise ErasureError(

@@ -58,7 +58,10 @@ HUNYUAN_IMAGE = Family(
 )  # fmt: skip
 KANDINSKY5 = Family(
     "Kandinsky5", "Kandinsky 5", ("Kandinsky5",),
-    (words("Qwen2.5-VL-7B", r"^text_embeddings\.in_layer$"), pooled(r"^pooled_text_embeddings\.in_layer$")),
+    (
+        words("Qwen2.5-VL-7B", r"^text_embeddings\.in_layer$", stream="qwen25_7b"),
+        pooled(r"^pooled_text_embeddings\.in_layer$"),
+    ),
 )  # fmt: skip
 AURA_FLOW = Family(
     "AuraFlow", "AuraFlow", ("AuraFlow",), (sentence("Pile-T5-XL", r"^cond_seq_linear$"),), joint=joint.AURAFLOW

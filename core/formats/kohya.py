@@ -82,15 +82,16 @@ FORMAT = Format("LoRA (kohya)", recognises, parse, card)  # the exports below ne
 def save(adapter, weights, path, names):
     """Writes W -> W + W A B of an adapter at strength 1 as a LoRA; the file appears whole or not at all.
 
-    weights: (key, W (out, d)) pairs of the layers that read the text, as the model uses them; may be a
-    generator. names: {key: lora_unet_... name}. Each layer gets lora_up (out, k), lora_down (k, d) and
+    weights: {text entry: (key, W (out, d)) pairs of the layers that read it, as the model uses them; may be a
+    generator}. names: {key: lora_unet_... name}. Each layer gets lora_up (out, k), lora_down (k, d) and
     alpha = k, so that a loader's scale alpha / k is 1; the loader's strength scales the erasure linearly.
     """
     tensors, rank = {}, 1
-    for key, change in on_weights(adapter.maps["text"], weights):
-        up, down = balanced(change.up, change.down)
-        rank = max(rank, len(down))
-        tensors |= _layer(names[key], up, down, len(down))
+    for entry, text_map in adapter.maps.items():
+        for key, change in on_weights(text_map, weights[entry]):
+            up, down = balanced(change.up, change.down)
+            rank = max(rank, len(down))
+            tensors |= _layer(names[key], up, down, len(down))
     comment = f"closed-form concept erasure ({adapter.card.method}), computed, not trained"
     save_whole(tensors, path, _metadata(adapter.card, rank, rank, comment))
 

@@ -25,13 +25,28 @@ def key_patches(model, prefix):
     """{key: stored weight and its patches} of the weights and biases below a prefix, as get_key_patches() means it.
 
     That of hosts before November 2024 breaks a model whose own patches are in place: it takes the patched weights for
-    plain ones and leaves them behind, so that the next load patches them once more.
+    plain ones and leaves them behind, so that the next load patches them once more. That of 2026 asks a quantised
+    layer for tensors that are part of its weight; there it is each weight that is asked.
     """
     if hasattr(comfy.model_patcher, "get_key_weight"):
-        return model.get_key_patches(prefix)
+        try:
+            return model.get_key_patches(prefix)
+        except AttributeError:
+            return _patches_of_parameters(model, prefix)
     stored = {key: parameter for key, parameter in model.model.named_parameters() if key.startswith(prefix)}
     backups = {key: model.backup.get(key, parameter) for key, parameter in stored.items()}
     return {key: [getattr(backup, "weight", backup), *model.patches.get(key, ())] for key, backup in backups.items()}
+
+
+def _patches_of_parameters(model, prefix):
+    found = {}
+    for key in dict(model.model.named_parameters()):
+        if key.startswith(prefix):
+            weight, _, convert = comfy.model_patcher.get_key_weight(model.model, key)
+            backup = model.backup.get(key)
+            stored = weight if backup is None else backup.weight
+            found[key] = [(stored, convert or (lambda tensor, **more: tensor)), *model.patches.get(key, ())]
+    return found
 
 
 def calculate_weight(model, patches, weight, key):
@@ -43,10 +58,16 @@ def calculate_weight(model, patches, weight, key):
 
 def stored_weight(weight):
     """The number tensor of a stored weight; newer hosts give it together with how to turn it into numbers."""
-    if not isinstance(weight, tuple):
-        return weight
-    stored, convert = weight
-    return convert(stored, inplace=False) if callable(convert) else stored
+    if isinstance(weight, tuple):
+        stored, convert = weight
+        weight = convert(stored, inplace=False) if callable(convert) else stored
+    return plain_numbers(weight)
+
+
+def plain_numbers(weight):
+    """A weight as a plain tensor; hosts of 2026 and loaders of GGUF files have tensors that stand for others."""
+    plain = not hasattr(weight, "dequantize") or type(weight) in (torch.Tensor, torch.nn.Parameter)
+    return weight if plain else weight.dequantize()
 
 
 def patcher_class(dynamic):

@@ -22,9 +22,13 @@ class Impact:
 def relative_change(delta, vectors, weight_gram):
     """||W E c|| / ||W c|| over all layers and the given rows, from S = sum_l W_l^T W_l.
 
-    delta: E c and vectors: c, (T, d); weight_gram: (d, d) float64. As SPEED's prior shift (Li et al.,
-    ICLR 2026, eq. 8), relative: sum_l ||W_l x||^2 = x^T S x.
+    delta: E c and vectors: c, (T, d); weight_gram: (d, d) float64 or, for wide text, what stands for S and gives the
+    loudness sum_l ||W_l x||^2 of rows x. As SPEED's prior shift (Li et al., ICLR 2026, eq. 8), relative:
+    sum_l ||W_l x||^2 = x^T S x.
     """
+    if not isinstance(weight_gram, torch.Tensor):
+        changed, whole = weight_gram.loudness(delta), weight_gram.loudness(vectors)
+        return torch.sqrt(changed / whole).item()
     delta, vectors = delta.to(weight_gram), vectors.to(weight_gram)
     changed = ((delta @ weight_gram) * delta).sum()
     whole = ((vectors @ weight_gram) * vectors).sum()

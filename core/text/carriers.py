@@ -76,10 +76,13 @@ def _aligned(a, b, reach):
     return pairs + [(len(a) - k, len(b) - k) for k in range(tail, 0, -1)]
 
 
-def kept(prompt, pads):
-    """Rows (n, d) of a prompt that is to stay as it is: all, without padding where it does not count."""
-    roles = prompt.roles
-    return prompt.rows if pads else prompt.rows[roles != PADDING]
+def kept(prompt, reach, pads):
+    """Rows (n, d) of a prompt that is to stay as it is: all but the fixed ones, and without padding where it does not
+    count."""
+    there = torch.ones(len(prompt.rows), dtype=torch.bool) if pads else prompt.roles != PADDING
+    if reach != ALL:
+        there[: first_row(prompt)] = False
+    return prompt.rows[there]
 
 
 def fixed(prompt, reach):

@@ -12,6 +12,21 @@ START, WORD, END, PADDING, TEMPLATE = range(5)
 UNKNOWN = -1  # among token ids: an embedding, or a row whose token is not known
 
 
+class Heard(frozenset):
+    """What is known of the text that vectors were made from: the distinct token ids of the first encoder.
+
+    words: its plain words in order, of all encoders that it went through, None where they are not known. places:
+    indices of the rows that stand for words, None where that cannot be told.
+    """
+
+    words, places = None, None
+
+    def __new__(cls, ids=(), words=None, places=None):
+        found = super().__new__(cls, ids)
+        found.words, found.places = words, places
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedPrompt:
     """One prompt at one text entry.
@@ -20,7 +35,8 @@ class EncodedPrompt:
     each row, UNKNOWN where there is none. roles: (T,) what each row stands for: START, WORD, END, PADDING or TEMPLATE,
     the words that an encoder puts around every prompt. inside: the ids of its words as they are after another word,
     where tokenizers tell the two apart (" star" and "star"). heard: all ids in the first encoder's vocabulary, which a
-    conditioning is known by; spoken: sets of those that stand for its words, alone and after another word.
+    conditioning is known by; spoken: sets of those that stand for its words, alone and after another word. head: how
+    many rows stand before the place of its words.
     """
 
     prompt: str
@@ -30,6 +46,7 @@ class EncodedPrompt:
     inside: tuple[int, ...] = ()
     heard: frozenset[int] = frozenset()
     spoken: tuple[frozenset[int], ...] = ()
+    head: int = 0
 
     def read_as(self, rows):
         """The same prompt with what a model reads of it, rows (T', d). What is added before or behind the encoder's
@@ -39,7 +56,8 @@ class EncodedPrompt:
             return replace(self, rows=rows)
         padding = torch.full((max(0, more),), PADDING)
         if more > 0 and not rows[:more].any():
-            return replace(self, rows=rows, ids=(UNKNOWN,) * more + self.ids, roles=torch.cat([padding, self.roles]))
+            ids, roles = (UNKNOWN,) * more + self.ids, torch.cat([padding, self.roles])
+            return replace(self, rows=rows, ids=ids, roles=roles, head=self.head + more)
         if more > 0 and not rows[-more:].any():
             return replace(self, rows=rows, ids=self.ids + (UNKNOWN,) * more, roles=torch.cat([self.roles, padding]))
         return replace(self, rows=rows, ids=(UNKNOWN,) * len(rows), roles=torch.full((len(rows),), WORD))
@@ -51,8 +69,8 @@ class EncodedPrompt:
             return self
         kept = padding[torch.linspace(0, len(padding) - 1, count).round().long()].tolist()
         rows = sorted({*(self.roles != PADDING).nonzero().flatten().tolist(), *kept})
-        ids = tuple(self.ids[i] for i in rows)
-        return replace(self, rows=self.rows[rows].clone(), ids=ids, roles=self.roles[rows])
+        ids, head = tuple(self.ids[i] for i in rows), sum(i < self.head for i in rows)
+        return replace(self, rows=self.rows[rows].clone(), ids=ids, roles=self.roles[rows], head=head)
 
     @property
     def size(self):
@@ -151,44 +169,69 @@ def context_roles(ids, end):
 
 @dataclass(frozen=True)
 class Frame:
-    """What a tokenizer puts around the words of every prompt: so many tokens before and behind them, and padding.
+    """What a tokenizer puts around the words of every prompt.
 
-    pad: id of the padding, None where there is none.
+    start, end: the tokens before and behind them; pad: id of the padding, None where there is none; left: whether
+    padding stands in front of all.
     """
 
-    head: int
-    tail: int
+    start: tuple[int, ...]
+    end: tuple[int, ...]
     pad: int | None
+    left: bool = False
 
     @classmethod
-    def of(cls, empty, other):
+    def of(cls, empty, other, pad=None):
         """From the token ids of the empty prompt and of one with words: what both begin with stands before them. A
-        token that the empty prompt repeats to its end is padding."""
-        pad = empty[-1] if len(empty) > 1 and empty[-1] == empty[-2] else None
-        bare, words = _without(empty, pad), _without(other, pad)
+        token that the empty prompt repeats to its end is padding, and so is one that it repeats from its beginning and
+        more often than the other; pad: where neither shows it, its id as the tokenizer says."""
+        left = len(empty) > 1 and _run(empty, empty[0]) > max(1, _run(other, empty[0]))
+        if left:
+            pad = empty[0]
+        elif len(empty) > 1 and empty[-1] == empty[-2]:
+            pad = empty[-1]
+        bare, words = _without(empty, pad, left), _without(other, pad, left)
         head = 0
         while head < min(len(bare), len(words)) and bare[head] == words[head]:
             head += 1
-        return cls(head, len(bare) - head, pad)
+        return cls(tuple(bare[:head]), tuple(bare[head:]), pad, left)
+
+    def fits(self, ids):
+        """Whether a prompt's tokens begin and end as it says; others were put into another template."""
+        bare = tuple(_without(ids, self.pad, self.left))
+        head, tail = len(self.start), len(self.end)
+        return len(bare) >= head + tail and bare[:head] == self.start and bare[len(bare) - tail :] == self.end
+
+    def head(self, ids):
+        """How many of a prompt's tokens stand before the place of its words."""
+        return (_run(ids, self.pad) if self.left else 0) + len(self.start)
 
     def roles(self, ids):
         """Roles (T,) of a prompt's tokens.
 
         One token before the words is a start token, one behind them an end token; more are a template. Where nothing
-        stands behind them, the first token of the padding is the end token, as in CLIP.
+        stands behind them, the first token of the padding is the end token, as in CLIP; none is where padding stands
+        in front.
         """
-        count = max(0, len(_without(ids, self.pad)) - self.head - self.tail)
-        found = [START if self.head == 1 else TEMPLATE] * self.head + [WORD] * count
-        found += [END if self.tail == 1 else TEMPLATE] * self.tail
+        head, tail, front = len(self.start), len(self.end), self.head(ids) - len(self.start)
+        count = max(0, len(_without(ids, self.pad, self.left)) - head - tail)
+        found = [PADDING] * front + [START if head == 1 else TEMPLATE] * head + [WORD] * count
+        found += [END if tail == 1 else TEMPLATE] * tail
         padding = [PADDING] * (len(ids) - len(found))
-        if padding and not self.tail:
+        if padding and not tail and not self.left:
             padding[0] = END
         return torch.tensor((found + padding)[: len(ids)])
 
 
-def _without(ids, pad):
-    """Ids without the padding at their end."""
-    ids = list(ids)
-    while pad is not None and ids and ids[-1] == pad:
-        ids.pop()
-    return ids
+def _run(ids, pad):
+    """How often some ids begin with a token."""
+    return next((place for place, token in enumerate(ids) if token != pad), len(ids))
+
+
+def _without(ids, pad, left):
+    """Ids without the padding at their end, or at their beginning."""
+    if pad is None:
+        return list(ids)
+    if left:
+        return list(ids)[_run(ids, pad) :]
+    return list(ids)[: len(ids) - _run(list(ids)[::-1], pad)]

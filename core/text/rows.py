@@ -4,8 +4,10 @@ from .encoded import END, START, TEMPLATE, WORD
 
 
 def first_row(prompt):
-    """Index of the first row that is not the same for every prompt: behind the start token or the template."""
+    """Index of the first row that is not the same for every prompt: behind padding, start token and template."""
     roles = prompt.roles.tolist()
+    if WORD in roles or prompt.head:
+        return roles.index(WORD) if WORD in roles else min(prompt.head, len(roles) - 1)
     return next((i for i, role in enumerate(roles) if role not in (START, TEMPLATE)), 0)
 
 

@@ -37,8 +37,8 @@ SHARED = {
     "krea2": (joint.KREA2, {}, "blocks.0.attn.wq", "blocks.1.mlp.down"),
     "auraflow": (joint.AURAFLOW, {"n_double_layers": 0}, "single_layers.0.attn.w1k", "single_layers.1.attn.w1v"),
     "hidream": (
-        joint.HIDREAM, {"num_layers": 0, "num_single_layers": 2}, "single_stream_blocks.0.block.attn1.to_q",
-        "single_stream_blocks.1.block.attn1.to_v",
+        joint.HIDREAM, {"num_layers": 0, "num_single_layers": 2, "llama_layers": [0, 31]},
+        "single_stream_blocks.0.block.attn1.to_q", "single_stream_blocks.1.block.attn1.to_v",
     ),
     "omnigen2": (joint.OMNIGEN2, {}, "layers.0.attn.to_k", "layers.1.attn.to_v"),
     "boogu": (joint.BOOGU, {"num_double_stream_layers": 0}, "single_stream_layers.0.attn.to_q",
@@ -59,14 +59,13 @@ class Subject:
     def __init__(self, name, known, sizes, *layers):
         self.name, self.layers = name, layers
         self.model, self.other = networks.build(name, **sizes), networks.build(name, **sizes)
-        self.clip, self.texts = networks.text_encoder(name), {}
+        self.clip = networks.text_encoder(name)
         config = type(self.model.model.model_config).__name__.lstrip("_")
         self.family = Family(name, name, (config,), (), joint=known)
 
     def text(self, prompt):
-        if prompt not in self.texts:
-            self.texts[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
-        return self.texts[prompt]
+        """CONDITIONING of a prompt, made anew: the words of one from before a gate was wanted are not known."""
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
 
     def predict(self, model, positive=STAR, negative=HOUSE, **options):
         with torch.inference_mode():

@@ -2,10 +2,21 @@
 
 import pytest
 import torch
+from membrane.core.erasers.closed_form.double_projection import double_projection_of, double_projection_terms
+from membrane.core.erasers.closed_form.layers import LayerGram, LowRankMap, layer_gram
+from membrane.core.erasers.closed_form.rece import PENALTIES, derived_by_rows, rece_of, rece_row_terms, rece_terms
 from membrane.core.erasers.closed_form.row_space import Rows, row_basis, row_ridge, strong_basis
-from membrane.core.erasers.closed_form.solver import by_concept, fixed_basis, gram, mean_square
+from membrane.core.erasers.closed_form.solver import by_concept, fixed_basis, gram, mean_square, shared
+from membrane.core.erasers.closed_form.speed import (
+    constrained_rows,
+    invariants,
+    prior_scores,
+    speed_of,
+    speed_terms,
+)
 from membrane.core.erasers.closed_form.uce import uce_of, uce_row_terms, uce_solver, uce_terms
 from membrane.core.errors import ErasureError
+from membrane.core.measures.impact import relative_change
 from torch.utils._python_dispatch import TorchDispatchMode
 
 D, N, M = 60, 7, 12
@@ -160,6 +171,19 @@ def test_the_scale_of_rows():
     assert mean_square(rows[:0]) == 1.0
 
 
+@pytest.mark.parametrize("preserved", [M, 2 * D])
+def test_no_fixed_rows_are_no_constraint(preserved):
+    groups, r, empty, none = grouped(draw(N, 1), draw(N, 2)), draw(preserved, 3), draw(5, 4), torch.zeros(0, D)
+    weights = LayerGram(layers())
+    for found, more in (
+        (uce_of, (r,)),
+        (speed_of, (r[:M], empty)),
+        (double_projection_of, (r[:M],)),
+        (lambda g, *rest, **fixed: rece_of(g, g, *rest, **fixed), (r, weights)),
+    ):
+        assert torch.equal(found(groups, *more, fixed=none).matrix(), found(groups, *more).matrix())
+
+
 # ---------------------------------------------------------------- rows and their spans
 
 
@@ -193,6 +217,7 @@ def test_a_basis_of_rows_ignores_repeats_and_lengths(count):
     assert (basis.T @ basis - torch.eye(count + 5, dtype=torch.float64)).norm() < 1e-11
     left = repeats.double() - (repeats.double() @ basis) @ basis.T
     assert (left.norm(dim=1) <= 1e-6 * repeats.double().norm(dim=1)).all()
+    assert torch.equal(row_basis(repeats[-count // 3 :], basis), basis)
 
 
 def test_a_basis_of_the_strong_directions():
@@ -205,3 +230,298 @@ def test_a_basis_of_the_strong_directions():
     basis = strong_basis(rows, 0.1)
     assert basis.shape == (D, 6)
     assert difference(basis @ basis.T, expected @ expected.T) < 1e-12
+
+
+# ---------------------------------------------------------------- SPEED and Double Projections
+
+
+def wide_text(monkeypatch):
+    """The paths of wide text at a width that the naive forms can follow."""
+    for module in ("solver", "double_projection"):
+        monkeypatch.setattr(f"membrane.core.erasers.closed_form.{module}.WIDE_TEXT", D)
+
+
+def speed_optimum(c1, change, c0, c2, h, rho, lam):
+    """The constrained optimum of SPEED for W = I; constraints with slack are squares of weight 1 / lam."""
+    empty = torch.zeros(0, D, dtype=torch.float64)
+    exact, slack = (torch.cat([c0, h]), c2) if lam else (torch.cat([c0, c2, h]), empty)
+    return constrained(c1, change, slack, exact, 1 / len(c1), 1 / lam if lam else 0.0, rho)
+
+
+@pytest.mark.parametrize(("rho", "lam"), [(1.0, 0.0), (0.05, 0.0), (0.7, 0.5)])
+@pytest.mark.parametrize("fixed", [0, 3])
+@pytest.mark.parametrize("wide", [True, False])
+def test_speed_is_the_constrained_optimum(monkeypatch, rho, lam, fixed, wide):
+    if wide:
+        wide_text(monkeypatch)
+    c, n, c0, empty, h = draw(N, 1), draw(N, 2), draw(M, 3), draw(6, 4), draw(fixed, 5)
+    settings = {"tau": 0.0, "rho": rho, "lam": lam, "prior_filter": False, "fixed": h if fixed else None}
+    expected = speed_optimum(c, n - c, c0, invariants(empty), h, rho, lam)
+    assert difference(product(speed_terms(grouped(c, n), c0, empty, **settings)), expected) < 1e-11
+    found = speed_of(grouped(c, n), c0, empty, **settings).matrix().double()
+    assert difference(found, expected) < 1e-6
+    assert ((h @ found.T).norm(dim=1) / h.norm(dim=1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_speed_in_row_space_is_that_of_the_whole_matrix(lam):
+    editable, held = draw(N, 1), torch.linalg.qr(draw(4, 2).T)[0].T
+    found = constrained_rows(editable, held, 0.3, lam)
+    system = editable.T @ editable / N + 0.3 * torch.eye(D, dtype=torch.float64)
+    z = torch.linalg.inv(system)
+    inner = torch.linalg.inv(held @ z @ held.T + lam * torch.eye(4, dtype=torch.float64))
+    assert difference(found, editable @ (z - z @ held.T @ inner @ held @ z)) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+@pytest.mark.parametrize("targets", [N, 2 * D])
+def test_prior_scores_are_the_norms_of_the_influence(scale, targets):
+    c, n, c0 = draw(targets, 1), draw(targets, 2), draw(M, 3)
+    t, a = c.T @ c / targets, n.T @ c / targets
+    change = (a - t) @ torch.linalg.inv(scale * torch.eye(D, dtype=torch.float64) + t)
+    assert difference(prior_scores(c0, c, n - c, scale), (c0 @ change.T).norm(dim=1)) < 1e-12
+
+
+@pytest.mark.parametrize("fixed", [None, 3])
+@pytest.mark.parametrize("retained", [M, 2 * D])
+@pytest.mark.parametrize("wide", [True, False])
+def test_speed_with_a_threshold_protects_what_it_does_in_the_whole_space(monkeypatch, fixed, retained, wide):
+    """The second moment's strong directions outside the fixed rows, and those."""
+    if wide:
+        wide_text(monkeypatch)
+    c, n, empty = draw(N, 1), draw(N, 2), draw(6, 4)
+    g = torch.Generator().manual_seed(8)
+    size = torch.tensor([3.0] * 8 + [0.05] * (D - 8), dtype=torch.float64)
+    c0 = torch.randn(retained, D, generator=g, dtype=torch.float64) * size
+    h = draw(fixed, 5) if fixed else torch.zeros(0, D, dtype=torch.float64)
+    q = torch.linalg.qr(h.T)[0]
+    rest = c0 - c0 @ q @ q.T
+    squares, vectors = torch.linalg.eigh(rest.T @ rest / retained)
+    strong = vectors[:, squares >= 0.1].T
+    assert 0 < len(strong) < M
+    expected = speed_optimum(c, n - c, strong, invariants(empty), h, 1.0, 0.0)
+    found = product(speed_terms(grouped(c, n), c0, empty, prior_filter=False, fixed=h if fixed else None))
+    assert difference(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["SPEED", "Double Projections"])
+@pytest.mark.parametrize("retained", [M, 3 * D])
+def test_relative_thresholds_mean_the_same_at_every_length(method, retained):
+    g = torch.Generator().manual_seed(8)
+    size = torch.tensor([3.0] * 8 + [0.05] * (D - 8), dtype=torch.float64)
+    c0 = torch.randn(retained, D, generator=g, dtype=torch.float64) * size
+
+    def found(scale, **more):
+        groups = grouped(scale * draw(N, 1), scale * draw(N, 2))
+        if method == "SPEED":
+            return speed_of(groups, scale * c0, scale * draw(6, 4), tau=0.01, rho=0.1, **more).matrix().double()
+        return double_projection_of(groups, scale * c0, tau=0.01, **more).matrix().double()
+
+    assert difference(found(200.0, relative=True), found(1.0, relative=True)) < 1e-5
+    if retained > D:
+        with pytest.raises(ErasureError, match="raise tau"):  # every direction is strong now
+            found(200.0)
+    elif method == "SPEED":
+        assert difference(found(200.0), found(1.0)) > 0.01
+
+
+@pytest.mark.parametrize("fixed", [None, 3])
+@pytest.mark.parametrize("wide", [True, False])
+def test_double_projection_is_exact_on_targets_and_nothing_on_the_others(monkeypatch, fixed, wide):
+    if wide:
+        wide_text(monkeypatch)
+    c, n, c0 = draw(N, 1), draw(N, 2), draw(M, 3)
+    h = draw(fixed, 5) if fixed else torch.zeros(0, D, dtype=torch.float64)
+    still = torch.cat([c0, h])
+    u2 = torch.linalg.svd(still.T)[0][:, len(still) :]
+    expected = (n - c).T @ torch.linalg.pinv(u2.T @ c.T) @ u2.T
+    settings = {"fixed": h if fixed else None}
+    assert difference(product(double_projection_terms(grouped(c, n), c0, **settings)), expected) < 1e-11
+    found = double_projection_of(grouped(c, n), c0, **settings).matrix().double()
+    assert difference(c @ found.T, n - c) < 1e-6
+    assert ((h @ found.T).norm(dim=1) / h.norm(dim=1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("fixed", [None, 3])
+def test_double_projection_on_a_safe_span_that_goes_on_from_the_retained(monkeypatch, fixed):
+    """As from scratch, which narrow text does."""
+    c, c0, more = draw(N, 1), draw(M, 3), draw(4, 6)
+    settings = {"safe": torch.cat([c0, more]), "fixed": draw(fixed, 5) if fixed else None}
+    expected = product(double_projection_terms(grouped(c, c), c0, **settings))
+    wide_text(monkeypatch)
+    assert difference(product(double_projection_terms(grouped(c, c), c0, **settings)), expected) < 1e-10
+
+
+def test_wide_speed_and_double_projection_make_no_square_matrix():
+    width = 4096
+    c, n, r, empty, h = (draw(k, i, width).float() for i, k in enumerate((9, 9, 300, 20, 5)))
+    with Largest() as largest:
+        speed_of(grouped(c, n), r, empty, fixed=h)
+        double_projection_of(grouped(c, n), r, fixed=h, safe=torch.cat([r, n]))
+    assert 0 < largest.size < 400 * width
+
+
+@pytest.mark.parametrize("method", ["SPEED", "Double Projections"])
+def test_a_concept_inside_the_fixed_rows_is_refused(method):
+    c, n, h = draw(1, 1), draw(1, 2), draw(3, 3)
+    c = 0.3 * h[:1] - 2.0 * h[1:2]
+    with pytest.raises(ErasureError, match='The concept "1" lies in the span'):
+        if method == "SPEED":
+            speed_of([[(c, n)]], draw(4, 4), draw(5, 5), fixed=h)
+        else:
+            double_projection_of([[(c, n)]], draw(4, 4), fixed=h)
+
+
+# ---------------------------------------------------------------- RECE
+
+
+OUTPUTS = (9, 14)  # of two layers, together fewer than the width
+
+
+def layers(seed=6, width=D):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(o, width, generator=g, dtype=torch.float64) for o in OUTPUTS]
+
+
+def naive_derived(start, current, c, n, penalty, penalty_on, p):
+    """RECE's derived embeddings with each of the published penalties, by plain inverses."""
+    eye = torch.eye(D, dtype=torch.float64)
+    if penalty_on == "outputs":  # (V^T V)^-1 V^T W is P^-1 where it is defined
+        return (c @ torch.linalg.inv(p).T + penalty * c) / (1 + penalty)
+    a = sum(w.T @ w for w in current)
+    right = sum(w.T @ v for w, v in zip(current, start)) @ c.T
+    if penalty_on == "both":
+        right, a = right + penalty * (a + eye) @ c.T, (1 + penalty) * a
+    right = right + penalty * {"distance": c.T, "replacement": n.T}.get(penalty_on, 0.0)
+    return (torch.linalg.inv(penalty * eye + a) @ right).T
+
+
+def naive_rece(start, c, n, full_c, full_n, r, h, epochs, penalty, penalty_on):
+    """The published loop on every layer; the edits vanish on h."""
+    p = torch.eye(D, dtype=torch.float64) + constrained(c, n - c, r, h, 1.0, 0.7, 0.5)
+    for _ in range(epochs):
+        current = [w @ p for w in start]
+        derived = naive_derived(start, current, full_c, full_n, penalty, penalty_on, p)
+        p = p + p @ constrained(derived, full_n - derived, r, h, 1.0, 0.2, 0.3)
+    return p - torch.eye(D, dtype=torch.float64)
+
+
+RECE_SETTINGS = {"penalty": 0.3, "edit_anchor": 0.3, "edit_preserve_scale": 0.2, "preserve_scale": 0.7, "anchor": 0.5}
+
+
+@pytest.mark.parametrize("penalty_on", PENALTIES)
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("fixed", [0, 3])
+@pytest.mark.parametrize("rows", ["few", "few, whole matrix", "many"])
+def test_rece_is_the_loop_on_every_layer(penalty_on, epochs, fixed, rows):
+    """In the space of the rows, and with (d, d) matrices for fewer and for more rows than the width."""
+    many = rows == "many"
+    full_c, full_n = draw(80 if many else 9, 1), draw(80 if many else 9, 2)
+    c, n, r, h = full_c[3:7], full_n[3:7], draw(M, 3), draw(fixed, 4)
+    groups, full_groups, start = grouped(c, n, 2), grouped(full_c, full_n, 2), layers()
+    weight_gram = LayerGram(start) if rows == "few" else sum(w.T @ w for w in start)
+    settings = {**RECE_SETTINGS, "epochs": epochs, "penalty_on": penalty_on}
+    expected = naive_rece(start, c, n, full_c, full_n, r, h, epochs, 0.3, penalty_on)
+    if rows == "few":
+        basis = fixed_basis(h) if fixed else None
+        terms = list(rece_row_terms(groups, full_groups, Rows([r], basis), weight_gram, basis, **settings))
+        whole = rece_terms(groups, full_groups, gram(r), weight_gram.dense(), fixed=h if fixed else None, **settings)
+        for mine, theirs in zip(terms, whole):
+            assert difference(mine[0] @ mine[1], theirs[0] @ theirs[1]) < 1e-9
+        assert difference(product(terms), expected) < 1e-10
+    found = rece_of(groups, full_groups, list(r.split(5)), weight_gram, fixed=h if fixed else None, **settings)
+    stored = found.a.double() @ found.b.double()
+    assert difference(stored, expected) < 2e-6
+    assert ((h @ stored.T).norm(dim=1) / h.norm(dim=1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_a_relative_anchor_of_rece_means_the_same_at_every_length(few):
+    """Layers that are so much the smaller as the rows are the longer."""
+
+    def found(scale, **more):
+        c, n, r = (scale * draw(k, seed) for k, seed in ((9, 1), (9, 2), (M, 3)))
+        weights = LayerGram(layers()) if few else LayerGram(layers()).dense()
+        settings = {**RECE_SETTINGS, "anchor": 0.05, "edit_anchor": 0.02, **more}
+        return rece_of(grouped(c, n), grouped(c, n), r, weights, **settings).matrix().double()
+
+    assert difference(found(50.0, relative=True), found(1.0, relative=True)) < 1e-5
+    assert difference(found(50.0), found(1.0)) > 1e-4
+
+
+def test_rece_by_layers_with_more_rows_than_the_width_is_that_of_the_whole_matrix():
+    c, n, r, weights = draw(9, 1), draw(9, 2), draw(2 * D, 3), LayerGram(layers())
+    found = rece_of(grouped(c, n), grouped(c, n), r, weights).matrix()
+    assert torch.equal(found, rece_of(grouped(c, n), grouped(c, n), r, weights.dense()).matrix())
+
+
+def test_rece_by_layers_makes_no_square_matrix():
+    g = torch.Generator().manual_seed(6)
+    c, n, r = (draw(k, i, 4096).float() for i, k in enumerate((9, 9, 300)))
+    weights = LayerGram([torch.randn(40, 4096, generator=g), torch.randn(60, 4096, generator=g)])
+    with Largest() as largest:
+        found = rece_of(grouped(c, n), grouped(c, n), r, weights, epochs=2)
+    assert len(found.concept) and 0 < largest.size < 400 * 4096
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-12])
+def test_rece_by_layers_says_when_the_penalty_is_too_small(penalty):
+    c, n, r = draw(9, 1), draw(9, 2), draw(M, 3)
+    with pytest.raises(ErasureError, match="raise the penalty"):
+        rece_of(grouped(c, n), grouped(c, n), r, LayerGram(layers()), penalty=penalty)
+
+
+def test_rece_by_layers_says_when_the_edit_has_no_inverse():
+    p = LowRankMap(LayerGram(layers()))
+    first = torch.zeros(1, D, dtype=torch.float64)
+    first[0, 0] = 1.0
+    p.add(-first.T, first)
+    with pytest.raises(ErasureError, match='put the penalty on "length"'):
+        derived_by_rows(draw(3, 1), draw(3, 2), p, 0.1, "outputs")
+
+
+def test_rece_by_layers_says_when_the_edit_has_no_solution():
+    c, n = draw(9, 1), draw(9, 2)
+    with pytest.raises(ErasureError, match="no stable solution with an anchor weight of 0;"):
+        rece_of(grouped(c, n), grouped(c, n), draw(M, 3), LayerGram(layers()), edit_anchor=0.0)
+
+
+def test_a_low_rank_map_of_layers_is_the_whole_one():
+    p = LowRankMap(LayerGram(layers()))
+    whole, w, x = torch.eye(D, dtype=torch.float64), torch.cat(layers()), draw(5, 7)
+    for seed in (1, 2):
+        a, b = 0.1 * draw(3, seed).T, 0.1 * draw(3, seed + 2)
+        p.add(a, b)
+        whole = whole + a @ b
+    assert difference(p.of(x), x @ whole.T) < 1e-12
+    assert difference(p.transposed(x), x @ whole) < 1e-12
+    assert difference(p.square(), (w @ whole) @ (w @ whole).T) < 1e-12
+    inverse, pivots = p.inverse_of(x)
+    assert difference(inverse, x @ torch.linalg.inv(whole).T) < 1e-12 and pivots > 1e-3
+
+
+@pytest.mark.parametrize(("width", "outputs", "kind"), [(4096, 3, LayerGram), (4096, 5000, torch.Tensor)])
+def test_the_form_of_the_layers_gram(width, outputs, kind):
+    """By the layers where the text is wide and they have fewer outputs than it."""
+    g, calls = torch.Generator().manual_seed(6), []
+    weights = [torch.randn(2, width, generator=g), torch.randn(1, width, generator=g)]
+    found = layer_gram(iter(weights), outputs, calls.append)
+    assert isinstance(found, kind) and len(found) == width and calls == [1, 2]
+    narrow = layer_gram([w[:, :50] for w in weights], 3)
+    expected = sum(w[:, :50].double().T @ w[:, :50].double() for w in weights)
+    assert torch.equal(narrow, expected)
+
+
+def test_the_impact_on_layers_is_that_of_their_gram():
+    weights, delta, vectors = LayerGram(layers()), draw(4, 1).float(), draw(4, 2).float()
+    found = relative_change(delta, vectors, weights)
+    assert found == pytest.approx(relative_change(delta, vectors, weights.dense()), rel=1e-9)
+
+
+def test_equal_replacements_are_there_once():
+    """Wherever they come from; others of the same shape are not."""
+    blank, other = draw(4, 1), draw(4, 2)
+    groups = [[(draw(4, 3), blank)], [(draw(4, 4), blank.clone())], [(draw(4, 5), other)]]
+    targets, replacements, index, sizes = shared(groups)
+    assert torch.equal(replacements, torch.cat([blank, other])) and sizes == [4, 4, 4]
+    assert torch.equal(replacements[index], torch.cat([blank, blank, other])) and len(targets) == 12

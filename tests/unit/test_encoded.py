@@ -37,10 +37,35 @@ HEAD, TAIL = [90, 91, 92], [93, 94]
         (HEAD + TAIL, [*HEAD, 7, *TAIL], HEAD + TAIL, [TEMPLATE] * 5),
         (HEAD + TAIL + [0, 0], [*HEAD, 7, *TAIL, 0], [*HEAD, 7, *TAIL, 0],
          [TEMPLATE] * 3 + [WORD] + [TEMPLATE] * 2 + [PADDING]),
+        # Gemma 3: padding in front of a start token
+        ([0, 0, 0, 2], [0, 0, 2, 7], [0, 2, 7, 8], [PADDING, START, WORD, WORD]),
+        ([0, 0, 0, 2], [0, 0, 2, 7], [0, 0, 0, 2], [PADDING] * 3 + [START]),
+        ([0, 0, 0, 2], [0, 0, 2, 7], [2, 7, 8, 7, 9], [START] + [WORD] * 4),
+        # and in front of a template
+        ([0, 0, *HEAD, *TAIL], [0, *HEAD, 7, *TAIL], [0, *HEAD, 7, *TAIL],
+         [PADDING] + [TEMPLATE] * 3 + [WORD] + [TEMPLATE] * 2),
+        # a template that begins with the same token twice is no padding
+        ([90, 90, 91], [90, 90, 7, 91], [90, 90, 7, 8, 91], [TEMPLATE] * 2 + [WORD] * 2 + [END]),
     ],
 )  # fmt: skip
 def test_what_stands_around_the_words(empty, other, ids, roles):
     assert Frame.of(empty, other).roles(ids).tolist() == roles
+
+
+def test_padding_that_only_the_tokenizer_tells():
+    """An encoder that does not pad by itself, told to by an option."""
+    frame = Frame.of([1], [7, 1], pad=0)
+    assert frame.roles([7, 8, 1, 0, 0]).tolist() == [WORD, WORD, END, PADDING, PADDING]
+    assert frame.roles([7, 1]).tolist() == [WORD, END]
+
+
+def test_a_frame_fits_its_own_template_only():
+    frame = Frame.of(HEAD + TAIL, [*HEAD, 7, *TAIL])
+    assert frame.fits([*HEAD, 7, 8, *TAIL]) and frame.fits(HEAD + TAIL)
+    assert not frame.fits([*HEAD, 7, 8]) and not frame.fits([90, 92, 7, *TAIL]) and not frame.fits(HEAD)
+    left = Frame.of([0, 0, 0, 2], [0, 0, 2, 7])
+    assert left.fits([0, 2, 7, 7]) and left.fits([2, 7, 7, 7]) and not left.fits([0, 7, 7, 7])
+    assert left.head([0, 0, 2, 7]) == 3 and frame.head([*HEAD, 7, *TAIL]) == 3
 
 
 def test_a_context_without_an_end_is_all_words():
@@ -59,6 +84,17 @@ def test_rows_that_count():
     assert torch.equal(after_start(STAR), STAR.rows[3:]) and torch.equal(counted(STAR), STAR.rows[3:6])
     short = prompt("star", [7, 1, 0], [WORD, END, PADDING])
     assert torch.equal(counted(short), short.rows[:2]) and torch.equal(after_start(short), short.rows)
+
+
+def test_nothing_of_the_template_before_an_empty_prompt_counts():
+    empty = prompt("", [*HEAD, *TAIL], [TEMPLATE] * 5, head=3)
+    assert torch.equal(after_start(empty), empty.rows[3:]) and torch.equal(counted(empty), empty.rows[3:])
+    left = prompt("", [0, 0, 2], [PADDING, PADDING, START], head=3)
+    assert torch.equal(after_start(left), left.rows[2:])
+    words = prompt("star", [0, 2, 7], [PADDING, START, WORD], head=2)
+    assert torch.equal(after_start(words), words.rows[2:])
+    moved = empty.read_as(torch.cat([torch.zeros(2, 4), empty.rows]))
+    assert moved.head == 5 and torch.equal(after_start(moved), empty.rows[3:])
 
 
 def test_a_word_is_found_as_it_is_inside_a_sentence():
@@ -119,11 +155,12 @@ def test_texts_of_any_length_match_by_their_words():
     assert concepts.match(texts, known).tolist() == [[1, 0], [1, 0], [0, 0.5], [0, 0]]
 
 
-def test_texts_whose_words_are_not_known_match_by_their_mean():
+def test_texts_whose_words_are_not_known_match_by_their_rows():
+    """Each row of a concept finds the nearest row of the text."""
     concepts = concepts_of(CONCEPTS)
     text = CONCEPTS["star"].rows.expand(1, 5, 4)
-    mean, own = text.double().mean(dim=1)[0], CONCEPTS["red moon"].rows.double().mean(dim=0)
-    expected = max(0.0, float(mean @ own / (mean.norm() * own.norm())))
+    star, moon = text.double()[0, 0], CONCEPTS["red moon"].rows.double()
+    expected = max(0.0, float((moon @ star / (moon.norm(dim=1) * star.norm())).mean()))
     assert concepts.match(text, [None])[0].tolist() == pytest.approx([1.0, expected], abs=1e-6)
     assert concepts.match(text)[0, 0] == pytest.approx(1.0)
 

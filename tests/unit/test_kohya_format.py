@@ -36,7 +36,7 @@ def saved(tmp_path, *args, layers=None, **kwargs):
     path = str(tmp_path / "star.safetensors")
     made = adapter(*args, **kwargs)
     layers = layers or weights()
-    kohya.save(made, layers.items(), path, NAMES)
+    kohya.save(made, {"text": layers.items()}, path, NAMES)
     return load_file(path), made, layers
 
 
@@ -97,7 +97,9 @@ def test_float32_where_half_precision_is_not_enough(tmp_path):
 def test_a_map_that_does_nothing(tmp_path):
     text_map = TextMap(torch.zeros(D, 2), torch.zeros(2, D), (0, 0))
     path = str(tmp_path / "nothing.safetensors")
-    kohya.save(ErasureAdapter(Card("UCE", ("star",)), {"map": {"text": text_map}}), weights().items(), path, NAMES)
+    kohya.save(
+        ErasureAdapter(Card("UCE", ("star",)), {"map": {"text": text_map}}), {"text": weights().items()}, path, NAMES
+    )
     tensors = load_file(path)
     assert all(torch.isfinite(t).all() for t in tensors.values())
     assert not any(delta(tensors, name).any() for name in NAMES.values())
@@ -116,7 +118,7 @@ def test_metadata(tmp_path, family, version, architecture):
     made = adapter()
     path = str(tmp_path / "star.safetensors")
     card = Card(made.card.method, made.card.concepts, family=family)
-    kohya.save(ErasureAdapter(card, {"map": {"text": made.maps["text"]}}), weights().items(), path, NAMES)
+    kohya.save(ErasureAdapter(card, {"map": {"text": made.maps["text"]}}), {"text": weights().items()}, path, NAMES)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["ss_base_model_version"] == version and metadata["modelspec.architecture"] == architecture
@@ -143,5 +145,5 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, when):
         monkeypatch.setattr(files, "save_file", full_disk)
     layers = weights().items() if when == "writing" else interrupted()
     with pytest.raises(OSError, match="No space"):
-        kohya.save(adapter(), layers, str(path), NAMES)
+        kohya.save(adapter(), {"text": layers}, str(path), NAMES)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["star.safetensors"]

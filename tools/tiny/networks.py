@@ -470,12 +470,11 @@ BLOCK = {"nvfp4": 16, "mxfp8": 32}  # weights that share a scale
 def quantised(name, kind, seed=0, dynamic=True):
     """(MODEL of a family whose linear layers are stored as one of LAYOUTS, {key: the numbers they stand for})."""
     try:
-        from comfy.quant_ops import LAYOUTS as of_host
-        from comfy.quant_ops import QuantizedTensor
-    except ImportError:
+        from comfy.quant_ops import QuantizedTensor, get_layout_class
+
+        get_layout_class(LAYOUTS[kind])
+    except (ImportError, KeyError):
         raise NotInThisHost(f"this host stores no {kind}") from None
-    if LAYOUTS[kind] not in of_host or not hasattr(QuantizedTensor, "state_dict"):
-        raise NotInThisHost(f"this host stores no {kind}")
     state, numbers = {}, {}
     for key, weight in base_model(name, seed).diffusion_model.state_dict().items():
         state[key] = weight

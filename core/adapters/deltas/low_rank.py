@@ -57,6 +57,17 @@ class LowRank(Delta):
         return self
 
 
+def turned(key, delta):
+    """(key, delta) of a layer whose outputs other programs have in another order than the host: the host's key without
+    the function that turns them, and the change with its outputs turned."""
+    change = delta.low_rank()
+    if isinstance(key, str) or len(key) < 3 or key[2] is None or change is None:
+        return key, delta
+    turn = key[2]
+    change = replace(change, up=turn(change.up), bias=None if change.bias is None else turn(change.bias))
+    return key[0] if key[1] is None else key[:2], change
+
+
 def join(terms):
     """One LowRank of the Terms of a layer that are not gated, their factors folded in; None of none."""
     if not terms:

@@ -6,10 +6,12 @@ import torch
 
 from .groups import SUBJECT, carrying, preserved_rows, safe_surrogates, spreads, token_groups
 from .method import Method
+from .row_space import outside, row_basis
 from .solver import (
     RANK_TOLERANCE,
+    WIDE_TEXT,
     group_sizes,
-    outside,
+    mean_square,
     protected_basis,
     require_outside,
     stacked,
@@ -17,14 +19,23 @@ from .solver import (
 )
 
 
-def span(rows, tau):
-    """Orthonormal basis (d, r) of the span of rows (F, d), cut at the mean square tau when they fill the space."""
-    return protected_basis(rows, tau if len(rows) >= rows.shape[1] else 0.0)
+def span(rows, tau, fixed=None):
+    """Orthonormal basis (d, r) of the span of rows (F, d), cut at the mean square tau when they fill the space; and of
+    fixed rows (h, d), uncut."""
+    return protected_basis(rows, tau if len(rows) >= rows.shape[1] else 0.0, fixed)
 
 
-def safe_anchors(targets, safe, tau):
-    """c* = S (S^T S)^+ S^T c, (N, d): the part of targets (N, d) that safe rows (F, d) can express."""
-    basis = span(safe, tau)
+def safe_span(safe, tau, retained, basis, fixed=None):
+    """span() of safe rows (G, d) and of the fixed ones; basis: that of the retained rows (F, d), from which it goes on
+    where the text is wide and the safe rows begin with the retained ones."""
+    count, width = len(retained), safe.shape[1]
+    if width >= WIDE_TEXT and len(safe) < width and torch.equal(safe[:count], retained):
+        return row_basis(safe[count:], basis)
+    return span(safe, tau, fixed)
+
+
+def safe_anchors(targets, basis):
+    """c* = S (S^T S)^+ S^T c, (N, d): the part of targets (N, d) that safe rows can express, by a basis (d, r)."""
     return (targets @ basis) @ basis.T
 
 
@@ -36,13 +47,20 @@ def pseudo_inverse_rows(editable):
     return (vh[keep].T / s[keep]) @ (q @ u[:, keep]).T
 
 
-def double_projection_terms(groups, retained, *, safe=None, tau=0.1, names=None):
+def double_projection_terms(
+    groups, retained, *, safe=None, tau=0.1, names=None, relative=False, fixed=None, every=True
+):
     """For each concept factors A (d, n), B (n, d), float64, with W_new = W (I + sum A B); see below."""
     targets, replacements, sizes = stacked(groups)
-    anchors = replacements if safe is None else safe_anchors(targets, safe, tau)
+    if relative:
+        tau = tau * mean_square(retained if len(retained) else targets, fixed)
+    basis = span(retained, tau, fixed)
+    anchors = replacements
+    if safe is not None:
+        anchors = safe_anchors(targets, safe_span(safe, tau, retained, basis, fixed))
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    editable = outside(targets, span(retained, tau))
-    require_outside(targets, editable, owner, names or range(1, len(sizes) + 1))
+    editable = outside(targets, basis)
+    require_outside(targets, editable, owner, names or range(1, len(sizes) + 1), every)
     return zip((anchors - targets).T.split(sizes, 1), pseudo_inverse_rows(editable).split(sizes))
 
 
@@ -51,10 +69,12 @@ def double_projection_of(groups, retained, **settings):
 
     U2 spans the orthogonal complement of the retained rows, so that (U2^T C1)^+ U2^T = ((I - Q Q^T) C1)^+ with an
     orthonormal basis Q of their span: exact on the targets, nothing on the retained. groups: by concept, pairs
-    (targets (r, d), anchors (r, d)); retained: (F, d), possibly none. settings: safe, rows (G, d) on whose span
-    the targets are projected to get their anchors (the published anchor; those in groups without it); tau: with
-    d or more retained rows, directions in which their mean square is below it are given up (the published
-    truncation for large sets); names, of the concepts, for messages.
+    (targets (r, d), anchors (r, d)); retained: (F, d), possibly none. settings: safe, rows (G, d) on whose span, with
+    that of the fixed ones, the targets are projected to get their anchors (the published anchor; those in groups
+    without it); tau: with d or more retained rows, directions in which their mean square is below it are given up
+    (the published truncation for large sets); names, of the concepts, for messages; relative, whether tau is times the
+    mean squared length of the retained rows; fixed, rows (h, d) on which the map must vanish whatever tau is; every,
+    see require_outside().
     """
     width = groups[0][0][0].shape[1]
     return text_map(double_projection_terms(groups, retained, **settings), group_sizes(groups), width)
@@ -77,7 +97,7 @@ def solve(job, encoded, weight_gram=None, on_round=None):
     if spreads(job, encoded):
         found = carrying(job, encoded)
         groups, retained = found.groups, torch.cat([*found.preserved.values(), *found.replacing])
-        settings["fixed"] = found.fixed
+        settings |= {"fixed": found.fixed, "every": False}
     else:
         groups, retained = token_groups(job, encoded), preserved_rows(job, encoded, job.captions())
     safe = torch.cat([retained, *safe_surrogates(job, groups)]) if job.settings.safe_anchor else None

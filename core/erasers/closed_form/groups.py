@@ -17,13 +17,14 @@ class Carrying:
     """The rows of a job where the encoder spreads words over others; all as long as CLIP's on average.
 
     groups: by concept, pairs (targets (r, d), replacements (r, d)); preserved: {prompt: rows (n, d)}; replacing: rows
-    of the prompts with surrogates, which stay as they are; fixed: (h, d), those that no map may change. Every pair,
-    and every prompt, weighs as much as one row.
+    of the prompts with surrogates, which stay as they are; empty: (n, d), those of the empty prompt; fixed: (h, d),
+    those that no map may change. Every pair, and every prompt, weighs as much as one row.
     """
 
     groups: list
     preserved: dict
     replacing: list
+    empty: torch.Tensor
     fixed: torch.Tensor
 
 
@@ -40,14 +41,16 @@ def carrying(job, encoded, captions=None):
     for i, target, replacement in job.pairs():
         groups[i].append(carriers(encoded[target], encoded[replacement], entry.reach, entry.pads))
         if job.concepts[i].surrogate.lower() not in erased:
-            replacing[replacement] = kept(encoded[replacement], entry.pads)
-    preserved = {p: kept(encoded[p], entry.pads) for p in (job.preserved() if captions is None else captions)}
+            replacing[replacement] = kept(encoded[replacement], entry.reach, entry.pads)
+    names = job.preserved() if captions is None else captions
+    preserved, empty = ({p: kept(encoded[p], entry.reach, entry.pads) for p in prompts} for prompts in (names, [""]))
     size = scale([*preserved.values(), *replacing.values(), *(pair.targets for pairs in groups for pair in pairs)])
     return Carrying(
         [[tuple(evened(rows) * size for rows in (pair.targets, pair.replacements)) for pair in pairs]
          for pairs in groups],
         {prompt: evened(rows) * size for prompt, rows in preserved.items()},
         [evened(rows) * size for prompt, rows in replacing.items() if prompt not in preserved],
+        empty[""] * size,
         fixed(encoded[""], entry.reach),
     )  # fmt: skip
 

@@ -10,9 +10,26 @@ import torch
 
 from ...errors import ErasureError
 from .groups import aligned_groups, carrying, spreads, whole_groups
+from .layers import LayerGram, LowRankMap
 from .method import Method
-from .solver import cross_gram, gram, group_sizes, ridge, runs, shared, solve_rows, stacked, text_map
-from .uce import PRESET, Scales, target_rows, uce_of, uce_solver, uce_terms
+from .row_space import Rows, row_ridge
+from .solver import (
+    as_blocks,
+    count_of,
+    cross_gram,
+    fixed_basis,
+    gram,
+    group_sizes,
+    mean_square,
+    ridge,
+    runs,
+    shared,
+    solve_rows,
+    stacked,
+    text_map,
+    unstable,
+)
+from .uce import PRESET, Scales, target_rows, uce_of, uce_row_terms, uce_solver, uce_terms
 
 PENALTIES = ("length", "outputs", "distance", "both", "replacement")  # what the penalty is on, see Derivation
 
@@ -47,10 +64,7 @@ class Derivation:
         del system
         pivots = factor.diagonal().square()
         if failed or pivots.min() < 1e-8 * pivots.max():
-            raise ErasureError(
-                f"RECE cannot derive its embeddings with a penalty of {penalty:g}: the edited layers are nearly "
-                "singular; raise the penalty (0.1 for easy concepts, 0.001 for hard ones) or take fewer epochs."
-            )
+            raise _nearly_singular(penalty)
         if penalty_on in ("distance", "both"):
             right.diagonal().add_(penalty)
         self.penalty = penalty if penalty_on == "replacement" else None
@@ -78,13 +92,52 @@ def _unpenalised_size(p, penalty):
     factor, pivots, failed = torch.linalg.lu_factor_ex(p)
     size = factor.diagonal().abs()
     if failed or size.min() < 1e-12 * size.max():
-        raise ErasureError(
-            'RECE cannot derive its embeddings with a penalty on "outputs", because the edited layers have no '
-            'inverse; put the penalty on "length" or take fewer epochs.'
-        )
+        raise _no_inverse()
     k = torch.linalg.lu_solve(factor, pivots, torch.eye(len(p), dtype=p.dtype))
     k.diagonal().add_(penalty)
     return k / (1 + penalty)
+
+
+def _nearly_singular(penalty):
+    return ErasureError(
+        f"RECE cannot derive its embeddings with a penalty of {penalty:g}: the edited layers are nearly "
+        "singular; raise the penalty (0.1 for easy concepts, 0.001 for hard ones) or take fewer epochs."
+    )
+
+
+def _no_inverse():
+    return ErasureError(
+        'RECE cannot derive its embeddings with a penalty on "outputs", because the edited layers have no '
+        'inverse; put the penalty on "length" or take fewer epochs.'
+    )
+
+
+def derived_by_rows(targets, replacements, p, penalty, penalty_on="length"):
+    """The same c' (E, d) where the layers W have fewer outputs than the text is wide; p: LowRankMap.
+
+    With V = W P, k = penalty and s = 1 they are z + s V^T (k I + V V^T)^-1 (W c - V z), where z is 0 for the penalty
+    on "length", c for "distance" and "both" and n for "replacement"; for "both" k = penalty / (1 + penalty) and
+    s = 1 / (1 + penalty). Nothing is larger than (o, o), o the number of outputs.
+    """
+    if penalty_on == "outputs":
+        inverse, pivots = p.inverse_of(targets)
+        if pivots < 1e-12:
+            raise _no_inverse()
+        return inverse.add_(targets, alpha=penalty).div_(1 + penalty)
+    scale = 1 / (1 + penalty) if penalty_on == "both" else 1.0
+    start = {"length": None, "replacement": replacements}.get(penalty_on, targets)
+    system = p.square()
+    system.diagonal().add_(scale * penalty)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    del system
+    pivots = factor.diagonal().square()
+    if failed or min(pivots.min(), scale * penalty) < 1e-8 * pivots.max():
+        raise _nearly_singular(penalty)
+    heard = p.layers.heard(targets)
+    if start is not None:
+        heard -= p.layers.heard(p.of(start))
+    found = p.transposed(p.layers.back(solve_rows(factor, scale * heard)))
+    return found if start is None else found.add_(start)
 
 
 def derived_embeddings(concepts, weight_gram, p, penalty, penalty_on="length", replacements=None):
@@ -119,31 +172,63 @@ class Moments:
         return found.sub_(derived)
 
 
-class Epoch:
-    """One round of RECE on the map P: the edit that takes the derived embeddings c' to the replacements n.
+@dataclass(frozen=True)
+class Rounds:
+    """What is the same in every round: RECE's settings, and the Gram matrices S and R^T R, (d, d) float64.
 
-    Of every row it adds the term (P (n - c')) (c'^T G^-1). moments: those of the groups where there are more rows than
-    d: the terms are linear in c and n, so only d x d matrices are kept, and the terms are made for a few concepts at a
-    time, when they are asked for. edited: P + the terms, or None for the last epoch.
+    count: number of the concepts' rows; basis: orthonormal basis (d, h) of the fixed rows or None.
     """
 
-    def __init__(self, groups, moments, preserve_gram, weight_gram, p, last, preserve_scale, anchor, penalty, on):
-        self.groups, self.kept, self.edited = groups, None, None
-        scales = 1.0, preserve_scale, anchor, sum(group_sizes(groups))
-        derive = Derivation(weight_gram, p, penalty, on, moments is not None)
-        if moments is None:
-            targets, replacements, sizes = stacked(groups)
-            derived = derive(targets, replacements)
-            solve = ridge(gram(derived), preserve_gram, *scales)
-            self.kept = p @ replacements.sub_(derived).T, solve(derived), sizes
-            if not last:
-                self.edited = torch.addmm(p, *self.kept[:2])
-            return
+    preserve_gram: torch.Tensor
+    weight_gram: torch.Tensor
+    count: int
+    preserve_scale: float
+    anchor: float
+    penalty: float
+    penalty_on: str
+    basis: torch.Tensor | None
+
+    def derivation(self, p, dense):
+        """Derivation of the embeddings that the layers W P take for the concepts."""
+        return Derivation(self.weight_gram, p, self.penalty, self.penalty_on, dense)
+
+    def ridge(self, derived_gram):
+        """Ridge of the edit that takes the derived embeddings away; derived_gram: theirs, used up."""
+        return ridge(
+            derived_gram, self.preserve_gram, 1.0, self.preserve_scale, self.anchor, self.count, basis=self.basis
+        )
+
+
+class RowsEpoch:
+    """One round of RECE on the map P: the edit that takes the derived embeddings c' to the replacements n.
+
+    Of every row it adds the term (P (n - c')) (c'^T G^-1), all of them made at once. edited: P + the terms, or None for
+    the last epoch.
+    """
+
+    def __init__(self, rounds, groups, p, last):
+        targets, replacements, self.sizes = stacked(groups)
+        derived = rounds.derivation(p, dense=False)(targets, replacements)
+        solve = rounds.ridge(gram(derived))
+        self.changes, self.rows = p @ replacements.sub_(derived).T, solve(derived)
+        self.edited = None if last else torch.addmm(p, self.changes, self.rows)
+
+    def terms(self, run):
+        """[(A (d, n), B (n, d))] of some concepts."""
+        return list(zip(self.changes.split(self.sizes, 1), self.rows.split(self.sizes)))[run]
+
+
+class MomentsEpoch:
+    """The same where there are more rows than d: the terms are linear in c and n, so only (d, d) matrices are kept, and
+    the terms are made for a few concepts at a time, when they are asked for. moments: Moments of the groups."""
+
+    def __init__(self, rounds, groups, moments, p, last):
+        self.groups = groups
+        derive = rounds.derivation(p, dense=True)
         derived_gram = moments.derived(derive)
         change = None if last else moments.missing(derive, derived_gram)
-        solve = ridge(derived_gram, preserve_gram, *scales)
-        if not last:
-            self.edited = torch.addmm(p, p, solve(change))
+        solve = rounds.ridge(derived_gram)
+        self.edited = None if last else torch.addmm(p, p, solve(change))
         # A = of_replacements[0] n - of_targets[0] c, B = c of_targets[1] + n of_replacements[1]
         self.of_targets = p @ derive.matrix, solve(derive.matrix.T)
         self.of_replacements = p, None
@@ -152,9 +237,6 @@ class Epoch:
 
     def terms(self, run):
         """[(A (d, n), B (n, d))] of some concepts."""
-        if self.kept:
-            changes, rows, sizes = self.kept
-            return list(zip(changes.split(sizes, 1), rows.split(sizes)))[run]
         targets, replacements, index, sizes = shared(self.groups[run])
         changes = (replacements @ self.of_replacements[0].T)[index].T
         changes.addmm_(self.of_targets[0], targets.T, alpha=-1.0)
@@ -177,42 +259,108 @@ def rece_terms(
     edit_preserve_scale=0.1,
     on_epoch=None,
     erase_scale=1.0,
+    fixed=None,
     **uce_scales,
 ):
     """For each concept factors A (d, n), B (n, d), float64, of UCE followed by RECE; see rece_of()."""
     target_gram = gram(target_rows(groups))
     change = cross_gram(groups).sub_(target_gram).mul_(erase_scale)
-    start = uce_solver(groups, preserve_gram, target_gram=target_gram, erase_scale=erase_scale, **uce_scales)
+    start = uce_solver(
+        groups, preserve_gram, target_gram=target_gram, erase_scale=erase_scale, fixed=fixed, **uce_scales
+    )
     p, done = start(change), []
     del change, target_gram
     p.diagonal().add_(1.0)
-    many = sum(group_sizes(full_groups)) > len(p)
-    moments = Moments(full_groups, penalty_on == "replacement") if many else None
-    settings = edit_preserve_scale, edit_anchor, penalty, penalty_on
+    count, basis = sum(group_sizes(full_groups)), fixed_basis(fixed)
+    moments = Moments(full_groups, penalty_on == "replacement") if count > len(p) else None
+    rounds = Rounds(preserve_gram, weight_gram, count, edit_preserve_scale, edit_anchor, penalty, penalty_on, basis)
     for number in range(1, epochs + 1):
-        done.append(Epoch(full_groups, moments, preserve_gram, weight_gram, p, number == epochs, *settings))
+        last = number == epochs
+        done.append(
+            MomentsEpoch(rounds, full_groups, moments, p, last) if moments else RowsEpoch(rounds, full_groups, p, last)
+        )
         p = done[-1].edited
         if on_epoch:
             on_epoch(number)
-    del preserve_gram, p, moments
+    del preserve_gram, rounds, p, moments
     for run in runs(full_groups):
         parts = [epoch.terms(run) for epoch in done]
         for mine in zip(uce_terms(groups[run], start, erase_scale), *parts):
             yield torch.cat([a for a, _ in mine], 1), torch.cat([b for _, b in mine])
 
 
-def rece_of(groups, full_groups, preserve, weight_gram, *, epochs=1, **settings):
+def rece_row_terms(
+    groups,
+    full_groups,
+    preserved,
+    layers,
+    basis=None,
+    *,
+    epochs=1,
+    penalty=0.1,
+    penalty_on="length",
+    edit_anchor=0.1,
+    edit_preserve_scale=0.1,
+    on_epoch=None,
+    **uce_scales,
+):
+    """The same where the rows, and the outputs of the layers, are fewer than the text is wide, without (d, d) matrices.
+
+    preserved: Rows or None, outside of basis; layers: LayerGram; basis: orthonormal (d, h) of the fixed rows or None.
+    """
+    parts = [list(uce_row_terms(groups, preserved, basis, **uce_scales))]
+    p = LowRankMap(layers)
+    targets, replacements, sizes = stacked(full_groups)
+    for number in range(1, epochs + 1):
+        p.add(*(torch.cat(factors, dim) for factors, dim in zip(zip(*parts[-1]), (1, 0))))
+        derived = derived_by_rows(targets, replacements, p, penalty, penalty_on)
+        try:
+            rows = row_ridge(Rows([derived], basis), preserved, 1.0, edit_preserve_scale, edit_anchor)
+        except torch.linalg.LinAlgError:
+            raise unstable(edit_anchor) from None
+        changes = p.of(replacements - derived).T
+        parts.append(list(zip(changes.split(sizes, 1), rows.split(sizes))))
+        if on_epoch:
+            on_epoch(number)
+    for mine in zip(*parts):
+        yield torch.cat([a for a, _ in mine], 1), torch.cat([b for _, b in mine])
+
+
+def rece_of(
+    groups,
+    full_groups,
+    preserve,
+    weight_gram,
+    *,
+    epochs=1,
+    anchor=0.5,
+    edit_anchor=0.1,
+    relative=False,
+    fixed=None,
+    **settings,
+):
     """TextMap of UCE followed by `epochs` rounds of RECE.
 
     groups, preserve: as for uce_of(). full_groups: every row of the concepts' embeddings and of their
     replacements at the same places (no slicing at the last subject token here, as published). weight_gram:
-    S (d, d) of the unedited key and value matrices. settings: penalty, penalty_on (one of PENALTIES), edit_anchor,
-    edit_preserve_scale, those of UCE, and on_epoch, which is called with the number of finished epochs.
+    S of the unedited layers that read the text, (d, d) or LayerGram. settings: penalty, penalty_on (one of PENALTIES),
+    edit_preserve_scale, those of UCE, and on_epoch, which is called with the number of finished epochs. relative:
+    whether anchor and edit_anchor are times the mean squared length of the preserved rows; fixed: as for uce_of().
     """
-    weight_gram = weight_gram.to(torch.float64)
-    sizes = [n + epochs * m for n, m in zip(group_sizes(groups), group_sizes(full_groups))]
-    terms = rece_terms(groups, full_groups, gram(preserve), weight_gram, epochs=epochs, **settings)
-    return text_map(terms, sizes, len(weight_gram))
+    width, first, full = len(weight_gram), group_sizes(groups), group_sizes(full_groups)
+    if relative:
+        scale = mean_square(preserve, fixed)
+        anchor, edit_anchor = scale * anchor, scale * edit_anchor
+    settings.update(epochs=epochs, anchor=anchor, edit_anchor=edit_anchor)
+    by_layers = isinstance(weight_gram, LayerGram)
+    if by_layers and max(sum(first), sum(full)) + count_of(preserve) < width:
+        basis, blocks = fixed_basis(fixed), as_blocks(preserve)
+        preserved = Rows(blocks, basis) if blocks else None
+        terms = rece_row_terms(groups, full_groups, preserved, weight_gram, basis, **settings)
+    else:
+        weight_gram = weight_gram.dense() if by_layers else weight_gram.to(torch.float64)
+        terms = rece_terms(groups, full_groups, gram(preserve), weight_gram, fixed=fixed, **settings)
+    return text_map(terms, [n + epochs * m for n, m in zip(first, full)], width)
 
 
 @dataclass(frozen=True)

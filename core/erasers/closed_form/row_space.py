@@ -11,6 +11,7 @@ import torch
 
 BLOCK = 1 << 23  # numbers to widen at a time, 64 MB
 PANEL = 256  # rows to make orthonormal at a time
+CLEAR = 0.03  # of a row's length outside the rows before it, from which there is no doubt
 REPEATS = 1e-6  # of a row's length: what is left of a row that encoders gave before; they repeat to this
 
 
@@ -104,26 +105,33 @@ def row_ridge(targets, preserved, target_scale, preserve_scale, anchor):
 
 
 def _orthonormal(rows):
-    """Orthonormal rows (r, d) that span rows (n, d) of length 1 at most, without what only repeats."""
-    squares, vectors = torch.linalg.eigh(rows @ rows.T)
-    keep = squares > REPEATS**2
-    return (vectors[:, keep] / squares[keep].sqrt()).T @ rows
+    """(orthonormal rows (r, d) that span rows (n, d) of length 1 at most, without what only repeats; whether nothing
+    of them was nearly lost, so that rounding was not made larger either)."""
+    square = rows @ rows.T
+    factor, failed = torch.linalg.cholesky_ex(square)
+    if failed or not (factor.diagonal() > CLEAR).all():
+        squares, vectors = torch.linalg.eigh(square)
+        keep = squares > REPEATS**2
+        return (vectors[:, keep] / squares[keep].sqrt()).T @ rows, False
+    rows = torch.linalg.solve_triangular(factor, rows, upper=False)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.T), rows, upper=False), True
 
 
 def row_basis(rows, start=None):
     """Orthonormal basis (d, r) of the span of rows (F, d) and of an orthonormal basis `start` (d, h).
 
-    Gram-Schmidt by panels, each twice: products of matrices, several times as fast as a QR of this shape. Every row
-    counts by its direction; what is left of it outside the rows before it is dropped below REPEATS of its length.
+    Gram-Schmidt by panels, again where much was taken away: products of matrices, several times as fast as a QR of
+    this shape. Every row counts by its direction; what is left of it outside the rows before it is dropped below
+    REPEATS of its length.
     """
     rank = 0 if start is None else start.shape[1]
     basis = torch.empty(rank + len(rows), rows.shape[1], dtype=torch.float64)
     if rank:
         basis[:rank] = start.T
     for panel in rows.split(PANEL):
-        part = torch.nn.functional.normalize(panel.to(torch.float64))
-        for _ in range(2):
-            part = _orthonormal(outside(part, basis[:rank].T))
+        part, clear = torch.nn.functional.normalize(panel.to(torch.float64)), False
+        while not clear:
+            part, clear = _orthonormal(outside(part, basis[:rank].T))
         basis[rank : rank + len(part)] = part
         rank += len(part)
     return basis[:rank].T

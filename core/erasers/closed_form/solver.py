@@ -4,15 +4,18 @@ Everything is float64. Rows that come in may be float32 and are widened a batch 
 needed does not grow with the number of preserved prompts.
 """
 
+from hashlib import sha256
+
 import numpy as np
 import torch
 
 from ...adapters.deltas.text_map import TextMap
 from ...errors import ErasureError
-from .row_space import Rows, outside, row_basis
+from .row_space import Rows, outside, row_basis, strong_basis
 
 RANK_TOLERANCE = 1e-7  # of the largest singular value; float32 storage cannot hold less
 WIDE = 1024  # columns
+WIDE_TEXT = 4096  # columns from which a QR of as many rows takes too long
 SPAN_TOLERANCE = 1e-4  # part of a vector that must lie outside a space to count as outside; encoders repeat to 1e-6
 
 
@@ -34,9 +37,9 @@ def blocks_of(rows, size):
         yield waiting
 
 
-def batches(rows):
-    """Float64 copies of the rows (F, d), a batch at a time."""
-    for block in rows.split(batch_size(rows.shape[1])):
+def batches(rows, size=None):
+    """Float64 copies of the rows (F, d), a batch of `size` at a time, or of what fits (d, d) matrices."""
+    for block in rows.split(size or batch_size(rows.shape[1])):
         yield block.to(torch.float64)
 
 
@@ -151,11 +154,11 @@ def stacked(groups):
 def shared(groups):
     """(targets (E, d), replacements (u, d), index (E,), rows of each concept) of groups; float64.
 
-    The replacement of target i is row index[i]: those of one surrogate, say, are there once.
+    The replacement of target i is row index[i]: equal blocks of them, those of one surrogate, say, are there once.
     """
     known, found, index = {}, [], []
     for _, rows in (pair for pairs in groups for pair in pairs):
-        key = rows.data_ptr(), rows.shape, rows.stride()
+        key = rows.shape, rows.dtype, sha256(rows.contiguous().numpy()).digest()
         if key not in known:
             known[key] = sum(map(len, found))
             found.append(rows)
@@ -203,20 +206,27 @@ def mean_square(rows, fixed=None):
 
 
 def fixed_basis(fixed):
-    """Orthonormal basis (d, r) of the span of rows (h, d), each by its direction; None for None."""
-    return None if fixed is None else row_basis(fixed)
+    """Orthonormal basis (d, r) of the span of rows (h, d), each by its direction; None for none."""
+    return None if fixed is None or not len(fixed) else row_basis(fixed)
 
 
-def protected_basis(rows, tau=0.0):
+def protected_basis(rows, tau=0.0, fixed=None):
     """Orthonormal basis Q (d, r) of the directions in which rows R (F, d) have a mean square of at least tau.
 
     P = I - Q Q^T is the null-space projector of SPEED (Li et al. 2026) and U2 U2^T of Double Projections. The
     mean squares are the eigenvalues of R^T R / F; with tau = 0 Q spans the rows up to rounding. Fewer rows than
-    d: thin QR, and an SVD of its small factor only where it matters; otherwise a symmetric eigendecomposition.
+    d: thin QR, and an SVD of its small factor only where it matters, or what row_space has for wide text; otherwise
+    a symmetric eigendecomposition. fixed: rows (h, d) that Q spans too, whatever tau is; the mean squares are then
+    those of the rows outside their span.
     """
     count, width = rows.shape
+    start = fixed_basis(fixed)
     if not count:
-        return torch.zeros(width, 0, dtype=torch.float64)
+        return torch.zeros(width, 0, dtype=torch.float64) if start is None else start
+    if count < width and (start is not None or width >= WIDE_TEXT):
+        return strong_basis(rows, tau, start) if tau else row_basis(rows, start)
+    if start is not None:
+        return torch.cat([start, protected_basis(outside(rows.to(torch.float64), start), tau)], 1)
     if count >= width:
         squares, vectors = torch.linalg.eigh(gram(rows, 1 / count))
         return vectors[:, squares >= max(tau, width * 1e-15 * squares[-1].item())]
@@ -228,12 +238,16 @@ def protected_basis(rows, tau=0.0):
     return q @ u[:, (s.square() / count >= tau) & (s > RANK_TOLERANCE * s.max())]
 
 
-def require_outside(targets, editable, owner, names):
+def require_outside(targets, editable, owner, names, every=True):
     """Raise for the first target that its part outside the protected space does not reach.
 
-    targets, editable: (E, d), the rows and their part outside; owner: concept of each row; names: concepts.
+    targets, editable: (E, d), the rows and their part outside; owner: concept of each row; names: concepts. every:
+    else only for a concept none of whose rows reaches outside, as where rows are taken that may carry little of it.
     """
     inside = editable.norm(dim=1) <= SPAN_TOLERANCE * targets.norm(dim=1)
+    if not every:
+        reaching = set(owner[~inside].tolist())
+        inside &= torch.tensor([k not in reaching for k in owner.tolist()], dtype=torch.bool)
     if inside.any():
         name = names[owner[int(inside.nonzero()[0])]]
         raise ErasureError(

@@ -13,27 +13,35 @@ import torch
 from ...errors import ErasureError
 from .groups import ALL, SUBJECT, carrying, preserved_rows, spreads, token_groups
 from .method import Method
-from .solver import batches, gram, group_sizes, outside, protected_basis, require_outside, stacked, text_map
+from .row_space import Rows, outside, row_ridge
+from .solver import batches, gram, group_sizes, mean_square, protected_basis, require_outside, stacked, text_map
 
 CENTROIDS = 3  # of the empty prompt's rows after the start token, as published
 KMEANS_ROUNDS = 25
+BATCH = 256  # retained rows to score at a time next to few targets
 
 
-def prior_scores(retained, targets, changes):
-    """Influence of the erasure on retained rows (F, d): ||(A - T)(I + T)^-1 c0||, (F,) float64.
+def prior_scores(retained, targets, changes, scale=1.0):
+    """Influence of the erasure on retained rows (F, d): ||(A - T)(s I + T)^-1 c0||, (F,) float64.
 
-    targets C1, changes C* - C1: (N, d). T = C1^T C1 / N and A - T = (C* - C1)^T C1 / N, the means over concepts.
+    targets C1, changes C* - C1: (N, d). T = C1^T C1 / N and A - T = (C* - C1)^T C1 / N, the means over concepts;
+    scale: s, 1 as published. Fewer targets than d: C1 (s I + T)^-1 = (s I + C1 C1^T / N)^-1 C1.
     """
-    count = len(targets)
+    count, width = targets.shape
+    if count < width:
+        inner = Rows([targets]).square / count
+        inner.diagonal().add_(scale)
+        rows = torch.cholesky_solve(targets, torch.linalg.cholesky(inner)).div_(count).T
+        return torch.cat([(batch @ rows @ changes).norm(dim=1) for batch in batches(retained, BATCH)])
     inner = gram(targets, 1 / count)
-    inner.diagonal().add_(1.0)
+    inner.diagonal().add_(scale)
     rows = torch.cholesky_solve(targets.T, torch.linalg.cholesky(inner)) @ changes / count  # D^T
     return torch.cat([(batch @ rows).norm(dim=1) for batch in batches(retained)])
 
 
-def influential(retained, targets, changes):
+def influential(retained, targets, changes, scale=1.0):
     """The retained rows with a score above the mean (influence-based prior filtering); all where none is."""
-    scores = prior_scores(retained, targets, changes)
+    scores = prior_scores(retained, targets, changes, scale)
     keep = scores > scores.mean()
     return retained[keep] if keep.any() else retained
 
@@ -63,7 +71,7 @@ def held_rows(fixed, basis, lam):
     itself may be dependent or protected already.
     """
     held = outside(fixed, basis)
-    if lam:
+    if lam or not len(held):
         return held
     u, s, _ = torch.linalg.svd(held.T, full_matrices=False)
     return u[:, s > 1e-6 * fixed.norm(dim=1).max()].T
@@ -75,14 +83,14 @@ def constrained_rows(editable, held, rho, lam):
     editable: P C1 (N, d); held: P C2 (m, d) or a basis of it. With M = (T P + rho I)^-1 the matrix
     Z = P M = (P T P + rho I)^-1 P is symmetric, and P Q M = Z - Z C2 (C2^T Z C2 + lam I)^-1 C2^T Z.
     """
-    system = gram(editable, 1 / len(editable))
+    count = len(editable)
+    if count + len(held) < editable.shape[1]:
+        return _rows_of_few(editable, held, rho, lam)
+    system = gram(editable, 1 / count)
     system.diagonal().add_(rho)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed or rho <= 0:
-        raise ErasureError(
-            f"SPEED has no stable solution with rho {rho:g}; use a rho above 0 (1 for objects and styles, 0.05 for "
-            "many people, 0.7 for nudity)."
-        )
+        raise unstable(rho)
     rows = torch.cholesky_solve(editable.T, factor).T
     if not len(held):
         return rows
@@ -93,19 +101,54 @@ def constrained_rows(editable, held, rho, lam):
     return rows - (torch.cholesky_solve(z.T, torch.linalg.cholesky(inner)).T @ (held @ rows.T)).T
 
 
-def speed_terms(groups, retained, empty, *, tau=0.1, rho=1.0, lam=0.0, prior_filter=True, names=None):
+def _rows_of_few(editable, held, rho, lam):
+    """The same in the space of the rows: constraints with slack are rows of weight 1 / lam, exact ones leave what is
+    outside them."""
+    slack = Rows([held]) if lam and len(held) else None
+    targets = editable if lam else outside(editable, held.T)
+    count = len(editable)
+    try:
+        rows = row_ridge(Rows([targets]), slack, 1 / count, 1 / lam if lam else 0.0, rho)
+    except torch.linalg.LinAlgError:
+        raise unstable(rho) from None
+    return rows * count**0.5
+
+
+def unstable(rho):
+    """The error of a ridge that is numerically singular."""
+    return ErasureError(
+        f"SPEED has no stable solution with rho {rho:g}; use a rho above 0 (1 for objects and styles, 0.05 for "
+        "many people, 0.7 for nudity)."
+    )
+
+
+def speed_terms(
+    groups,
+    retained,
+    empty,
+    *,
+    tau=0.1,
+    rho=1.0,
+    lam=0.0,
+    prior_filter=True,
+    names=None,
+    relative=False,
+    fixed=None,
+    every=True,
+):
     """For each concept factors A (d, n), B (n, d), float64, with W_new = W (I + sum A B); see speed_of()."""
     targets, replacements, sizes = stacked(groups)
     changes = replacements - targets
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    scale = mean_square(retained if len(retained) else targets, fixed) if relative else 1.0
     if prior_filter and len(retained):
-        retained = influential(retained, targets, changes)
-    basis = protected_basis(retained, tau)
+        retained = influential(retained, targets, changes, scale)
+    basis = protected_basis(retained, scale * tau, fixed)
     editable = outside(targets, basis)
     held = held_rows(invariants(empty), basis, lam)
     reachable = editable if lam else outside(editable, held.T)
-    require_outside(targets, reachable, owner, names or range(1, len(sizes) + 1))
-    rows = constrained_rows(editable, held, rho, lam)
+    require_outside(targets, reachable, owner, names or range(1, len(sizes) + 1), every)
+    rows = constrained_rows(editable, held, scale * rho, lam)
     return zip((changes.T / len(targets)).split(sizes, 1), rows.split(sizes))
 
 
@@ -115,8 +158,11 @@ def speed_of(groups, retained, empty, **settings):
     groups: by concept, pairs (targets (r, d), anchors (r, d)); retained: (F, d), the rows to leave as they are,
     possibly none; empty: (T, d), rows of the empty prompt. settings: tau, from which mean square on a direction
     of the retained set is protected; rho, the ridge; lam, slack of the constraints on the start token and the
-    empty prompt (0: exact); prior_filter; names, of the concepts, for messages. The defaults are those of objects
-    and styles; people: tau 1e-4, rho 0.05, no filter; nudity: tau 0.1, rho 0.7, lam 0.5, all rows.
+    empty prompt (0: exact); prior_filter; names, of the concepts, for messages; relative, whether tau and rho, and the
+    filter's ridge of 1, are times the mean squared length of the retained rows; fixed, rows (h, d) on which the map
+    must vanish whatever tau and lam are; every, see require_outside(). The defaults are those of objects and styles;
+    people: tau 1e-4, rho 0.05, no
+    filter; nudity: tau 0.1, rho 0.7, lam 0.5, all rows.
     """
     terms = speed_terms(groups, retained, empty, **settings)
     return text_map(terms, group_sizes(groups), retained.shape[1])
@@ -141,8 +187,8 @@ def solve(job, encoded, weight_gram=None, on_round=None):
     settings["names"] = [concept.text for concept in job.concepts]
     if spreads(job, encoded):
         found = carrying(job, encoded, job.retained_captions())
-        retained = torch.cat([*found.preserved.values(), *found.replacing, encoded[""].rows[:0]])
-        return speed_of(found.groups, retained, encoded[""].rows, fixed=found.fixed, **settings)
+        retained = torch.cat([*found.preserved.values(), *found.replacing, found.empty[:0]])
+        return speed_of(found.groups, retained, found.empty, fixed=found.fixed, every=False, **settings)
     retained = preserved_rows(job, encoded, job.retained_captions())
     return speed_of(token_groups(job, encoded), retained, encoded[""].rows, **settings)
 

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import comfy.lora
 import comfy.ops
-import torch
 
 from ...errors import ErasureError
 from ...families.family import LAST
 from ...families.sites import site
 from ...families.table import family_of
-from ..compat import ensure_uncompiled, text_after_picture
+from ..compat import ensure_uncompiled, plain_numbers, text_after_picture
 
 NETWORK, WEIGHT = "diffusion_model.", ".weight"
 
@@ -108,11 +107,17 @@ def reads_vector(model):
 
 
 def layer_keys(model):
-    """{site: key} for every spelling the host's own LoRA loader knows; a key is that of a weight, or the host's
-    tuple of it and the part of it that the name stands for, where the host fuses layers."""
-    ensure_uncompiled(model)
+    """{site: key} for every spelling the host's own LoRA loader knows of a layer that the model has; a key is that of
+    a weight, or the host's tuple of it, the part of it that the name stands for where the host fuses layers, and the
+    function that turns the weight round."""
+    named = dict(denoiser(model).named_modules())
     names = comfy.lora.model_lora_keys_unet(model.model, {})
-    return {site(name): key for name, key in names.items() if plain_key(key).endswith(WEIGHT)}
+    keys = {site(name): key for name, key in names.items() if plain_key(key).endswith(WEIGHT)}
+    return {name: key for name, key in keys.items() if _path(key) in named}
+
+
+def _path(key):
+    return plain_key(key).removeprefix(NETWORK).removesuffix(WEIGHT)
 
 
 def plain_key(key):
@@ -130,8 +135,7 @@ def layer_weight(module, like):
     """(weight, bias) of a linear layer of the host as it multiplies with them, for an input like this."""
     cast = getattr(module, "cast_bias_weight", None)  # layers of GGUF loaders bring their own
     weight, bias = (cast(like) if cast else comfy.ops.cast_bias_weight(module, like))[:2]
-    if hasattr(weight, "dequantize") and type(weight) not in (torch.Tensor, torch.nn.Parameter):
-        weight = weight.dequantize()
+    weight = plain_numbers(weight)
     scale = getattr(module, "scale_weight", None)  # of scaled fp8
     return weight if scale is None else weight * scale.to(weight), bias
 
@@ -192,7 +196,7 @@ def _shape(layer, key):
         out, shape = layer.out_channels, (layer.in_channels, *layer.kernel_size)
     else:
         return None
-    if not isinstance(key, str):
+    if not isinstance(key, str) and key[1] is not None:
         if key[1][0] != 0:
             return None
         out = key[1][2]

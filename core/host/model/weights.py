@@ -1,14 +1,18 @@
 """The effective weights of the host's model, with everything that is patched onto it."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
+from ...adapters.plan import require_entries
+from ...erasers.closed_form.layers import layer_gram
 from ...erasers.extract import BaseLayer
+from ...errors import ErasureError
 from ...families.sites import site
 from ...formats.weights import EditedWeights
 from ..compat import calculate_weight, ensure_uncompiled, key_patches, stored_weight
-from .layers import NETWORK, family, layer_keys, readers
+from .layers import NETWORK, WEIGHT, family, layer_keys, plain_key, readers, text_entries, text_readers
 
 
 def effective_weight(model, key, patches):
@@ -36,27 +40,63 @@ def entry_weights(model, entry):
         yield key, effective_weight(model, key, patches[key])
 
 
+def map_weights(model, adapter):
+    """{name of a text entry: (key, effective weight) of the layers that read it} for the maps of an adapter.
+
+    Raises ErasureError when the adapter does not fit, or no edit of weights equals one of its maps.
+    """
+    known = text_entries(model)
+    require_entries(adapter, known)
+    entries = [entry for entry in known if entry.name in adapter.maps]
+    for entry in entries:
+        require_readers(model, entry)
+    if missing := adapter.maps.keys() - {entry.name for entry in entries}:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} also maps the text at {', '.join(sorted(missing))}, which this "
+            f"{family(model).title} model does not have; use a model of the family it was made for."
+        )
+    return {entry.name: entry_weights(model, entry) for entry in entries}
+
+
+def require_readers(model, entry):
+    """Raises ErasureError for a TextEntry whose map no edit of a MODEL's weights equals."""
+    if next(readers(model, entry), None) is None:
+        raise ErasureError(
+            f"No edit of weights equals the erasure at the text entry {entry.name} of a {family(model).title} model, "
+            'whose layers read other rows too; apply it to the text ("apply_to": "text"), or save it in the format '
+            '"membrane".'
+        )
+
+
 def text_weights(model):
     """(key, effective weight (out, d)) of the layers that read the main text entry, one at a time."""
     return entry_weights(model, family(model).text)
 
 
 def base_layers(model):
-    """{site: BaseLayer} of a MODEL's denoiser with its effective weights, every spelling of a site leading to one."""
-    patches, layers = _key_patches(model), {}
+    """{site: BaseLayer} of a MODEL's denoiser with its effective weights, every spelling of a site leading to one; of a
+    fused layer also the parts that other programs have as layers, and their order of its outputs."""
+    patches, found = _key_patches(model), {}
 
-    def layer(key):
-        def read():
-            found = [key, key.removesuffix("weight") + "bias"]
-            return tuple(effective_weight(model, k, patches[k]) if k in patches else None for k in found)
+    def read(key):
+        both = [plain_key(key), plain_key(key).removesuffix("weight") + "bias"]
+        return tuple(_part(key, effective_weight(model, k, patches[k])) if k in patches else None for k in both)
 
-        return BaseLayer(site(key), read)
+    def layer(key, name):
+        return found.setdefault(key, BaseLayer(name, partial(read, key)))
 
-    for key in patches:
-        if key.endswith(".weight"):
-            layers[site(key)] = layer(key)
-    spellings = {name: site(key) for name, key in layer_keys(model).items() if isinstance(key, str)}
-    return layers | {name: layers[own] for name, own in spellings.items() if own in layers}
+    layers = {site(key): layer(key, site(key)) for key in patches if key.endswith(WEIGHT)}
+    spellings = {name: key for name, key in layer_keys(model).items() if plain_key(key) in patches}
+    return layers | {name: layer(key, name) for name, key in spellings.items()}
+
+
+def _part(key, tensor):
+    """What a key of layer_keys() stands for in the weight or bias of its layer."""
+    if isinstance(key, str):
+        return tensor
+    part, turn = key[1], key[2] if len(key) > 2 else None
+    tensor = tensor if part is None else tensor.narrow(*part)
+    return tensor if turn is None else turn(tensor)
 
 
 class _Tensors(Mapping):
@@ -83,12 +123,7 @@ def edited_weights(model):
 
 
 def text_gram(model, on_progress=None):
-    """S = sum_l W_l^T W_l over the key and value layers that read the text: (d, d) float64."""
-    total = None
-    for i, (_, weight) in enumerate(text_weights(model)):
-        weight = weight.double()
-        product = weight.T @ weight
-        total = product if total is None else total + product
-        if on_progress:
-            on_progress(i + 1)
-    return total
+    """S = sum_l W_l^T W_l over the key and value layers that read the text: (d, d) float64, or a LayerGram where the
+    text is wide and the layers have fewer outputs."""
+    outputs = sum(module.out_features for _, module in text_readers(model))
+    return layer_gram((weight for _, weight in text_weights(model)), outputs, on_progress)

@@ -8,7 +8,7 @@ from ...adapters.plan import first_gated, require_entries
 from ...errors import ErasureError
 from ...families.sites import site
 from ..model.layers import family, plain_key, require_fit, text_entries
-from ..model.weights import entry_weights, text_weights, weight_of
+from ..model.weights import entry_weights, require_readers, text_weights, weight_of
 from .places import without_stack
 from .stack import add_low_rank, applied_stack, keys_for, plan_for, static_changes
 
@@ -53,13 +53,8 @@ def apply_to_weights(model, stack):
         add_low_rank(patched, static)
     for entry in text_entries(model) if plan.maps else ():
         if entry.name in plan.maps:
-            changes = dict(on_weights(plan.maps[entry.name], entry_weights(patched, entry)))
-            if not changes:
-                raise ErasureError(
-                    f"No edit of weights equals the erasure at the text entry {entry.name} of a {family(model).title} "
-                    'model, whose layers read other rows too; set apply_to to "text".'
-                )
-            add_low_rank(patched, changes)
+            require_readers(model, entry)
+            add_low_rank(patched, dict(on_weights(plan.maps[entry.name], entry_weights(patched, entry))))
     for key, layer in plan.running.items():  # last, and one after the other, as masks multiply
         for term in layer.on_weight:
             difference = term.delta.difference(weight_of(patched, key), term.factor)

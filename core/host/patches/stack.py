@@ -20,7 +20,6 @@ from ...adapters.gates import gated, wanted_concepts
 from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
-from ...text.similarity import concepts_of
 from ..model.layers import (
     family,
     layer_keys,
@@ -32,7 +31,7 @@ from ..model.layers import (
     text_entries,
     text_rows,
 )
-from ..text.encode import encode
+from ..text.calibration import compared_with
 from ..text.known_tokens import PROMPTS
 from .conditioning import EXTRA_CONDS, ErasedConditioning
 from .places import foreign
@@ -59,7 +58,7 @@ def concepts_for(stack, clip, known=None):
     if not missing:
         return known
     PROMPTS.want()
-    fresh = concepts_of(encode(clip, (*missing, "")))
+    fresh = compared_with(clip, missing)
     if known is None:
         return fresh
     if known.shape != fresh.shape:
@@ -182,5 +181,6 @@ def add_low_rank(patched, changes):
         lora[f"{i}.lora_up.weight"], lora[f"{i}.lora_down.weight"] = change.up, change.down
         keys[str(i)] = key
         if change.bias is not None:
-            biases[plain_key(key).removesuffix("weight") + "bias"] = ("diff", (change.bias,))
+            bias = plain_key(key).removesuffix("weight") + "bias"
+            biases[bias if isinstance(key, str) else (bias, key[1])] = ("diff", (change.bias,))
     patched.add_patches(comfy.lora.load_lora(lora, keys) | biases, 1.0)

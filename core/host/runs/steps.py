@@ -9,7 +9,7 @@ import torch
 from ...errors import ErasureError
 from ...measures.detection import Trace, bright_ending, magnitude, text_part
 from ..model.layers import text_width
-from ..text.encode import ids_of
+from ..text.tokens import ids_of
 from ..text.vocabulary import vocabulary_of
 from .attention import EndAttention
 from .batching import batches, join

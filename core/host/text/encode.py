@@ -1,18 +1,17 @@
 """Text encoding through the host's CLIP object."""
 
 import hashlib
-from numbers import Integral
 
 import comfy.model_management
 import torch
 
 from ...errors import ErasureError
-from ...text.encoded import UNKNOWN, WORD, Encoded, EncodedPrompt, Frame
+from ...text.encoded import Encoded, EncodedPrompt
 from ..compat import encode_with_extras
+from .known_tokens import PROMPTS
+from .tokens import BEFORE, Tokenizer, fills_contexts, ids_of
 
 BATCH = 32  # prompts per forward pass of the text encoder
-CLIP_STREAMS = {"l", "g", "h"}  # what the host calls the encoders whose prompts all fill contexts of one length
-BEFORE = "a"  # a word to tell a tokenizer's frame by, and to see other words behind
 
 
 def _plain(text):
@@ -52,16 +51,6 @@ def _first(tokens):
     return next(iter(tokens.values()))
 
 
-def ids_of(contexts):
-    """Token ids of some contexts, one after the other; UNKNOWN for embeddings."""
-    return [int(token[0]) if isinstance(token[0], Integral) else UNKNOWN for one in contexts for token in one]
-
-
-def fills_contexts(tokens):
-    """Whether a tokenized text is one of CLIP encoders alone, whose prompts all fill contexts of one length."""
-    return set(tokens) <= CLIP_STREAMS
-
-
 def encode(clip, prompts, on_progress=None, pooled=False):
     """Encoded prompts, as the text encoder gives them.
 
@@ -71,9 +60,9 @@ def encode(clip, prompts, on_progress=None, pooled=False):
     prompts = tuple(prompts)
     if in_contexts(clip):
         return _contexts(clip, prompts, on_progress, pooled)
-    frames, found, vectors = {}, [], []
+    found, vectors = [], []
     for prompt, tokens, given in each_given(clip, prompts, on_progress):
-        found.append(described(clip, prompt, tokens, given["cond"][0].float().cpu(), frames))
+        found.append(described(clip, prompt, tokens, given["cond"][0].detach().float().cpu()))
         vectors.append(given.get("pooled_output"))
     return Encoded(found, pooled=Encoded.of_pooled(prompts, pooled_of(clip, vectors)) if pooled else None)
 
@@ -88,7 +77,9 @@ def each_given(clip, prompts, on_progress=None):
     for i, prompt in enumerate(prompts):
         comfy.model_management.throw_exception_if_processing_interrupted()
         tokens = _tokenize(clip, prompt)
-        yield prompt, tokens, encode_with_extras(clip, tokens)
+        with PROMPTS.aside():
+            given = encode_with_extras(clip, tokens)
+        yield prompt, tokens, given
         if on_progress:
             on_progress(i + 1)
 
@@ -103,7 +94,8 @@ def _contexts(clip, prompts, on_progress, pooled):
     for start in range(0, len(prompts), BATCH):
         together = tokenized[start : start + BATCH]
         count = len(together)
-        batch = clip.encode_from_tokens({name: sum((t[name] for t in together), []) for name in together[0]})
+        with PROMPTS.aside():
+            batch = clip.encode_from_tokens({name: sum((t[name] for t in together), []) for name in together[0]})
         if batch.shape[1] % count:
             raise ErasureError(
                 f"The text encoder {type(clip.cond_stage_model).__name__} gave {batch.shape[1]} vectors for "
@@ -113,7 +105,8 @@ def _contexts(clip, prompts, on_progress, pooled):
         vectors.append(batch.reshape(count, -1, batch.shape[-1]).float().cpu())
         if on_progress:
             on_progress(min(start + BATCH, len(prompts)))
-    each = [clip.encode_from_tokens(tokens, return_pooled=True)[1] for tokens in tokenized] if pooled else ()
+    with PROMPTS.aside():
+        each = [clip.encode_from_tokens(tokens, return_pooled=True)[1] for tokens in tokenized] if pooled else ()
     ids = [ids_of(_first(tokens)) for tokens in tokenized]
     return Encoded.of_contexts(prompts, ids, torch.cat(vectors), end, pooled_of(clip, each) if pooled else None)
 
@@ -131,51 +124,25 @@ def pooled_of(clip, vectors):
 # ---------------------------------------------------------------- which row is which token
 
 
-def described(clip, prompt, tokens, rows, frames, stream=""):
+def described(clip, prompt, tokens, rows, stream=""):
     """EncodedPrompt of rows (T, d) that an encoder gave for a tokenized prompt.
 
-    frames: {encoder: Frame} so far; stream: the encoder whose tokens the rows belong to, "" where their number tells.
+    stream: the encoder whose tokens the rows belong to, "" where their number tells.
     """
-    first = next(iter(tokens))
-    streams, cut = _streams({stream: tokens[stream]} if stream in tokens else tokens, len(rows))
-    for name in {first, *streams} - frames.keys():
-        frames[name] = Frame.of(*(ids_of(_tokenize(clip, text)[name]) for text in ("", BEFORE)))
-    heard = ids_of(tokens[first])
-    spoken = (_words(frames[first], heard), _inside(clip, prompt, first, frames[first]))
-    said = {"heard": frozenset(heard), "spoken": tuple(frozenset(ids) for ids in spoken if ids)}
-    if not streams:
-        return EncodedPrompt(prompt, rows, (UNKNOWN,) * len(rows), torch.full((len(rows),), WORD), **said)
-    ids = [ids_of(tokens[name]) for name in streams]
-    roles = torch.cat([frames[name].roles(own) for name, own in zip(streams, ids)])
-    inside = _inside(clip, prompt, streams[-1], frames[streams[-1]])
-    return EncodedPrompt(prompt, rows, tuple(sum(ids, []))[cut:], roles[cut:], inside, **said)
+    tokenizer, first = Tokenizer(clip.tokenizer), next(iter(tokens))
+    own = {stream: tokens[stream]} if stream in tokens else tokens
+    layout, heard = tokenizer.layout(own, len(rows)), tokenizer.heard(tokens, len(rows))
+    spoken = (tokenizer.word_ids(first, tokens[first]), _inside(clip, tokenizer, prompt, first))
+    inside = _inside(clip, tokenizer, prompt, layout.stream) if layout.stream else ()
+    spoken = tuple(frozenset(ids) for ids in spoken if ids)
+    return EncodedPrompt(prompt, rows, layout.ids, layout.roles, inside, heard, spoken, layout.head)
 
 
-def _words(frame, ids):
-    """The ids that stand for words."""
-    return tuple(i for i, role in zip(ids, frame.roles(ids).tolist()) if role == WORD)
-
-
-def _streams(tokens, length):
-    """(names of the encoders whose tokens are the rows, how many rows were cut off in front).
-
-    The rows are those of one encoder, or of the first and the last one after the other, as SD3 joins them; language
-    models cut their template off the front.
-    """
-    sizes = {name: sum(map(len, contexts)) for name, contexts in tokens.items()}
-    names = list(sizes)
-    for name in names:
-        if sizes[name] == length:
-            return (name,), 0
-    if len(names) > 1 and sizes[names[0]] + sizes[names[-1]] == length:
-        return (names[0], names[-1]), 0
-    longer = next((name for name in reversed(names) if sizes[name] > length), None)
-    return ((longer,), sizes[longer] - length) if longer else ((), 0)
-
-
-def _inside(clip, prompt, stream, frame):
+def _inside(clip, tokenizer, prompt, stream):
     """Token ids of a prompt's words as they are behind another word, () where that cannot be told."""
-    before, both = (_words(frame, ids_of(_tokenize(clip, text)[stream])) for text in (BEFORE, f"{BEFORE} {prompt}"))
+    before, both = (
+        tokenizer.word_ids(stream, _tokenize(clip, text)[stream]) for text in (BEFORE, f"{BEFORE} {prompt}")
+    )
     return both[len(before) :] if both[: len(before)] == before else ()
 
 

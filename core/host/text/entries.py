@@ -60,13 +60,13 @@ def _of_each(model, clip, prompts, entries, on_progress):
     given = [(prompt, tokens, _on_cpu(found)) for prompt, tokens, found in each_given(clip, missing, on_progress)]
     behind = [entry for entry in entries if not entry.direct]
     read = Reading(model, behind) if behind and given else lambda found: {}
-    frames, fresh = {}, {}
+    fresh = {}
     for prompt, tokens, found in given:
         comfy.model_management.throw_exception_if_processing_interrupted()
         rows = read(found)
         for entry in entries:
             own = rows.get(entry) if not entry.direct else _rows(entry, found)
-            fresh[entry, prompt] = None if own is None else _described(clip, prompt, tokens, found, own, entry, frames)
+            fresh[entry, prompt] = None if own is None else _described(clip, prompt, tokens, found, own, entry)
     every = {}
     for entry in entries:
         each = [fresh.get((entry, p)) or KEPT.get(clip, (*keys[entry], p)) for p in prompts]
@@ -90,13 +90,13 @@ def _rows(entry, given):
     return None if tensor is None else entry.rows(tensor).float()
 
 
-def _described(clip, prompt, tokens, given, rows, entry, frames):
+def _described(clip, prompt, tokens, given, rows, entry):
     if entry.pooled:
         return next(iter(Encoded.of_pooled([prompt], rows)))
     of_encoder = _rows(entry, given)
     if of_encoder is None or entry.prepared and entry.stream:
         of_encoder = _without_zeros(rows)
-    found = described(clip, prompt, tokens, of_encoder, frames, entry.stream).read_as(rows)
+    found = described(clip, prompt, tokens, of_encoder, entry.stream).read_as(rows)
     return found if entry.reach == CONTEXT else found.with_padding(PADDING_KEPT)
 
 

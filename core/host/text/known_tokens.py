@@ -1,83 +1,170 @@
-"""Which tokens a conditioning was made from.
+"""What conditionings were made from: token ids, plain words, and which rows stand for words.
 
-A conditioning that reaches the sampler is vectors only, but Facilitated Transport also compares tokens. So the
+A conditioning that reaches the sampler is vectors only, but Facilitated Transport also compares words. So the
 host's CLIP is watched while it encodes: what goes in and comes out is passed on untouched. Until a gate that follows
-the text exists, nothing more than a weak reference to the vectors is kept; then the token ids are kept under a hash of
-the vectors, per context of 77 tokens. This is the pack's one piece of state outside a MODEL; the environment variable
+the text exists, nothing more than a weak reference to the vectors is kept; then the text is kept under a hash of the
+vectors, for CLIP per context of 77 tokens. Vectors are known again in half precision, and where several were joined;
+scaled or averaged ones are not. What is still in use is not forgotten, and what the pack encodes for itself is not
+noted. This is the pack's one piece of state outside a MODEL; the environment variable
 MEMBRANE_TOKEN_MEMORY=off leaves the CLIP alone, and gates go by the cosine of the texts.
 """
 
 import functools
 import hashlib
+import logging
 import os
 import weakref
 from collections import OrderedDict, deque
-from numbers import Integral
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import comfy.sd
 import torch
 
-LIMIT = 4096  # contexts; about 1 MB
+from ...text.encoded import UNKNOWN, Heard
+from .tokens import Tokenizer, fills_contexts, ids_of
+
+log = logging.getLogger("membrane")
+
+LIMIT = 4096  # texts that are not in use any more; 1 MB of CLIP's, 20 MB of long ones
 SWITCH = "MEMBRANE_TOKEN_MEMORY"
+ROUNDINGS = (torch.float16, torch.bfloat16)  # what vectors may have been rounded to
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """What is known of vectors (length, d): Heard of them, and the place of the first end token; vectors: a weak
+    reference to them."""
+
+    length: int
+    heard: Heard
+    end: int
+    vectors: weakref.ref
 
 
 class Prompts:
-    """Token ids of the contexts that were encoded lately, found by their vectors."""
+    """Texts that were encoded lately, found by their vectors; limit: how many are kept that nobody uses any more."""
 
     def __init__(self, limit=LIMIT):
         self.limit = limit
-        self.known = OrderedDict()
+        self.known = OrderedDict()  # {hash of vectors: Text}, for each text one of every rounding
         self.noted, self.wanted = deque(maxlen=limit), False
+        self.looking_away, self.told = False, False
 
-    def note(self, tokens, vectors):
+    @contextmanager
+    def aside(self):
+        """What is encoded meanwhile is not noted."""
+        before, self.looking_away = self.looking_away, True
+        try:
+            yield
+        finally:
+            self.looking_away = before
+
+    def note(self, tokens, vectors, tokenizer=None):
         """Vectors (1, n T, d) made of a tokenized text; looked at when somebody asks, at once from then on."""
+        if self.looking_away:
+            return
         if self.wanted:
-            self.remember(tokens, vectors)
+            self.remember(tokens, vectors, tokenizer)
         else:
-            self.noted.append((tokens, weakref.ref(vectors)))
+            self.noted.append((tokens, weakref.ref(vectors), tokenizer))
 
     def want(self):
         """There is somebody who asks: what was noted and is still in use is looked at."""
         self.wanted = True
         while self.noted:
-            tokens, reference = self.noted.popleft()
+            tokens, reference, tokenizer = self.noted.popleft()
             vectors = reference()
             if vectors is not None:
-                self.remember(tokens, vectors)
+                self.remember(tokens, vectors, tokenizer)
 
-    def remember(self, tokens, vectors):
-        """Keeps the ids of a tokenized text, {encoder: [contexts of (token, weight)]}, for its vectors (1, n T, d)."""
+    def remember(self, tokens, vectors, tokenizer=None):
+        """Keeps what a tokenized text, {encoder: [contexts of (token, weight)]}, says of its vectors (1, n T, d).
+
+        tokenizer: the host's of the CLIP; without it only ids are known.
+        """
         contexts = next(iter(tokens.values()))
-        if not contexts or vectors.dim() != 3 or vectors.shape[1] % len(contexts):
+        if not contexts or vectors.dim() != 3 or not vectors.shape[1]:
             return
-        for context, chunk in zip(contexts, vectors[0].chunk(len(contexts))):
-            key = _key(chunk)
-            ids = [int(t[0]) if isinstance(t[0], Integral) else None for t in context]
-            self.known[key] = (len(chunk), frozenset(i for i in ids if i is not None), _first_end(ids))
+        reference, rows = weakref.ref(vectors), vectors[0]
+        if fills_contexts(tokens) and len(rows) % len(contexts) == 0:
+            for context, chunk in zip(contexts, rows.chunk(len(contexts))):
+                ids = ids_of([context])
+                self._keep(chunk, Heard(frozenset(ids) - {UNKNOWN}), _first_end(ids), reference)
+        else:
+            heard = Heard(frozenset(ids_of(contexts)) - {UNKNOWN})
+            if tokenizer is not None:
+                heard = Tokenizer(tokenizer).heard(tokens, len(rows))
+            self._keep(rows, heard, _first_end(ids_of(contexts[:1])), reference)
+        self._forget()
+
+    def _keep(self, rows, heard, end, reference):
+        for rounding in ROUNDINGS:
+            key = _joined(_key(rows.to(rounding)))
+            self.known[key] = Text(len(rows), heard, end, reference)
             self.known.move_to_end(key)
-        while len(self.known) > self.limit:
-            self.known.popitem(last=False)
+
+    def _forget(self):
+        """Forgets the oldest of the texts that nobody uses any more, as many as are over the limit."""
+        over = len(self.known) - self.limit * len(ROUNDINGS)
+        for key in list(self.known) if over > 0 else ():
+            if self.known[key].vectors() is None:
+                del self.known[key]
+                over -= 1
+                if not over:
+                    return
 
     def recall(self, vectors):
-        """Distinct token ids of each row of vectors (rows, n T, d); None for a row with a context that is not known."""
+        """Heard of each row of vectors (rows, n T, d); None for a row with a part that is not known."""
         self.want()
-        found = [self._contexts(row) for row in vectors]
-        return [frozenset().union(*(ids for _, ids, _ in contexts)) if contexts else None for contexts in found]
+        found = [self._parts(row) for row in vectors]
+        if not self.told and any(parts is None and row.any() for parts, row in zip(found, vectors)):
+            self.told = True
+            log.warning(
+                "Membrane: the words of a conditioning are not known (it was averaged or scaled, or another node "
+                "encoded it); gates that follow the text go by its vectors alone. This is said once."
+            )
+        return [None if parts is None else _heard(parts) for parts in found]
 
     def ends(self, vectors):
         """[(length, place of the first end token)] of the contexts of each row of vectors; None as in recall()."""
         self.want()
-        found = [self._contexts(row) for row in vectors]
-        return [[(length, end) for length, _, end in contexts] if contexts else None for contexts in found]
+        found = [self._parts(row) for row in vectors]
+        return [None if parts is None else [(text.length, text.end) for text in parts] for parts in found]
 
-    def _contexts(self, row):
-        """What is known of the contexts that a row (n T, d) is made of, or None."""
-        for length in {known[0] for known in self.known.values()}:
-            if len(row) and len(row) % length == 0:
-                found = [self.known.get(_key(chunk)) for chunk in row.split(length)]
-                if all(found):
-                    return found
+    def _parts(self, row):
+        """The Texts that a row (n T, d) is made of, one after the other, or None."""
+        if not len(row):
+            return None
+        digests = _key(row)
+        lengths = sorted({text.length for text in self.known.values()}, reverse=True)
+        return self._from(digests, lengths)
+
+    def _from(self, digests, lengths):
+        if not digests:
+            return []
+        for length in lengths:
+            key = _joined(digests[:length])
+            if length <= len(digests) and key in self.known:
+                rest = self._from(digests[length:], lengths)
+                if rest is not None:
+                    self.known.move_to_end(key)
+                    return [self.known[key], *rest]
         return None
+
+
+def _heard(texts):
+    """Heard of several texts that follow one another."""
+    if len(texts) == 1:
+        return texts[0].heard
+    ids, words, places, start = frozenset(), (), (), 0
+    for text in texts:
+        own = text.heard
+        ids |= own
+        words = None if words is None or own.words is None else (*words, "", *own.words)  # "" parts them
+        places = None if places is None or own.places is None else (*places, *(start + i for i in own.places))
+        start += text.length
+    return Heard(ids, words, places)
 
 
 def _first_end(ids):
@@ -90,8 +177,14 @@ def _first_end(ids):
 
 
 def _key(vectors):
-    data = vectors.detach().to("cpu", torch.float32).contiguous()
-    return hashlib.blake2b(data.view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
+    """A hash of each of vectors (T, d), the same in single and in half precision."""
+    rounding = vectors.dtype if vectors.dtype in ROUNDINGS else ROUNDINGS[0]
+    data = vectors.detach().cpu().to(rounding).contiguous().view(torch.uint8).numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in data]
+
+
+def _joined(digests):
+    return hashlib.blake2b(b"".join(digests), digest_size=16).digest()
 
 
 PROMPTS = Prompts()
@@ -111,10 +204,11 @@ def watch(clip_class=comfy.sd.CLIP, prompts=PROMPTS):
 def _watched(method, prompts):
     @functools.wraps(method)
     def encode(self, tokens, *args, **kwargs):
-        result = method(self, tokens, *args, **kwargs)
+        with prompts.aside():  # one of the two methods may call the other
+            result = method(self, tokens, *args, **kwargs)
         for vectors in _vectors(result):
             if isinstance(tokens, dict) and isinstance(vectors, torch.Tensor):
-                prompts.note(tokens, vectors)
+                prompts.note(tokens, vectors, getattr(self, "tokenizer", None))
         return result
 
     encode.membrane = True
