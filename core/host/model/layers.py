@@ -7,6 +7,7 @@ import comfy.ops
 
 from ...adapters.beside import MIXED, PICTURES, TILED
 from ...errors import ErasureError
+from ...families import unet
 from ...families.family import LAST
 from ...families.joint import mixed
 from ...families.sites import site
@@ -80,6 +81,19 @@ def _require_main(model, entry, width):
             f"The model {name} has no linear layer behind {entry.norm}, where a {family(model).title} model reads its "
             "text; update ComfyUI or Membrane, or load the model with the stock loader."
         )
+
+
+def require_unet(model, doing, instead):
+    """Raises ErasureError for a MODEL whose blocks do not read CLIP's rows by cross-attention, as U-Nets do.
+
+    doing: what cannot be done with it; instead: what can.
+    """
+    if family(model).text != unet.TEXT:
+        raise ErasureError(
+            f"{doing} works on Stable Diffusion 1, 2 and XL type U-Nets only, and this is {family(model).title} "
+            f"({type(model.model).__name__}); {instead}."
+        )
+    text_width(model)  # raises for one without
 
 
 def readers(model, entry):

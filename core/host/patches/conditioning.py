@@ -68,8 +68,8 @@ class ErasedConditioning(Patch):
         if self.previous is not None:
             kwargs["membrane_text"] = text  # whose tokens are known, unlike those of the erased text
         # the host runs the layers that prepare a text in inference mode only
-        prepare = bool(self.late) and not torch.is_grad_enabled()
-        with torch.inference_mode() if prepare else contextlib.nullcontext(), self._lent(gates, kwargs.get("device")):
+        prepare = torch.inference_mode() if self.late else contextlib.nullcontext()
+        with prepare, self._lent(gates, kwargs.get("device")):
             out = original(**kwargs)
         for entry in self.late:
             if entry.result in out:
