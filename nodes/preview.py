@@ -48,8 +48,8 @@ class MembraneImpact:
         encoded = encode_for(model, clip, lines, progress.at)
         progress.next_phase(len(lines))
         concepts = concepts_for(stack, clip)
-        texts = encode(clip, lines) if concepts and not entry.direct else None
-        found = impacts(stack, encoded, text_gram(model, progress.at), concepts, entry, texts)
+        heard = encode(clip, lines) if concepts and not encoded.contexts else None
+        found = impacts(stack, encoded, text_gram(model, progress.at), concepts, entry, heard)
         shown = found[:MOST_BARS]
         title = "Change of what the model hears" + (f" ({MOST_BARS} of {len(found)})" if len(found) > MOST_BARS else "")
         chart = bar_chart(title, [(impact.prompt, impact.change) for impact in shown])

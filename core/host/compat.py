@@ -1,7 +1,9 @@
 """What differs between releases of ComfyUI, from March 2024 on; the rest of core/host is written for today's."""
 
 import contextlib
+import dataclasses
 import inspect
+from importlib.util import find_spec
 
 import comfy.lora
 import comfy.model_management
@@ -114,6 +116,23 @@ def load_weights(patcher, weights):
 def embedding_class(operations):
     """The embedding of a host's operations; hosts of March 2024 cast every kind of layer but embeddings."""
     return getattr(operations, "Embedding", torch.nn.Embedding)
+
+
+def has_flux():
+    """Whether the host builds Flux of any size: the network came in August 2024, its patch size as a setting in
+    November."""
+    if find_spec("comfy.ldm.flux") is None:
+        return False
+    from comfy.ldm.flux.model import FluxParams
+
+    return "patch_size" in {field.name for field in dataclasses.fields(FluxParams)}
+
+
+def flux_options():
+    """Settings that hosts of 2026 want for a Flux like that of 2024."""
+    from comfy.ldm.flux.model import FluxParams
+
+    return {"txt_ids_dims": []} if "txt_ids_dims" in {f.name for f in dataclasses.fields(FluxParams)} else {}
 
 
 def show_text(server, text, node):
