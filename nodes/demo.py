@@ -15,7 +15,7 @@ class MembraneDemoModel:
     CATEGORY = "membrane"
     RETURN_TYPES = ("MODEL", "CLIP", "VAE")
     OUTPUT_TOOLTIPS = (
-        "The diffusion model, in the Stable Diffusion 1 architecture.",
+        "The diffusion model, in the Stable Diffusion 1 architecture, or Flux's for the transformer.",
         "The text encoder; it knows the words of Pixel World only.",
         "The exact VAE: each of 16 x 16 sprite pixels becomes a block of 8 x 8.",
     )
@@ -29,7 +29,8 @@ class MembraneDemoModel:
                     VARIANTS,
                     VARIANTS[0],
                     "day: the original model. night: the same model fine-tuned on dusk colours, to see whether an "
-                    "erasure made on day carries over.",
+                    "erasure made on day carries over. transformer: the same pictures from a diffusion transformer, "
+                    "a small Flux with its two text encoders; needs a ComfyUI of 2025 or newer.",
                 ),
             },
         }

@@ -1,10 +1,14 @@
 """What differs between releases of ComfyUI, from March 2024 on; the rest of core/host is written for today's."""
 
+import contextlib
+import dataclasses
 import inspect
+from importlib.util import find_spec
 
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sample
 import torch
 
@@ -47,6 +51,35 @@ def _patches_of_parameters(model, prefix):
     return found
 
 
+def folds_activations(network):
+    """Whether the host computes some layers of a network together with the activation before them, past their forward:
+    hosts of 2026 do so where the weights are stored as int8."""
+    weights = (getattr(module, "weight", None) for module in network.modules())
+    return hasattr(comfy.ops, "linear_input_act") and any(
+        getattr(weight, "_layout_cls", "") == "TensorWiseINT8Layout" for weight in weights
+    )
+
+
+@contextlib.contextmanager
+def patched_layers_called():
+    """While it lasts, the host calls the forward of every layer that has a patch in its place."""
+    folded = getattr(comfy.ops, "linear_input_act", None)
+    if folded is None:
+        yield
+        return
+
+    def called(linear, x, activation):
+        if "forward" in vars(linear):
+            return linear(comfy.ops.INPUT_ACT_EAGER[activation](x))
+        return folded(linear, x, activation)
+
+    comfy.ops.linear_input_act = called
+    try:
+        yield
+    finally:
+        comfy.ops.linear_input_act = folded
+
+
 def calculate_weight(model, patches, weight, key):
     """A weight with patches on it; a function of its own since August 2024, a method of the patcher before."""
     if hasattr(comfy.lora, "calculate_weight"):
@@ -83,6 +116,23 @@ def load_weights(patcher, weights):
 def embedding_class(operations):
     """The embedding of a host's operations; hosts of March 2024 cast every kind of layer but embeddings."""
     return getattr(operations, "Embedding", torch.nn.Embedding)
+
+
+def has_flux():
+    """Whether the host builds Flux of any size: the network came in August 2024, its patch size as a setting in
+    November."""
+    if find_spec("comfy.ldm.flux") is None:
+        return False
+    from comfy.ldm.flux.model import FluxParams
+
+    return "patch_size" in {field.name for field in dataclasses.fields(FluxParams)}
+
+
+def flux_options():
+    """Settings that hosts of 2026 want for a Flux like that of 2024."""
+    from comfy.ldm.flux.model import FluxParams
+
+    return {"txt_ids_dims": []} if "txt_ids_dims" in {f.name for f in dataclasses.fields(FluxParams)} else {}
 
 
 def show_text(server, text, node):

@@ -1,8 +1,9 @@
 """Samples the demo model and scores it with the independent classifier; writes a contact sheet.
 
-The sampler is Euler over the discrete schedule of Stable Diffusion 1, as the host's "euler"/"normal"
-(Karras et al. 2022, algorithm 1 without churn). 200 prompts of attribute combinations that training
-never showed, and the memorised captions.
+The U-Net's sampler is Euler over the discrete schedule of Stable Diffusion 1, as the host's "euler"/"normal"
+(Karras et al. 2022, algorithm 1 without churn); the transformer's is Euler over equal steps of the flow's time, as
+the host's "euler"/"simple". 200 prompts of attribute combinations that training never showed, and the memorised
+captions.
 """
 
 import argparse
@@ -15,10 +16,14 @@ from membrane.core.demo.world import ASSETS, TextTransformer, latent_to_rgb, loa
 from membrane.tools import ROOT
 from membrane.tools.pixel_world import classifier, world
 from membrane.tools.pixel_world import tokenizer as tokenizers
+from membrane.tools.pixel_world.flux import Flux
+from membrane.tools.pixel_world.train_flux import Text
 from membrane.tools.pixel_world.train_unet import alphas_cumprod
 from membrane.tools.pixel_world.unet import UNet
 from PIL import Image
 from safetensors.torch import load_file
+
+BATCH = 100  # pictures at a time
 
 
 class Sampler:
@@ -51,6 +56,40 @@ class Sampler:
             x = x + (off + cfg * (on - off)) * (s_next - s)
         return latent_to_rgb(x).permute(0, 2, 3, 1).numpy()
 
+    def draw(self, captions, steps, cfg, generator):
+        """Captions -> pictures (B, 16, 16, 3) in [0, 1]."""
+        empty = self.encode([""])
+        parts = [self.sample(c, empty, steps, cfg, generator) for c in self.encode(captions).split(BATCH)]
+        return np.concatenate(parts)
+
+
+class FlowSampler:
+    def __init__(self, flux, text):
+        """flux: tools.pixel_world.flux.Flux; text: tools.pixel_world.train_flux.Text."""
+        self.flux, self.text = flux, text
+
+    @torch.no_grad()
+    def draw(self, captions, steps, cfg, generator):
+        """Captions -> pictures (B, 16, 16, 3) in [0, 1]."""
+        empty = self.text.encode([""])
+        return np.concatenate(
+            [
+                self._sample(*given, *empty, steps, cfg, generator)
+                for given in zip(*(part.split(BATCH) for part in self.text.encode(captions)))
+            ]
+        )
+
+    def _sample(self, rows, pooled, empty_rows, empty_pooled, steps, cfg, generator):
+        n = len(rows)
+        rows = torch.cat([rows, empty_rows.expand(n, -1, -1)])
+        pooled = torch.cat([pooled, empty_pooled.expand(n, -1)])
+        x = torch.randn(n, 4, world.SIZE, world.SIZE, generator=generator)
+        times = torch.linspace(1, 0, steps + 1)
+        for t, following in zip(times[:-1], times[1:]):
+            on, off = self.flux(torch.cat([x, x]), t.expand(2 * n), rows, pooled).chunk(2)
+            x = x + (off + cfg * (on - off)) * (following - t)
+        return latent_to_rgb(x).permute(0, 2, 3, 1).numpy()
+
 
 def held_out_prompts(count, seed=3):
     """Sprites of held-out combinations, repeated to `count`."""
@@ -58,14 +97,23 @@ def held_out_prompts(count, seed=3):
     return world.from_index(index)
 
 
+def trained(path, prefix):
+    """The averaged weights of a training checkpoint (.pt), or the tensors of one part of an exported file, float32."""
+    if path.suffix == ".pt":
+        return torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    return {k.removeprefix(prefix): v.float() for k, v in load_file(str(path)).items() if k.startswith(prefix)}
+
+
 def load_unet(path):
     unet = UNet(load_config()["unet"])
-    if path.suffix == ".pt":
-        state = torch.load(path, map_location="cpu", weights_only=True)["ema"]
-    else:
-        state = {k.removeprefix("unet."): v.float() for k, v in load_file(str(path)).items() if k.startswith("unet.")}
-    unet.load_state_dict(state)
+    unet.load_state_dict(trained(path, "unet."))
     return unet.train(False)
+
+
+def load_flux(path):
+    flux = Flux(load_config()["flux"])
+    flux.load_state_dict(trained(path, "flux."))
+    return flux.train(False)
 
 
 def load_text(path):
@@ -75,10 +123,29 @@ def load_text(path):
     return text.train(False)
 
 
+def score(sampler, count, steps, cfg):
+    """(pictures, memorised pictures, {attribute: share that the judge reads right, "memorised_...": the worst of twelve
+    of the error to the own picture, and of that over the error to the nearest other})."""
+    generator = torch.Generator().manual_seed(1)
+    sprites = held_out_prompts(count)
+    pictures = sampler.draw(world.plain_captions(sprites), steps, cfg, generator)
+    answers = classifier.read(classifier.load(), pictures)
+    result = {a: float((answers[a] == getattr(sprites, a)).mean()) for a in world.ATTRIBUTES}
+    memorised = sampler.draw(list(world.MEMORISED_CAPTIONS), steps, cfg, generator)
+    distance = ((memorised[:, None] - world.memorised_pictures()[None]) ** 2).mean((2, 3, 4))
+    own = distance.diagonal()
+    others = np.where(np.eye(12, dtype=bool), np.inf, distance).min(1)
+    result["memorised_own_mse_max"] = float(own.max())
+    result["memorised_ratio_max"] = float((own / others).max())
+    return pictures, memorised, result
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--unet", type=Path, default=ROOT / "training" / "unet.pt")
     parser.add_argument("--text", type=Path, default=ROOT / "training" / "text_encoder.safetensors")
+    parser.add_argument("--flux", type=Path, help="score the transformer in this file instead of the U-Net")
+    parser.add_argument("--t5", type=Path, default=ROOT / "training" / "t5_encoder.safetensors")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=1.5)
@@ -86,22 +153,11 @@ def main():
     parser.add_argument("--sheet", type=Path, help="PNG to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    sampler = Sampler(load_unet(args.unet), load_text(args.text), tokenizers.load(ASSETS / "tokenizer"))
-    generator = torch.Generator().manual_seed(1)
-    empty = sampler.encode([""])
-    sprites = held_out_prompts(args.count)
-    captions = world.plain_captions(sprites)
-    pictures = np.concatenate(
-        [sampler.sample(c, empty, args.steps, args.cfg, generator) for c in sampler.encode(captions).split(100)]
-    )
-    answers = classifier.read(classifier.load(), pictures)
-    result = {a: float((answers[a] == getattr(sprites, a)).mean()) for a in world.ATTRIBUTES}
-    memorised = sampler.sample(sampler.encode(list(world.MEMORISED_CAPTIONS)), empty, args.steps, args.cfg, generator)
-    distance = ((memorised[:, None] - world.memorised_pictures()[None]) ** 2).mean((2, 3, 4))
-    own = distance.diagonal()
-    others = np.where(np.eye(12, dtype=bool), np.inf, distance).min(1)
-    result["memorised_own_mse_max"] = float(own.max())
-    result["memorised_ratio_max"] = float((own / others).max())
+    if args.flux:
+        sampler = FlowSampler(load_flux(args.flux), Text(args.t5))
+    else:
+        sampler = Sampler(load_unet(args.unet), load_text(args.text), tokenizers.load(ASSETS / "tokenizer"))
+    pictures, memorised, result = score(sampler, args.count, args.steps, args.cfg)
     print(json.dumps(result))
     if args.sheet:
         show = np.concatenate([pictures[:96], memorised])

@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 ASSETS = ROOT / "assets" / "pixel_world"
 
 
-def gather(unet, text=None):
-    """The averaged U-Net of a training checkpoint as "unet.<name>", the text encoder as "text.<name>"; float16."""
-    state = torch.load(unet, map_location="cpu", weights_only=True)["ema"]
-    tensors = {f"unet.{k}": v for k, v in state.items()}
-    if text:
-        tensors |= {f"text.{k}": v for k, v in load_file(str(text)).items() if k.startswith("text_model.")}
-    return {k: v.half().contiguous() for k, v in tensors.items()}
+def averaged(checkpoint, part):
+    """The averaged network of a training checkpoint as "<part>.<name>"."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["ema"]
+    return {f"{part}.{k}": v for k, v in state.items()}
+
+
+def encoder(path, part):
+    """A trained text encoder as "<part>.<name>"."""
+    return {f"{part}.{k}": v for k, v in load_file(str(path)).items()}
 
 
 def main():
@@ -25,10 +27,16 @@ def main():
     parser.add_argument("--unet", type=Path, default=ROOT / "training" / "unet.pt")
     parser.add_argument("--text", type=Path, default=ROOT / "training" / "text_encoder.safetensors")
     parser.add_argument("--no-text", action="store_true", help="leave the text encoder out; it is then read from day")
-    parser.add_argument("--variant", choices=("day", "night"), default="day")
+    parser.add_argument("--flux", type=Path, default=ROOT / "training" / "flux.pt")
+    parser.add_argument("--t5", type=Path, default=ROOT / "training" / "t5_encoder.safetensors")
+    parser.add_argument("--variant", choices=("day", "night", "transformer"), default="day")
     parser.add_argument("--license", default="Apache-2.0", help="SPDX identifier for the file's metadata")
     args = parser.parse_args()
-    tensors = gather(args.unet, None if args.no_text else args.text)
+    if args.variant == "transformer":
+        tensors = averaged(args.flux, "flux") | encoder(args.t5, "t5")
+    else:
+        tensors = averaged(args.unet, "unet") | ({} if args.no_text else encoder(args.text, "text"))
+    tensors = {k: v.half().contiguous() for k, v in tensors.items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise SystemExit(f"{name} has values that half precision cannot hold")

@@ -69,3 +69,13 @@ def encode(tokenizer, captions, length=LENGTH):
         row[: len(tokens)] = tokens
         ends[i] = len(tokens) - 1
     return rows, ends
+
+
+def t5_rows(ids, ends, start):
+    """The rows of `encode` as T5 spells them: no start token, and padding that is not the end token.
+
+    ids (n, length) and ends (n,) from `encode`; start: the start token's id, free to serve as padding.
+    Returns ids (n, length - 1) and ends (n,).
+    """
+    rows, ends = ids[:, 1:], ends - 1
+    return np.where(np.arange(rows.shape[1]) > ends[:, None], start, rows), ends

@@ -43,15 +43,12 @@ class PictureEncoder(Module):
 
 
 class Contrastive(Module):
-    def __init__(self, config):
+    def __init__(self, text):
         super().__init__()
-        self.text = TextTransformer(config)
+        self.text = text
         self.picture = PictureEncoder()
-        self.projection = Linear(config["width"], EMBEDDING, bias=False)
+        self.projection = Linear(text.width, EMBEDDING, bias=False)
         self.scale = Parameter(torch.tensor(2.3))
-        for p in self.text.parameters():
-            if p.dim() == 2:
-                torch.nn.init.normal_(p, std=0.05)
 
     def captions(self, ids, rows):
         """Unit vectors (B, 64) of the captions, read at one row (B,) each."""
@@ -98,7 +95,10 @@ def main():
     rng = np.random.default_rng(0)
     tokenizers.build(ASSETS / "tokenizer")
     tokenizer = tokenizers.load(ASSETS / "tokenizer")
-    model = Contrastive(load_config()["text"])
+    model = Contrastive(TextTransformer(load_config()["text"]))
+    for p in model.text.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.05)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0}])

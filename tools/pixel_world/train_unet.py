@@ -68,9 +68,9 @@ def draw(n, rng, combos, pool, palette):
     ].float()
 
 
-def learning_rate(peak, step, done):
+def learning_rate(peak, step, done, warm_up=200):
     """Warm-up, constant, then linear to zero over the last 40 %."""
-    return peak * min(1, (step + 1) / 200) * min(1, (1 - done) / 0.4)
+    return peak * min(1, (step + 1) / warm_up) * min(1, (1 - done) / 0.4)
 
 
 def worker(rank, workers, args, combos, pool):

@@ -1,7 +1,8 @@
 """Builds the bundled demo model "Pixel World" out of the host's own classes.
 
 Only what the host cannot know is ours: the sizes of the networks, the tokenizer's files, and the small
-text transformer (hosts of March 2024 fix CLIP's vocabulary in code).
+text transformer (hosts of March 2024 fix CLIP's vocabulary in code). The variants on a U-Net are built here,
+the one on a transformer in transformer.py.
 """
 
 import comfy.latent_formats
@@ -17,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 
 from ...demo.world import ASSETS, LATENT_RGB_FACTORS, TextTransformer, load_config, taesd_state_dict
 from ...errors import ErasureError
-from ..compat import embedding_class, load_weights, patcher_class
+from ..compat import embedding_class, has_flux, load_weights, patcher_class
 
-VARIANTS = ("day", "night")
+TRANSFORMER = "transformer"
+VARIANTS = ("day", "night", TRANSFORMER)
 _REINSTALL = "install Membrane again to restore the demo model"
 
 
-class _LatentFormat(comfy.latent_formats.SD15):
+class LatentFormat(comfy.latent_formats.SD15):
     """Stable Diffusion 1's latent format, whose live previews show this model's colours."""
 
     def __init__(self):
@@ -34,7 +36,7 @@ class _LatentFormat(comfy.latent_formats.SD15):
 
 class PixelWorld(comfy.supported_models.SD15):
     unet_config = {}
-    latent_format = _LatentFormat
+    latent_format = LatentFormat
 
     def __init__(self, unet_config):
         self.unet_extra_config = {"num_heads": unet_config["num_heads"], "num_head_channels": -1}
@@ -75,7 +77,7 @@ class _TextModel(TextTransformer):
         return last, hidden, last[torch.arange(len(last), device=last.device), ends]
 
 
-class _ClipModel(comfy.sd1_clip.SDClipModel):
+class ClipModel(comfy.sd1_clip.SDClipModel):
     def __init__(self, device="cpu", **options):
         end = load_config()["text"]["vocab_size"] - 1
         super().__init__(
@@ -90,11 +92,11 @@ class _ClipModel(comfy.sd1_clip.SDClipModel):
 
 class _TextEncoder(comfy.sd1_clip.SD1ClipModel):
     def __init__(self, device="cpu", dtype=None, **options):
-        super().__init__(device=device, dtype=torch.float32, clip_model=_ClipModel)
+        super().__init__(device=device, dtype=torch.float32, clip_model=ClipModel)
         self.dtypes = {torch.float32}
 
 
-class _WordTokenizer(comfy.sd1_clip.SDTokenizer):
+class WordTokenizer(comfy.sd1_clip.SDTokenizer):
     def __init__(self, embedding_directory=None, **options):
         super().__init__(
             tokenizer_path=str(ASSETS / "tokenizer"),
@@ -105,11 +107,11 @@ class _WordTokenizer(comfy.sd1_clip.SDTokenizer):
 
 class _Tokenizer(comfy.sd1_clip.SD1Tokenizer):
     def __init__(self, embedding_directory=None, **options):
-        super().__init__(embedding_directory=embedding_directory, tokenizer=_WordTokenizer)
+        super().__init__(embedding_directory=embedding_directory, tokenizer=WordTokenizer)
 
 
-def _read(variant, part):
-    """The float32 tensors of one part, "unet" or "text", of an asset file, by their names in that part."""
+def read(variant, part):
+    """The float32 tensors of one part of an asset file ("unet", "text"; "flux", "t5"), by their names in that part."""
     path = ASSETS / f"{variant}.safetensors"
     prefix = f"{part}."
     try:
@@ -120,7 +122,7 @@ def _read(variant, part):
         raise ErasureError(f"The demo model's file {path.name} is {found}; {_REINSTALL}.") from error
 
 
-def _require(expected, found, what, variant):
+def require(expected, found, what, variant):
     missing = sorted(set(expected) - set(found))
     if missing:
         raise ErasureError(
@@ -129,35 +131,52 @@ def _require(expected, found, what, variant):
         )
 
 
-def _model(variant, disable_dynamic):
-    weights = _read(variant, "unet")
+def network(config, weights, what, variant, disable_dynamic, adjust=None):
+    """A MODEL of a model configuration with weights {name: tensor}.
+
+    adjust(network, dtype, device): changes the network before the weights are loaded.
+    """
     management = comfy.model_management
-    sizes = load_config()["unet"]
-    config = PixelWorld(dict(sizes))
     device, kinds = management.get_torch_device(), config.supported_inference_dtypes
     parameters = sum(w.numel() for w in weights.values())
     dtype = management.unet_dtype(device=device, model_params=parameters, supported_dtypes=kinds)
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, kinds))
     offload = management.unet_offload_device()
     model = config.get_model(weights, "", device=offload)
-    # The host takes the first channel multiplier to be 1 here, whatever the config says.
-    out = model.diffusion_model.out
-    channels = sizes["model_channels"] * sizes["channel_mult"][0]
-    out[2] = type(out[2])(channels, sizes["out_channels"], 3, padding=1, dtype=dtype, device=offload)
+    if adjust is not None:
+        adjust(model.diffusion_model, dtype, offload)
     patcher = patcher_class(not disable_dynamic)(model, load_device=device, offload_device=offload)
-    _require(model.diffusion_model.state_dict(), weights, "U-Net", variant)
+    found = config.process_unet_state_dict(dict(weights))
+    require(model.diffusion_model.state_dict(), found, what, variant)
     load_weights(patcher, {k: w.to(dtype) for k, w in weights.items()})
     return patcher
 
 
-def _clip(variant, disable_dynamic):
-    weights = _read(variant, "text")
-    if not weights:
-        variant, weights = "day", _read("day", "text")
-    target = comfy.supported_models_base.ClipTarget(_Tokenizer, _TextEncoder)
+def text_encoder(tokenizer, encoder, disable_dynamic):
+    """A CLIP of a tokenizer's and a text encoder's class, without weights."""
+    target = comfy.supported_models_base.ClipTarget(tokenizer, encoder)
     options = {"disable_dynamic": True} if disable_dynamic else {}
-    clip = comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"), **options)
-    _require(clip.cond_stage_model.clip_l.transformer.state_dict(), weights, "text encoder", variant)
+    return comfy.sd.CLIP(target, embedding_directory=folder_paths.get_folder_paths("embeddings"), **options)
+
+
+def _model(variant, disable_dynamic):
+    sizes = load_config()["unet"]
+
+    def widen(unet, dtype, device):
+        # The host takes the first channel multiplier to be 1 here, whatever the config says.
+        channels = sizes["model_channels"] * sizes["channel_mult"][0]
+        last = type(unet.out[2])
+        unet.out[2] = last(channels, sizes["out_channels"], 3, padding=1, dtype=dtype, device=device)
+
+    return network(PixelWorld(dict(sizes)), read(variant, "unet"), "U-Net", variant, disable_dynamic, widen)
+
+
+def _clip(variant, disable_dynamic):
+    weights = read(variant, "text")
+    if not weights:
+        variant, weights = "day", read("day", "text")
+    clip = text_encoder(_Tokenizer, _TextEncoder, disable_dynamic)
+    require(clip.cond_stage_model.clip_l.transformer.state_dict(), weights, "text encoder", variant)
     clip.load_sd(weights)
     return clip
 
@@ -167,7 +186,18 @@ def _vae(variant, disable_dynamic):
     return comfy.sd.VAE(sd=taesd_state_dict(), dtype=torch.float32)
 
 
-_PARTS = (_model, _clip, _vae)
+def _parts(variant):
+    """What builds the MODEL, the CLIP and the VAE of a variant."""
+    if variant != TRANSFORMER:
+        return _model, _clip, _vae
+    if not has_flux():
+        raise ErasureError(
+            f"The demo model's variant {TRANSFORMER} needs the host's Flux network, which this ComfyUI does not have "
+            'or builds in another way; update ComfyUI to a release of 2025 or newer, or choose "day" or "night".'
+        )
+    from . import transformer  # its classes derive from some that older hosts lack
+
+    return transformer.model, transformer.clip, _vae
 
 
 def _patcher(loaded):
@@ -176,18 +206,18 @@ def _patcher(loaded):
 
 def _reload(variant, part, disable_dynamic=False):
     """A fresh patcher of one part: hosts of 2026 ask for it where a clone needs weights of its own."""
-    return _patcher(_PARTS[part](variant, disable_dynamic))
+    return _patcher(_parts(variant)[part](variant, disable_dynamic))
 
 
 def load_demo_model(variant):
     """The demo model as the host's own objects (MODEL, CLIP, VAE); every call gives independent ones.
 
-    variant: "day" or "night". Raises ErasureError if there is no such variant, or if an asset file is
-    missing, damaged or incomplete.
+    variant: "day", "night" or "transformer". Raises ErasureError if there is no such variant, if the host has no
+    network for it, or if an asset file is missing, damaged or incomplete.
     """
     if variant not in VARIANTS:
         raise ErasureError(f"Demo model {variant!r} does not exist; choose one of: {', '.join(VARIANTS)}.")
-    loaded = tuple(build(variant, False) for build in _PARTS)
+    loaded = tuple(build(variant, False) for build in _parts(variant))
     for part, item in enumerate(loaded):
         _patcher(item).cached_patcher_init = (_reload, (variant, part))
     return loaded
