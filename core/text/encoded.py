@@ -172,29 +172,33 @@ class Frame:
     """What a tokenizer puts around the words of every prompt.
 
     start, end: the tokens before and behind them; pad: id of the padding, None where there is none; left: whether
-    padding stands in front of all.
+    padding stands in front of all. blank: what stands in the place of the words of the empty prompt, a space that a
+    template has before them.
     """
 
     start: tuple[int, ...]
     end: tuple[int, ...]
     pad: int | None
     left: bool = False
+    blank: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, empty, other, pad=None):
-        """From the token ids of the empty prompt and of one with words: what both begin with stands before them. A
-        token that the empty prompt repeats to its end is padding, and so is one that it repeats from its beginning and
-        more often than the other; pad: where neither shows it, its id as the tokenizer says."""
+        """From the token ids of the empty prompt and of one with words: what both begin with stands before them, and
+        what both end with behind them, but for padding between the words and the end of a template. A token that the
+        empty prompt repeats to its end is padding, and so is one that it repeats from its beginning and more often than
+        the other; pad: where neither shows it, its id as the tokenizer says."""
         left = len(empty) > 1 and _run(empty, empty[0]) > max(1, _run(other, empty[0]))
         if left:
             pad = empty[0]
         elif len(empty) > 1 and empty[-1] == empty[-2]:
             pad = empty[-1]
         bare, words = _without(empty, pad, left), _without(other, pad, left)
-        head = 0
-        while head < min(len(bare), len(words)) and bare[head] == words[head]:
-            head += 1
-        return cls(tuple(bare[:head]), tuple(bare[head:]), pad, left)
+        head = _same(bare, words)
+        tail = _same(bare[head:][::-1], words[head:][::-1])
+        place = len(bare) - tail
+        end = bare[place:]
+        return cls(tuple(bare[:head]), tuple(end[_run(end, pad) :]), pad, left, tuple(bare[head:place]))
 
     def fits(self, ids):
         """Whether a prompt's tokens begin and end as it says; others were put into another template."""
@@ -214,13 +218,21 @@ class Frame:
         in front.
         """
         head, tail, front = len(self.start), len(self.end), self.head(ids) - len(self.start)
-        count = max(0, len(_without(ids, self.pad, self.left)) - head - tail)
-        found = [PADDING] * front + [START if head == 1 else TEMPLATE] * head + [WORD] * count
-        found += [END if tail == 1 else TEMPLATE] * tail
+        bare = _without(ids, self.pad, self.left)
+        between = bare[head : max(head, len(bare) - tail)]
+        words = _without(between, self.pad, False)
+        found = [PADDING] * front + [START if head == 1 else TEMPLATE] * head
+        found += [TEMPLATE if tuple(words) == self.blank else WORD] * len(words)
+        found += [PADDING] * (len(between) - len(words)) + [END if tail == 1 else TEMPLATE] * tail
         padding = [PADDING] * (len(ids) - len(found))
         if padding and not tail and not self.left:
             padding[0] = END
         return torch.tensor((found + padding)[: len(ids)])
+
+
+def _same(some, others):
+    """With how many of the same some ids and others begin."""
+    return next((n for n, (one, other) in enumerate(zip(some, others)) if one != other), min(len(some), len(others)))
 
 
 def _run(ids, pad):

@@ -12,11 +12,14 @@ from .words import runs, share_of_words
 
 CAPTIONS = Path(__file__).with_name("neutral_captions.txt")
 ALONE = "{}"
-ROWS_FROM = ("a photo of {}", "a painting of {}")  # a concept's rows are means over these and the word alone
+ROWS_FROM = (
+    "a photo of {}",
+    "a painting of {}",
+)  # a concept's rows are means over these; first words are like each other
 MEASURED_ON = ("a picture that shows {}", "an old drawing of {}", "{} in the middle of a room")  # texts that have it
 CHANCE = 0.95  # share of neutral texts that stay closed
 CAPTION = 10  # rows of a caption: shorter texts, and those of unknown words, are taken to have so many
-APART = 0.1  # cosines that are closer say nothing
+APART = 0.15  # cosines that are closer say nothing
 
 
 def concepts_of(encoded):
@@ -281,12 +284,12 @@ def _places(heard):
 
 
 def _concept(alone, empty, examples, bank):
-    """WordConcept of a concept's EncodedPrompt; its rows are means over itself and examples that end in it."""
+    """WordConcept of a concept's EncodedPrompt; its rows are means over examples that end in it, else its own."""
     own = _known_rows(alone) if _places(alone.heard) else alone.rows[alone.roles == WORD]
     own = own if len(own) else alone.rows[:1]
     count = len(alone.inside) or len(own)
     found = [rows[-count:] for rows in map(_known_rows, examples)]
-    found = [rows for rows in (own, *found) if len(rows) == count] or [own]
+    found = [rows for rows in found if len(rows) == count] or [own]
     tokens = tuple(filter(None, (ids - empty.heard for ids in alone.spoken)))
     rows = torch.stack([_centred(rows, bank) for rows in found]).mean(dim=0)
     return WordConcept(alone.prompt, tuple(runs(alone.prompt)), tokens, _unit(rows), 1.0, bank)

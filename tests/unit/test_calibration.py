@@ -64,7 +64,7 @@ ALL = unit(np.concatenate([rows(caption) for caption in CAPTIONS]) - MEAN)
 
 def concept(name):
     count = len(name.split())
-    texts = (name, *(template.replace("{}", name) for template in ROWS_FROM))
+    texts = [template.replace("{}", name) for template in ROWS_FROM]
     return unit(np.mean([unit(rows(text)[-count:] - MEAN) for text in texts], axis=0))
 
 

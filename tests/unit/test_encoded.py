@@ -44,6 +44,9 @@ HEAD, TAIL = [90, 91, 92], [93, 94]
         # and in front of a template
         ([0, 0, *HEAD, *TAIL], [0, *HEAD, 7, *TAIL], [0, *HEAD, 7, *TAIL],
          [PADDING] + [TEMPLATE] * 3 + [WORD] + [TEMPLATE] * 2),
+        # a template with a space before the words, which joins them
+        ([*HEAD, 60, *TAIL], [*HEAD, 7, *TAIL], [*HEAD, 7, 8, *TAIL], [TEMPLATE] * 3 + [WORD] * 2 + [TEMPLATE] * 2),
+        ([*HEAD, 60, *TAIL], [*HEAD, 7, *TAIL], [*HEAD, 60, *TAIL], [TEMPLATE] * 6),
         # a template that begins with the same token twice is no padding
         ([90, 90, 91], [90, 90, 7, 91], [90, 90, 7, 8, 91], [TEMPLATE] * 2 + [WORD] * 2 + [END]),
     ],
@@ -57,6 +60,18 @@ def test_padding_that_only_the_tokenizer_tells():
     frame = Frame.of([1], [7, 1], pad=0)
     assert frame.roles([7, 8, 1, 0, 0]).tolist() == [WORD, WORD, END, PADDING, PADDING]
     assert frame.roles([7, 1]).tolist() == [WORD, END]
+
+
+def test_padding_inside_a_template():
+    """LongCat pads the words, not the whole."""
+    frame = Frame.of([*HEAD, 60, 0, 0, 0, *TAIL], [*HEAD, 7, 0, 0, 0, *TAIL], pad=0)
+    for ids, roles in (
+        ([7, 8, 9, 0], [WORD] * 3 + [PADDING]),
+        ([7, 8, 9, 9], [WORD] * 4),
+        ([60, 0, 0, 0], [TEMPLATE] + [PADDING] * 3),
+    ):
+        whole = [*HEAD, *ids, *TAIL]
+        assert frame.fits(whole) and frame.roles(whole).tolist() == [TEMPLATE] * 3 + roles + [TEMPLATE] * 2
 
 
 def test_a_frame_fits_its_own_template_only():

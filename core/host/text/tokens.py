@@ -113,10 +113,11 @@ class Tokenizer:
                 ids += own
                 roles.append((frame if frame.fits(own) else Frame((), (), frame.pad, frame.left)).roles(own))
         roles, last = torch.cat(roles), streams[-1]
+        head = self.frame(streams[0]).head(ids_of(tokens[streams[0]][:1])) if fits else cut
+        cut = min(cut, head)  # no words are cut off: what more is missing, is behind them
         words = (roles == WORD).nonzero().flatten().tolist()
-        places = tuple(place - cut for place in words if place >= max(starts[last], cut)) if fits else None
-        head = self.frame(streams[0]).head(ids_of(tokens[streams[0]][:1])) if fits else 0
-        return Layout(tuple(ids)[cut:], roles[cut:], max(0, head - cut), last, places)
+        places = tuple(i - cut for i in words if max(starts[last], cut) <= i < cut + length) if fits else None
+        return Layout(tuple(ids)[cut : cut + length], roles[cut : cut + length], head - cut, last, places)
 
     def heard(self, tokens, length):
         """Heard of a tokenized text that was encoded to `length` rows."""
