@@ -21,7 +21,7 @@ from . import inputs
 
 NONE = "none"
 BOTH, LEAVE, EDIT = "keys and values", "leave", "edit"
-LAYERS = {BOTH: (), "keys": ("attn2.to_k.weight",), "values": ("attn2.to_v.weight",)}
+LAYERS = {BOTH: "", "keys": ".key", "values": ".value"}  # role of the layers
 
 
 class MembraneErase:

@@ -3,7 +3,7 @@
 import torch
 
 from ..core.adapters.gates import openings, openings_report
-from ..core.host.model.layers import text_readers
+from ..core.host.model.layers import family, text_readers
 from ..core.host.model.weights import text_gram
 from ..core.host.page.progress import Progress
 from ..core.host.patches.stack import concepts_for
@@ -43,11 +43,13 @@ class MembraneImpact:
 
     def preview(self, model, clip, stack, prompts):
         lines = inputs.prompt_lines(prompts)
-        layers = len(list(text_readers(model)))
+        entry, layers = family(model).text, len(list(text_readers(model)))
         progress = Progress(len(lines) + layers)
         encoded = encode_for(model, clip, lines, progress.at)
         progress.next_phase(len(lines))
-        found = impacts(stack, encoded, text_gram(model, progress.at), concepts_for(stack, clip))
+        concepts = concepts_for(stack, clip)
+        heard = encode(clip, lines) if concepts and not encoded.contexts else None
+        found = impacts(stack, encoded, text_gram(model, progress.at), concepts, entry, heard)
         shown = found[:MOST_BARS]
         title = "Change of what the model hears" + (f" ({MOST_BARS} of {len(found)})" if len(found) > MOST_BARS else "")
         chart = bar_chart(title, [(impact.prompt, impact.change) for impact in shown])

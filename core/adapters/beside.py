@@ -15,27 +15,36 @@ from ..families.family import FIRST
 from .deltas.delta import OPEN
 from .patch import Patch
 
+TILED, PICTURES, MIXED = "tiled", "pictures", "mixed"  # order of what a layer gets
+
 
 class Rows:
     """What is known of the rows that are going through the network now.
 
     every: (rows, all gates). gates: (rows, active gates and, last, a 1 for what is not gated), with `active`, the
-    numbers of the active ones. texts: {TextRows: number of the text's rows}. None while no call is under way.
+    numbers of the active ones. texts: {TextRows: number of the text's rows}. timed: numbers of gates that change from
+    step to step, while the call is one for all steps. None while no call is under way.
     """
 
     def __init__(self):
-        self.every, self.gates, self.active, self.texts = None, None, (), {}
+        self.every, self.gates, self.active, self.texts, self.timed = None, None, (), {}, frozenset()
 
     @contextlib.contextmanager
-    def lent(self, every, active, texts=None):
+    def lent(self, every, active, texts=None, timed=()):
         """While it lasts, the rows are those of a call with these gates, (rows, all gates)."""
-        before = self.every, self.gates, self.active, self.texts
+        before = self.every, self.gates, self.active, self.texts, self.timed
         gates = torch.cat([every[:, list(active)], every.new_ones(len(every), 1)], dim=1)
-        self.every, self.gates, self.active, self.texts = every, gates, active, texts or {}
+        self.every, self.gates, self.active, self.texts, self.timed = (
+            every,
+            gates,
+            active,
+            texts or {},
+            frozenset(timed),
+        )
         try:
             yield
         finally:
-            self.every, self.gates, self.active, self.texts = before
+            self.every, self.gates, self.active, self.texts, self.timed = before
 
 
 class Changes:
@@ -72,12 +81,15 @@ class Bypass(Patch):
     nothing else stands there.
 
     parts: of low rank; text: TextPart of an entry that the layer reads behind a norm; changes: Changes of the weight.
+    order: of what the layer gets: "tiled", picture by picture or each cut into equally many neighbours, as HyperTile
+    does; "pictures", picture by picture only; "mixed", otherwise. name: of the layer, for messages.
     """
 
     function, erases = "forward", True
 
-    def __init__(self, module, parts, rows, previous=None, changes=None, text=None):
+    def __init__(self, module, parts, rows, previous=None, changes=None, text=None, order=TILED, name="a layer"):
         super().__init__(module, previous)
+        self.order, self.name = order, name
         self.parts, self.rows = parts, rows
         self.changes, self.text = changes, text
         self.follows = text is not None and bool((text.gate != OPEN).any())
@@ -85,6 +97,8 @@ class Bypass(Patch):
     def __call__(self, x, *args, **kwargs):
         if self.text is not None:
             x = self._erased(x)
+        if self.rows.timed:
+            self._require_untimed()
         ready = []
         if self.rows.gates is not None:
             found = ((part.factors(self.rows.active, x), part) for part in self.parts)
@@ -98,12 +112,21 @@ class Bypass(Patch):
             y = y - self._changed(x, ready, removed=True).to(y.dtype)
         return y
 
+    def _require_untimed(self):
+        gates = {gate for part in self.parts for gate in part.every.gate.tolist()}
+        gates |= {term.gate for term in (self.changes.terms if self.changes else ())}
+        if gates & self.rows.timed:
+            raise ErasureError(
+                f"The layer {self.name} prepares the text once for all steps, so that an adapter on it cannot begin or "
+                "end with a step; set its start_percent to 0 and its end_percent to 1."
+            )
+
     def _of(self, part, x):
         """The rows of an input that a part acts on, as a slice of its second dimension; None for all of them."""
         found = part.text_rows
         if found is None:
             return None
-        count, rows = self.rows.texts[found], x.shape[1]
+        count, rows = self.rows.texts.get(found, 0), x.shape[1]
         if x.dim() < 3 or count > rows:
             raise ErasureError(
                 f"A layer got {rows} rows, but the text alone has {count}; another node changes the text inside the "
@@ -113,7 +136,7 @@ class Bypass(Patch):
 
     def _erased(self, x):
         self.text = self.text.to(x.device)
-        gates = None if self.rows.every is None else _for_rows(self.rows.every, x)
+        gates = None if self.rows.every is None else self._for_rows(self.rows.every, x)
         if gates is None and self.follows:  # called outside a sampling: no gate is known
             return x
         return self.text.erased(x[:, None], gates)[:, 0] if x.dim() == 2 else self.text.erased(x, gates)
@@ -140,7 +163,7 @@ class Bypass(Patch):
             changed = self.changes(weight)
             return functional.linear(x, weight - changed if removed else changed, bias)
         rows = []
-        for row, own in zip(x, _for_rows(gates, x).expand(len(x), -1)):
+        for row, own in zip(x, self._for_rows(gates, x).expand(len(x), -1)):
             full, shift = weight, bias
             for factors, outputs in ready:
                 full, moved = factors.inside(full, shift, own, outputs)
@@ -151,7 +174,7 @@ class Bypass(Patch):
 
     def _added(self, x, y, factors, outputs, where):
         """y with a part's changes; row by row where the memory is too small for all rows at once."""
-        gates = _for_rows(self.rows.gates, x)
+        gates = self._for_rows(self.rows.gates, x)
         try:
             return self._add(x, y, factors, outputs, where, gates)[0]
         except torch.cuda.OutOfMemoryError:  # nothing was written yet
@@ -180,14 +203,22 @@ class Bypass(Patch):
         (y if where is None else y[:, where])[..., start : start + length] += delta
         return y, False
 
-
-def _for_rows(gates, x):
-    """Gates (batch, K) for a layer whose batch may be a multiple of the rows, as HyperTile makes it."""
-    if len(gates) in (1, len(x)):
-        return gates
-    if len(x) % len(gates):
+    def _for_rows(self, gates, x):
+        """Gates (batch, K) or (1, K) of what the layer gets; one row for all where the gates of all are equal."""
+        rows, found = len(gates), len(x)
+        if rows == 1 or (rows == found and self.order != MIXED):
+            return gates
+        if self.order == TILED and found % rows == 0:
+            return gates.repeat_interleave(found // rows, dim=0)
+        if bool((gates == gates[:1]).all()):
+            return gates[:1]
+        if self.order == TILED:
+            raise ErasureError(
+                f"A layer got a batch of {found} for {rows} rows of gates; another node splits the batch inside the "
+                'network, apply it to another model or set the permeability to "fixed".'
+            )
         raise ErasureError(
-            f"A layer got a batch of {len(x)} for {len(gates)} rows of gates; another node splits the batch inside "
-            'the network, apply it to another model or set the permeability to "fixed".'
+            f"The layer {self.name} gets the {rows} pictures of a batch in an order of its own, so that it cannot open "
+            "for some of them and not for others; set the negative of the permeability to "
+            '"same as positive" and make one prompt at a time, or set the permeability to "fixed".'
         )
-    return gates.repeat_interleave(len(x) // len(gates), dim=0)

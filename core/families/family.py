@@ -81,8 +81,7 @@ class TextRows:
     without which these rows are not there; "" for one that is always read). pictures: name of a list of reference
     pictures, each of which has `multiple` rows of padding in the text's place where the last of `tensors`, a list, has
     no text for it. splits: name of a list that, where it is not empty, puts pictures between the text's rows, so that
-    the call is refused. options: (name, ((key, value), ...)) of the host's transformer_options without which the rows
-    would not be there in every step. moved: whether older hosts put the rows behind the picture.
+    the call is refused. moved: whether older hosts put the rows behind the picture.
     """
 
     layers: str
@@ -92,7 +91,6 @@ class TextRows:
     added: int = 0
     pictures: str = ""
     splits: str = ""
-    options: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
     moved: bool = False
 
     def count(self, call):

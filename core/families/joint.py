@@ -3,6 +3,7 @@
 Layers have the host's names here. Modulations, which read the time and one vector a picture, are not among them.
 """
 
+import re
 from dataclasses import replace
 
 from .family import ALL, FIRST, LAST, TextRows
@@ -31,11 +32,9 @@ _REFINED = TextRows(r"^context_refiner_\d+_(attention|attn|feed_forward)_", ALL)
 LUMINA = (_REFINED, _LUMINA)
 Z_IMAGE = (_REFINED, replace(_LUMINA, multiple=32))
 QWEN_IMAGE = (TextRows(r"^transformer_blocks_\d+_(attn_add_._proj|attn_to_add_out|txt_mlp_)|^txt_in$", ALL),)
-# the host keeps the text's keys and values of the first step unless told otherwise
 QWEN_IMAGE_21 = (
     TextRows(
         r"^transformer_blocks_\d+_(attn_to|img_mlp)_", FIRST, (CONTEXT,), splits="image_slots",
-        options=(("qwen_image21_cache", (("device", "off"),)),),
     ),
 )  # fmt: skip
 KREA2 = (
@@ -60,3 +59,15 @@ IDEOGRAM4 = (TextRows(r"^layers_\d+_(attention|feed_forward)_", FIRST, (CONTEXT,
 # keys and values of a cross-attention see the text alone
 WAN = (TextRows(r"^blocks_\d+_cross_attn_[kv]$|^text_embedding_", ALL),)
 COSMOS = (TextRows(r"^blocks_\d+_cross_attn_[kv]_proj$|^llm_adapter_", ALL),)
+
+# layers that get the batch in another order than picture by picture: experts the rows that were chosen for them, the
+# keys and values of PixArt all texts as one, those of Cosmos 1 the frames first, pixel blocks pieces of pictures
+_MIXED = re.compile(
+    r"_experts_\d+_|_cross_attn_kv_linear$|^pooler_|_linear_pos$|^blocks_block\d+_blocks_\d+_block_|^pixel_blocks_"
+    r"|_time_stack_.*emb_layers"
+)
+
+
+def mixed(site):
+    """Whether the first dimension of what the layer at a site gets is none of pictures, or not in their order."""
+    return _MIXED.search(site) is not None

@@ -12,6 +12,7 @@ PREFIXES = (
     "diffusion_model.",
     "unet.",
     "transformer.",
+    "lora_unet__",  # Wan Fun
     "lora_unet_",
     "lora_transformer_",
     "lycoris_",

@@ -11,13 +11,13 @@ from .transformers import pooled, words
 READER, NORM = r"^cap_embedder\.1$", "cap_embedder.0"
 LAYERS = tuple(
     (rf"^{blocks}_\d+_{layer}$", role.format(kind))
-    for blocks, kind in (("layers", "joint"), ("context_refiner", "text"), ("noise_refiner", "image"))
+    for blocks, kind in (("layers", "joint_"), ("context_refiner", "text_"), ("noise_refiner", "image_"))
     for layer, role in (
-        ("attention_qkv", "{}_attention.qkv"),
-        ("attention_out", "{}_attention.out"),
-        ("feed_forward_w1", "{}_feed_forward.gate"),
-        ("feed_forward_w3", "{}_feed_forward.up"),
-        ("feed_forward_w2", "{}_feed_forward.down"),
+        ("attention_qkv", "{}attention.qkv"),
+        ("attention_out", "{}attention.out"),
+        ("feed_forward_w1", "feed_forward.gate"),
+        ("feed_forward_w3", "feed_forward.up"),
+        ("feed_forward_w2", "feed_forward.down"),
     )
 )
 

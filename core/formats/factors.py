@@ -13,7 +13,9 @@ from ..families.sites import site
 log = logging.getLogger("membrane")
 
 # what LoRA files hold beside the denoiser's layers: text encoders, and the embeddings of a bundled trigger word
-BESIDE = re.compile(r"(base_model\.model\.)?(lora_te|lora_text_encoder|text_encoder(_\d)?\.|text_model\.|bundle_emb\.)")
+BESIDE = re.compile(
+    r"(base_model\.model\.)?(lora_te|lora_text_encoder|text_encoder(s|_\d)?\.|text_model\.|bundle_emb\.)"
+)
 HALF_ERROR = 1e-3  # of a layer's product, relative; above it the layer is stored in float32
 LARGEST_KERNEL = 7  # of a convolution, along one side
 
@@ -59,7 +61,8 @@ def gather(contents, split):
 def low_rank(file, layer, parts):
     """One LowRank from its parts (see gather), checked; factors keep their number type.
 
-    1x1 convolutions become linear, and a Tucker core (mid) goes into the down factor. Without alpha it is the rank.
+    Convolutions of one point become linear, and a Tucker core (mid) goes into the down factor. Without alpha it is the
+    rank.
     """
     missing = {"up", "down"} - parts.keys()
     if missing:
@@ -69,8 +72,9 @@ def low_rank(file, layer, parts):
             "or no plain LoRA, get it again."
         )
     parts = {part: _numbers(file, layer, part, tensor) for part, tensor in parts.items()}
-    up, down = _flat(parts["up"]), _flat(parts["down"])
-    if up.dim() != 2 or down.dim() not in (2, 4) or not 0 < up.shape[1] == down.shape[0]:
+    alike = parts["up"].dim() == parts["down"].dim()
+    up, down = _flat(parts["up"], alike), _flat(parts["down"], alike)
+    if up.dim() != 2 or not 2 <= down.dim() <= 5 or not 0 < up.shape[1] == down.shape[0]:
         raise ErasureError(
             f'"{file}" holds factors of shapes {tuple(parts["up"].shape)} (up) and {tuple(parts["down"].shape)} (down) '
             f"for {layer}; expected (out, rank) and (rank, in), the file is damaged or no plain LoRA, get it again."
@@ -125,9 +129,11 @@ def _numbers(file, layer, part, tensor):
     return tensor
 
 
-def _flat(tensor):
-    """A 1x1 convolution's factor as a matrix; all others as they are."""
-    return tensor.flatten(1) if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else tensor
+def _flat(tensor, alike=False):
+    """The factor of a convolution of one point as a matrix; all others as they are. alike: whether both factors of a
+    layer have as many dimensions, without which only pictures' convolutions are."""
+    point = set(tensor.shape[2:]) == {1} and (alike or tensor.dim() == 4)
+    return tensor.flatten(1) if point else tensor
 
 
 def _alpha(file, layer, alpha, rank):

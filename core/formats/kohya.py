@@ -109,8 +109,7 @@ def save_low_rank(adapter, path, names, convolutions=()):
         up, down = change.up, change.down
         if layer in convolutions and down.dim() == 2:
             down = down[:, :, None, None]
-        if down.dim() == 4:
-            up = up[:, :, None, None]
+        up = up.reshape(*up.shape, *[1] * (down.dim() - 2))
         tensors |= _layer(names[layer], up, down, change.alpha, change.bias)
     ranks = {change.rank for change in adapter.low_rank.values()}
     alphas = {change.alpha for change in adapter.low_rank.values()}

@@ -24,8 +24,7 @@ def look_alike(contents):
     keys, tensors = tuple(contents.tensors), contents.tensors
     if any("lora_gloce_" in key for key in keys):
         return _error(contents, "is a GLoCE file, a gated change of what attention puts out and no LoRA", OWN_PROGRAM)
-    three = any(key.endswith(".lora_down.weight") and tensors[key].dim() == 3 for key in keys)
-    if three or any(key.startswith("attention_gate.") for key in keys):
+    if any(_crossed(tensors, key) for key in keys) or any(key.startswith("attention_gate.") for key in keys):
         return _error(
             contents,
             "is a CPE file (three-dimensional factors and an attention_gate), which is no LoRA without its gate",
@@ -43,6 +42,15 @@ def look_alike(contents):
             return _no_pairs(contents, kind, found)
     found = next((key for key in keys if key.endswith(".diff")), None)
     return _no_pairs(contents, "whole differences of layers", found) if found else None
+
+
+def _crossed(tensors, key):
+    """Whether a factor has three dimensions and is none of a convolution along one line, whose factors meet in the
+    rank."""
+    up = tensors.get(key.removesuffix(".lora_down.weight") + ".lora_up.weight")
+    if not key.endswith(".lora_down.weight") or tensors[key].dim() != 3:
+        return False
+    return up is None or up.dim() != 3 or up.shape[1] != tensors[key].shape[0] or up.shape[2] != 1
 
 
 def other(contents):

@@ -1,5 +1,6 @@
 """What differs between releases of ComfyUI, from March 2024 on; the rest of core/host is written for today's."""
 
+import contextlib
 import dataclasses
 import inspect
 from importlib.util import find_spec
@@ -7,6 +8,7 @@ from importlib.util import find_spec
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sample
 import torch
 
@@ -47,6 +49,35 @@ def _patches_of_parameters(model, prefix):
             stored = weight if backup is None else backup.weight
             found[key] = [(stored, convert or (lambda tensor, **more: tensor)), *model.patches.get(key, ())]
     return found
+
+
+def folds_activations(network):
+    """Whether the host computes some layers of a network together with the activation before them, past their forward:
+    hosts of 2026 do so where the weights are stored as int8."""
+    weights = (getattr(module, "weight", None) for module in network.modules())
+    return hasattr(comfy.ops, "linear_input_act") and any(
+        getattr(weight, "_layout_cls", "") == "TensorWiseINT8Layout" for weight in weights
+    )
+
+
+@contextlib.contextmanager
+def patched_layers_called():
+    """While it lasts, the host calls the forward of every layer that has a patch in its place."""
+    folded = getattr(comfy.ops, "linear_input_act", None)
+    if folded is None:
+        yield
+        return
+
+    def called(linear, x, activation):
+        if "forward" in vars(linear):
+            return linear(comfy.ops.INPUT_ACT_EAGER[activation](x))
+        return folded(linear, x, activation)
+
+    comfy.ops.linear_input_act = called
+    try:
+        yield
+    finally:
+        comfy.ops.linear_input_act = folded
 
 
 def calculate_weight(model, patches, weight, key):

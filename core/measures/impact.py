@@ -35,12 +35,13 @@ def relative_change(delta, vectors, weight_gram):
     return torch.sqrt(changed.clamp(min=0) / whole).item()
 
 
-def impacts(stack, encoded, weight_gram, concepts=None, entry=TEXT):
+def impacts(stack, encoded, weight_gram, concepts=None, entry=TEXT, heard=None):
     """Impact of a stack's maps of a text entry on each encoded prompt, the most changed first.
 
     Counted are the rows from the first word to the first end token: the start token is the same for every prompt,
     and padding repeats the end token. Time ranges do not count, every entry is taken to act. concepts: what gates
-    that follow the text need. Raises ErasureError when an adapter changes layers, which the text does not show.
+    that follow the text need; heard: the Encoded prompts as the text encoder gives them, which gates compare, where the
+    entry reads other rows. Raises ErasureError when an adapter changes layers, which the text does not show.
     """
     other = next((e.adapter for e in stack.entries if e.acts and entry.name not in e.adapter.maps), None)
     if other is not None:
@@ -55,7 +56,8 @@ def impacts(stack, encoded, weight_gram, concepts=None, entry=TEXT):
         rows = counted(prompt)
         gates = None
         if plan.gates:
-            score = concepts.match(prompt.rows[None], [prompt.heard]) if concepts else None
+            text = (heard or encoded)[prompt.prompt]
+            score = concepts.match(text.rows[None], [text.heard]) if concepts else None
             gates = gate_values(plan.gates, score)
         delta = part.delta(rows[None], gates)[0] if part else torch.zeros_like(rows)
         found.append(Impact(prompt.prompt, relative_change(delta, rows, weight_gram)))

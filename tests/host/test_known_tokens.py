@@ -2,6 +2,7 @@
 
 import torch
 from membrane.core.host.text import known_tokens
+from membrane.core.host.text.encode import encode
 from membrane.core.host.text.known_tokens import Prompts, watch
 
 TOKENS = {"l": [[(1, 1.0), (5, 1.0), (6, 1.0), (2, 1.0), (2, 1.0)]]}
@@ -77,3 +78,63 @@ def test_the_memory_can_be_switched_off(monkeypatch):
     assert watched is not before
     watch(cls, Prompts())
     assert cls.encode_from_tokens is watched
+
+
+def test_what_is_in_use_is_not_forgotten():
+    """A fixed prompt among thousands of others."""
+    prompts = Prompts(limit=20)
+    prompts.want()
+    fixed = vectors(0)
+    prompts.note(TOKENS, fixed)
+    for seed in range(1, 200):
+        prompts.note(TOKENS, vectors(seed))
+    assert prompts.recall(fixed) == [frozenset({1, 5, 6, 2})] and prompts.recall(vectors(1)) == [None]
+    assert len(prompts.known) <= 2 * 21  # one of each rounding
+
+
+def test_what_is_asked_for_is_kept_longest():
+    """Nobody holds the vectors any more, but the same ones come back, as from another cache."""
+    prompts = Prompts(limit=20)
+    prompts.want()
+    for seed in range(200):
+        prompts.note(TOKENS, vectors(seed))
+        assert prompts.recall(vectors(0)) != [None]
+
+
+def test_what_the_pack_encodes_for_itself_is_not_noted(demo):
+    memory = known_tokens.PROMPTS
+    memory.want()
+    before = len(memory.known)
+    encode(demo[1], [f"a star and {i} hearts" for i in range(40)])
+    assert len(memory.known) == before and not memory.noted
+    with memory.aside():
+        memory.note(TOKENS, vectors(1))
+    assert len(memory.known) == before
+
+
+def test_parts_that_are_known_make_a_whole():
+    prompts, long = Prompts(), torch.cat([vectors(1), vectors(2)], dim=1)
+    prompts.want()
+    other = {"l": [[(1, 1.0), (7, 1.0), (2, 1.0)]]}
+    short = vectors(3)[:, :3]
+    prompts.remember({"l": TOKENS["l"] * 2}, long)
+    prompts.remember(other, short)
+    for order in ((long, short), (short, long), (short, short, long)):
+        whole = torch.cat(order, dim=1)
+        assert prompts.recall(whole) == [frozenset({1, 5, 6, 7, 2})]
+        assert sum(length for length, _ in prompts.ends(whole)[0]) == whole.shape[1]
+    assert prompts.recall(torch.cat([long, short[:, :2]], dim=1)) == [None]
+
+
+def test_a_method_that_calls_the_other_is_noted_once():
+    class Clip:
+        def encode_from_tokens(self, tokens):
+            return {"cond": vectors(1)}
+
+        def encode_from_tokens_scheduled(self, tokens):
+            return [[self.encode_from_tokens(tokens)["cond"], {}]]
+
+    prompts = Prompts()
+    watch(Clip, prompts)
+    (given, _), *_ = Clip().encode_from_tokens_scheduled(TOKENS)
+    assert len(prompts.noted) == 1 and prompts.recall(given) == [frozenset({1, 5, 6, 2})]

@@ -9,7 +9,7 @@ import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.low_rank import LowRank
 from membrane.core.adapters.deltas.neurons import Neurons
-from membrane.core.adapters.permeability import FIXED, TRANSPORT, Permeability
+from membrane.core.adapters.permeability import FIXED, OFF, TRANSPORT, Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
 from membrane.core.families.sites import site
@@ -346,3 +346,182 @@ def test_an_edit_of_quantised_weights_is_extracted(kind, node):
     name = written(f"edited_{kind}.safetensors", {"txt_in.weight": numbers[key] + delta})
     adapter, _ = node("MembraneExtract", model=model, weights_file=name, concepts=STAR, energy=1.0, max_rank=8)
     assert (product(adapter.low_rank["txt_in"]) - delta).norm() < 1e-3 * delta.norm()
+
+
+# ---------------------------------------------------------------- layers that get the batch in an order of their own
+
+
+MIXED = {
+    "hidream": ["double_stream_blocks.0.block.ff_i.experts.0.w1", "double_stream_blocks.1.block.ff_i.experts.1.w2"],
+    "cosmos1": ["blocks.block0.blocks.0.block.attn.to_q.0", "blocks.block1.blocks.2.block.layer1"],
+    "pixart_sigma": ["blocks.0.cross_attn.kv_linear"],
+    "hunyuan_dit": ["pooler.v_proj"],
+    "pixeldit": ["pixel_blocks.0.mlp.fc1"],
+}
+
+
+def gated_and_edited(subject, layers):
+    """(changes, the edits that they are) of layers of a network."""
+    changes, edits = {}, {}
+    for i, layer in enumerate(layers):
+        module = subject.model.model.diffusion_model.get_submodule(layer)
+        changes[site(layer)] = change(module.out_features, module.in_features, 10 * i)
+        edits[f"{layer}.weight"] = product(changes[site(layer)])
+    return changes, edits
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_equal_gates_are_right_whatever_the_order(tiny, name, rows):
+    """The negative prompt gets the opening of the positive one, as published, so all pictures of a batch have one."""
+    subject = tiny(name)
+    changes, edits = gated_and_edited(subject, MIXED[name])
+    base, expected = subject.predict(rows=rows), subject.predict(subject.edited(edits), rows=rows)
+    erased = apply_stack(subject.model, stacked(changes, TRANSPORT), subject.clip)
+    close(subject.predict(erased, rows=rows), expected, base)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_gates_that_differ_are_refused_by_the_layers_name(tiny, name):
+    subject = tiny(name)
+    changes, _ = gated_and_edited(subject, MIXED[name][:1])
+    erased = apply_stack(subject.model, stacked(changes, TRANSPORT, negative=OFF), subject.clip)
+    with pytest.raises(ErasureError, match=f"The layer {MIXED[name][0]} gets the .* pictures of a batch in an order"):
+        subject.predict(erased, STAR, "a blue cat", rows=2)
+
+
+# ---------------------------------------------------------------- layers that prepare the text
+
+
+@BOTH
+def test_layers_that_run_while_the_text_is_prepared(tiny, mode):
+    subject = tiny("anima")
+    layers = ["llm_adapter.blocks.0.cross_attn.k_proj", "llm_adapter.blocks.0.mlp.0", "llm_adapter.out_proj"]
+    changes, edits = gated_and_edited(subject, layers)
+    erased = apply_stack(subject.model, stacked(changes, mode), subject.clip)
+    close(subject.predict(erased), subject.predict(subject.edited(edits)), subject.predict())
+
+
+def test_the_negative_prompt_of_layers_that_prepare_the_text(tiny):
+    subject = tiny("anima")
+    changes, edits = gated_and_edited(subject, ["llm_adapter.blocks.0.cross_attn.v_proj"])
+    erased = apply_stack(subject.model, stacked(changes, TRANSPORT, negative=OFF), subject.clip)
+    cond, uncond = subject.predict(erased)
+    base, expected = subject.predict(), subject.predict(subject.edited(edits))
+    close([cond], expected[:1], base[:1])
+    assert torch.equal(uncond, base[1])
+
+
+def test_such_layers_cannot_begin_with_a_step(tiny):
+    subject = tiny("anima")
+    changes, _ = gated_and_edited(subject, ["llm_adapter.out_proj"])
+    erased = apply_stack(subject.model, stacked(changes, start_percent=0.2), subject.clip)
+    with pytest.raises(ErasureError, match="The layer llm_adapter.out_proj prepares the text once for all steps"):
+        subject.predict(erased)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("low_rank", TRANSPORT), ("neurons", FIXED), ("neurons", TRANSPORT)])
+@pytest.mark.parametrize(("network", "layer"), [("wan21", "blocks.1.ffn.2"), ("ltxv", "transformer_blocks.1.ff.net.2")])
+def test_layers_that_the_host_folds_an_activation_into(network, layer, kind, mode):
+    """Of weights stored as int8; the host rounds what such layers read too, so only most of the effect is the same."""
+    try:
+        model, numbers = networks.quantised(network, "int8_tensorwise")
+    except networks.NotInThisHost as error:
+        pytest.skip(str(error))
+    subject, weight = Tiny(network), numbers[f"diffusion_model.{layer}.weight"]
+    if kind == "low_rank":
+        delta = change(*weight.shape, size=2.0)
+        difference = product(delta)
+    else:
+        delta = Neurons(torch.arange(weight.shape[1]) % 2 > 0, len(weight))
+        difference = delta.difference(weight)
+    erased = apply_stack(model, stacked({site(layer): delta}, mode, kind=kind), subject.clip)
+    texts = subject.text(STAR), subject.text(HOUSE)
+    with torch.no_grad():  # such weights cannot be loaded in inference mode
+        found, before = (networks.predict(m, *texts, network) for m in (erased, model))
+    edited, plain = subject.predict(subject.edited({f"{layer}.weight": difference})), subject.predict()
+    for mine, without, right, base in zip(found, before, edited, plain):
+        effect = (right - base).double()
+        assert ((mine - without).double() - effect).norm() < 0.2 * effect.norm()
+
+
+# ---------------------------------------------------------------- convolutions of videos, names of other programs
+
+
+@BOTH
+def test_the_convolution_that_cuts_a_video_into_pieces(tiny, mode):
+    subject = tiny("wan21")
+    module = subject.model.model.diffusion_model.patch_embedding
+    up, down = numbers(0, module.out_channels, RANK), numbers(1, RANK, module.in_channels, *module.kernel_size) * 0.2
+    delta = LowRank(up, down, float(RANK), numbers(2, module.out_channels))
+    weight = torch.einsum("or,rithw->oithw", up, down)
+    expected = subject.predict(subject.edited({"patch_embedding.weight": weight, "patch_embedding.bias": delta.bias}))
+    erased = apply_stack(subject.model, stacked({"patch_embedding": delta}, mode), subject.clip)
+    close(subject.predict(erased), expected, subject.predict())
+
+
+# what a published LoRA of each kind names its layers, and what these are in the host's network
+ADDED, DUAL = ("add_q_proj", "add_k_proj"), ("to_q", "to_k", "add_q_proj", "add_k_proj")
+DIFFUSERS = "transformer.transformer_blocks.{}.attn.{}.lora_{}.weight"
+PUBLISHED = {
+    "GEM on Flux": ("flux_dev", DIFFUSERS, DUAL),
+    "GEM on SD3": ("sd3", DIFFUSERS, DUAL),
+    "GEM on Qwen-Image": ("qwen_image", "base_model.model.transformer_blocks.{}.attn.{}.lora_{}.weight", DUAL),
+    "EraseAnything": ("flux_dev", DIFFUSERS, ADDED),
+    "Concept Sliders": ("flux_dev", "lora_unet_{}_attn_{}.lora_{}.weight", ("to_q", "to_k")),
+    "Wan Fun": ("wan21", "lora_unet__blocks_{}_{}.lora_{}.weight", ("cross_attn_k", "ffn_2")),
+    "in by rank": ("flux_dev", "single_transformer_blocks.{}.attn.{}.lora.{}", ("to_q", "to_v")),
+}
+FACTORS = {"Concept Sliders": ("down", "up"), "Wan Fun": ("down", "up")}
+
+
+@BOTH
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_published_loras_change_the_layers_that_they_name(tiny, node, kind, mode):
+    network, pattern, parts = PUBLISHED[kind]
+    subject, tensors, edits = tiny(network), {}, {}
+    first, second = FACTORS.get(kind, ("A", "B"))
+    blocks = ("transformer_blocks_0", "single_transformer_blocks_1") if kind == "Concept Sliders" else (0, 1)
+    for i, (block, part) in enumerate((block, part) for block in blocks for part in parts):
+        name = site(pattern.format(block, part, "X").partition(".lora")[0])
+        path, stored = weight_and_bias(subject, name)
+        delta = change(*stored["weight"].shape, 10 * i, size=0.5)
+        transposed = kind == "in by rank"
+        tensors[pattern.format(block, part, first)] = delta.down.T if transposed else delta.down
+        tensors[pattern.format(block, part, second)] = delta.up.T if transposed else delta.up
+        key = layer_keys(subject.model)[name]
+        module = subject.model.model.diffusion_model.get_submodule(path)
+        whole = edits.setdefault(f"{path}.weight", torch.zeros(module.weight.shape))
+        (whole if isinstance(key, str) else whole.narrow(*key[1])).add_(product(delta))
+    adapter = node("MembraneLoadAdapter", adapter_name=written("published.safetensors", tensors))[0]
+    assert adapter.card.method == kind.partition(" on")[0] or adapter.card.method == "LoRA"
+    assert len(adapter.low_rank) == len(blocks) * len(parts)
+    erased = apply_stack(subject.model, stacked(adapter.low_rank, mode), subject.clip)
+    close(subject.predict(erased), subject.predict(subject.edited(edits)), subject.predict())
+
+
+@pytest.mark.parametrize("prompt", [STAR, "a " * 40 + "star"], ids=["short", "long"])
+def test_a_file_of_z_erase_changes_the_texts_rows_alone(tiny, node, prompt):
+    """Z-Image fills the text up to 32 rows, or 64, and they stand before the picture's."""
+    subject, tensors, changes = tiny("z_image"), {}, {}
+    for i, name in enumerate(f"layers.{block}.attention.to_{part}" for block in (0, 1) for part in "qk"):
+        _, stored = weight_and_bias(subject, name)
+        changes[name] = change(*stored["weight"].shape, 10 * i)
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = changes[name].down, changes[name].up
+    adapter = node("MembraneLoadAdapter", adapter_name=written("z_erase.safetensors", tensors))[0]
+    stack = node("MembraneStack", adapter=adapter, strength=0.7)[0]
+    erased = node("MembraneApply", model=subject.model, clip=subject.clip, stack=stack)[0]
+    other, count = subject.edited({}), 32 if prompt == STAR else 64
+    for block in (0, 1):
+        module = other.model.diffusion_model.layers[block].attention.qkv
+        terms = torch.zeros(module.weight.shape)
+        terms[:512] = torch.cat([product(changes[f"layers.{block}.attention.to_{part}"]) for part in "qk"])
+
+        def forward(x, module=module, terms=terms):
+            y = type(module).forward(module, x)
+            y[:, :count] += 0.7 * x[:, :count] @ terms.T
+            return y
+
+        module.forward = forward
+    found, base = (subject.predict(model, prompt, prompt) for model in (erased, subject.model))
+    close(found, subject.predict(other, prompt, prompt), base)

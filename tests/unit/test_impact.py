@@ -5,10 +5,12 @@ import pytest
 import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.permeability import Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.measures.chart import bar_chart
 from membrane.core.measures.impact import impacts, relative_change, report
-from membrane.core.text.encoded import Encoded
+from membrane.core.text.encoded import WORD, Encoded, EncodedPrompt, Heard
+from membrane.core.text.similarity import WordConcepts
 
 D, END = 10, 50
 
@@ -62,6 +64,19 @@ def test_time_ranges_do_not_count():
     whole = impacts(ErasureStack((Entry(adapter(5)),)), encoded(), gram())
     timed = impacts(ErasureStack((Entry(adapter(5), 1.0, 0.2, 0.5),)), encoded(), gram())
     assert [i.change for i in timed] == pytest.approx([i.change for i in whole])
+
+
+def test_gates_compare_what_the_text_encoder_gives():
+    """Where a model reads other rows than the encoder gives, gates go by the encoder's, as while sampling."""
+    of_encoder = Encoded(
+        EncodedPrompt(p.prompt, torch.ones(3, 4), (1, 2, 3), torch.tensor([WORD] * 3), heard=Heard((), words))
+        for p, words in zip(encoded(), (("x",), ("y",)))
+    )
+    concepts = WordConcepts.of(Encoded([EncodedPrompt("x", torch.ones(1, 4), (1,), torch.tensor([WORD]))] * 2))
+    stack = ErasureStack((Entry(adapter(5), permeability=Permeability("facilitated transport")),))
+    always = {i.prompt: i.change for i in impacts(ErasureStack((Entry(adapter(5)),)), encoded(), gram())}
+    found = {i.prompt: i.change for i in impacts(stack, encoded(), gram(), concepts, heard=of_encoder)}
+    assert found == {"one word": pytest.approx(always["one word"]), "three words here": 0.0}
 
 
 def test_an_empty_stack_hurts_nobody():

@@ -6,6 +6,9 @@ import logging
 import pytest
 import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.beside import Bypass, Rows
+from membrane.core.adapters.deltas.delta import Term
+from membrane.core.adapters.deltas.low_rank import LowRank, Part, beside
 from membrane.core.errors import ErasureError
 from membrane.core.formats import labels, native, registry
 from membrane.core.formats.registry import load, load_weights
@@ -342,3 +345,49 @@ def test_a_pointer_is_called_that(put, reader):
 def test_every_format_has_a_name_of_its_own():
     names = [kind.name for kind in registry.FORMATS]
     assert len(set(names)) == len(names)
+
+
+# ---------------------------------------------------------------- other convolutions, other names
+
+
+@pytest.mark.parametrize("kernel", [(3,), (1,), (1, 2, 2), (3, 3, 3), (1, 1, 1)])
+@pytest.mark.parametrize("peft_names", [False, True])
+def test_convolutions_along_one_line_and_of_videos(put, kernel, peft_names):
+    down, up = randn(2, 6, *kernel), randn(8, 2, *[1] * len(kernel), seed=1)
+    names = ("lora_A.weight", "lora_B.weight") if peft_names else ("lora_down.weight", "lora_up.weight")
+    name = "diffusion_model.patch_embedding"
+    change = load(put({f"{name}.{names[0]}": down, f"{name}.{names[1]}": up})).low_rank["patch_embedding"]
+    expected = torch.einsum("or,ri...->oi...", up.flatten(1).double(), down.double())
+    assert torch.equal(product(change), expected if set(kernel) != {1} else expected.flatten(1))
+
+
+@pytest.mark.parametrize("kernel", [3, 1, (1, 2, 2), (2, 2)])
+def test_such_convolutions_beside_their_layers(kernel):
+    """By the formula, each picture of a batch with a gate of its own."""
+    places = len(kernel) if isinstance(kernel, tuple) else 1
+    kind = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[places]
+    module = kind(6, 8, kernel, stride=kernel if places > 1 else 1)
+    ones = set(module.kernel_size) == {1}
+    delta = LowRank(randn(8, 2), randn(2, 6) if ones else randn(2, 6, *module.kernel_size), 2.0, randn(8, seed=3))
+    rows, gates = Rows(), torch.tensor([[1.0], [0.25]])
+    x = randn(2, 6, *[4] * places, seed=2)
+    part = Part(beside([Term(delta, gate=0)], "layer"))
+    with rows.lent(gates, (0,)), torch.inference_mode():
+        found = Bypass(module, [part], rows)(x)
+        for row, gate in enumerate(gates.flatten()):
+            other = kind(6, 8, kernel, stride=module.stride)
+            other.weight.copy_(module.weight + gate * product(delta).float().view_as(module.weight))
+            other.bias.copy_(module.bias + gate * delta.bias)
+            assert torch.allclose(found[row], other(x[row : row + 1])[0], atol=1e-5)
+
+
+def test_wan_fun_has_two_underscores(put):
+    tensors = {"lora_unet__blocks_0_cross_attn_k.lora_down.weight": randn(2, 6)}
+    tensors["lora_unet__blocks_0_cross_attn_k.lora_up.weight"] = randn(8, 2)
+    assert set(load(put(tensors)).low_rank) == {"blocks_0_cross_attn_k"}
+
+
+def test_a_file_for_the_hosts_text_encoders_only(put):
+    name = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
+    with pytest.raises(ErasureError, match="changes 1 layers of a text encoder and none of the denoiser"):
+        load(put({f"{name}.lora_down.weight": randn(2, 6), f"{name}.lora_up.weight": randn(8, 2)}))

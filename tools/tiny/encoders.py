@@ -150,6 +150,9 @@ ENCODERS = {
     "ernie": _of("ernie", "ErnieTokenizer", "te", files={"tekken_model": tekken}),
     "krea2": _of("krea2", "Krea2Tokenizer", "te", _layers("qwen3vl_4b", 36)),
 }
+SLOW = {  # reads 1024 tokens of every text
+    "ltxav": _of("lt", "LTXAVGemmaTokenizer", "ltxav_te", files=WITHOUT_SPACE, dtype_llama=torch.float32),
+}
 
 
 @contextlib.contextmanager
@@ -191,7 +194,7 @@ def encoder(name, seed=0):
     """CLIP of a family's own encoder class, small and with random weights."""
     import comfy.sd
 
-    made = ENCODERS[name]
+    made = (ENCODERS | SLOW)[name]
     target, files = _target(made)
     sizes = {**SMALL, **made.sizes, "dtype": torch.float32, "load_device": CPU, "offload_device": CPU}
     with _without_eyes():

@@ -9,14 +9,16 @@ from torch.nn import functional
 from ...errors import ErasureError
 from .delta import OPEN, Delta, register
 
+CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}  # by the kernel's dimensions
+
 
 @register
 @dataclass(frozen=True, eq=False)
 class LowRank(Delta):
     """A low-rank change of one layer, W -> W + (alpha / r) up down (LoRA; SPM, Lyu et al. 2024, eq. 2 with r = 1).
 
-    up: (out, r); down: (r, in) of a linear layer, (r, in, height, width) of a convolution; alpha: scale times rank;
-    bias: (out,), added to the layer's bias, or None.
+    up: (out, r); down: (r, in) of a linear layer, (r, in, *kernel) of a convolution; alpha: scale times rank; bias:
+    (out,), added to the layer's bias, or None.
     """
 
     kind: ClassVar[str] = "low_rank"
@@ -29,7 +31,7 @@ class LowRank(Delta):
 
     def __post_init__(self):
         up, down, bias = self.up, self.down, self.bias
-        fits = up.dim() == 2 and down.dim() in (2, 4) and 0 < up.shape[1] == down.shape[0]
+        fits = up.dim() == 2 and 2 <= down.dim() <= 5 and 0 < up.shape[1] == down.shape[0]
         if not fits or (bias is not None and bias.shape != up.shape[:1]):
             shapes = " and ".join(str(tuple(t.shape)) for t in (up, down, bias) if t is not None)
             raise ErasureError(
@@ -49,7 +51,7 @@ class LowRank(Delta):
 
     @property
     def shape(self):
-        """Shape of the weight it changes: (out, in), of a convolution (out, in, height, width)."""
+        """Shape of the weight it changes: (out, in), of a convolution (out, in, *kernel)."""
         return (len(self.up), *self.down.shape[1:])
 
     def low_rank(self):
@@ -87,7 +89,7 @@ def join(terms):
 class Factors:
     """All low-rank changes that run beside one layer: y -> y + U^T (g * (D x)), scales folded into U.
 
-    up: U, (K, out); down: D, (K, in) or (K, in, height, width); gate: (K,) numbers of gates, each row's g, or OPEN. The
+    up: U, (K, out); down: D, (K, in) or (K, in, *kernel); gate: (K,) numbers of gates, each row's g, or OPEN. The
     last
     `paired` rows belong to adapters of equal rank combined as the published SPM code does: the factors of all are
     added, scaled by their gates, before they are multiplied; rank: of each of these. bias: (n, out) with bias_gate
@@ -186,10 +188,11 @@ class Factors:
         return delta.to(y.dtype), False
 
     def _convolved(self, x, gates, module):
-        down = self.down if self.down.dim() == 4 else self.down[:, :, None, None]
-        inner = functional.conv2d(x, down, stride=module.stride, padding=module.padding)
+        places = len(module.kernel_size)
+        down = self.down if self.down.dim() > 2 else self.down.view(*self.down.shape, *[1] * places)
+        inner = CONVOLUTIONS[places](x, down, stride=module.stride, padding=module.padding)
         row_gates = gates[:, self.gate].to(x.dtype)
-        scaled = self.scaled(inner.movedim(1, -1), row_gates[:, None, None, :])
+        scaled = self.scaled(inner.movedim(1, -1), row_gates.view(len(row_gates), *[1] * places, -1))
         return (scaled @ self.up).movedim(-1, 1)
 
     def inside(self, weight, bias, gates, outputs=None):

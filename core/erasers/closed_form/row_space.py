@@ -131,7 +131,8 @@ def row_basis(rows, start=None):
     for panel in rows.split(PANEL):
         part, clear = torch.nn.functional.normalize(panel.to(torch.float64)), False
         while not clear:
-            part, clear = _orthonormal(outside(part, basis[:rank].T))
+            part = outside(part, basis[:rank].T)
+            part, clear = _orthonormal(part[part.norm(dim=1) > REPEATS])
         basis[rank : rank + len(part)] = part
         rank += len(part)
     return basis[:rank].T

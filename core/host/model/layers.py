@@ -5,8 +5,11 @@ from dataclasses import replace
 import comfy.lora
 import comfy.ops
 
+from ...adapters.beside import MIXED, PICTURES, TILED
 from ...errors import ErasureError
+from ...families import unet
 from ...families.family import LAST
+from ...families.joint import mixed
 from ...families.sites import site
 from ...families.table import family_of
 from ..compat import ensure_uncompiled, plain_numbers, text_after_picture
@@ -80,6 +83,19 @@ def _require_main(model, entry, width):
         )
 
 
+def require_unet(model, doing, instead):
+    """Raises ErasureError for a MODEL whose blocks do not read CLIP's rows by cross-attention, as U-Nets do.
+
+    doing: what cannot be done with it; instead: what can.
+    """
+    if family(model).text != unet.TEXT:
+        raise ErasureError(
+            f"{doing} works on Stable Diffusion 1, 2 and XL type U-Nets only, and this is {family(model).title} "
+            f"({type(model.model).__name__}); {instead}."
+        )
+    text_width(model)  # raises for one without
+
+
 def readers(model, entry):
     """(key of the weight, module) of the layers of a MODEL that read a text entry first, in the network's order."""
     for name, module in denoiser(model).named_modules():
@@ -99,6 +115,13 @@ def text_rows(model, key):
         return None
     read = tuple(t for t in found.tensors if not t[1] or getattr(network, t[1], None) is not None)
     return replace(found, tensors=read, place=LAST if found.moved and text_after_picture(network) else found.place)
+
+
+def rows_order(model, key):
+    """How the layer of a key gets the pictures of a batch, see Bypass: other packs cut them in U-Nets only."""
+    if mixed(site(plain_key(key))):
+        return MIXED
+    return TILED if hasattr(denoiser(model), "input_blocks") else PICTURES
 
 
 def reads_vector(model):
@@ -173,9 +196,9 @@ def _require_shape(model, adapter, name, key, layer):
         if place != name:
             continue
         found = delta.shape
-        # a change of low rank fits a 1x1 convolution and part of a fused layer as well
+        # a change of low rank fits a convolution of one point and part of a fused layer as well
         low_rank = delta.low_rank() is not None
-        if low_rank and (wanted is None or found == wanted or (*found, 1, 1) == wanted):
+        if low_rank and (wanted is None or found == wanted or (*found, *[1] * (len(wanted) - 2)) == wanted):
             continue
         if low_rank or found != wanted or not isinstance(key, str):
             raise _other_shape(model, adapter, name, found, wanted)

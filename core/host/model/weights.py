@@ -62,7 +62,7 @@ def require_readers(model, entry):
     """Raises ErasureError for a TextEntry whose map no edit of a MODEL's weights equals."""
     if next(readers(model, entry), None) is None:
         raise ErasureError(
-            f"No edit of weights equals the erasure at the text entry {entry.name} of a {family(model).title} model, "
+            f"No edit of weights equals the erasure at the text entry {entry.name} of {family(model).title}, "
             'whose layers read other rows too; apply it to the text ("apply_to": "text"), or save it in the format '
             '"membrane".'
         )

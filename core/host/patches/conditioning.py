@@ -8,6 +8,7 @@ import torch
 
 from ...adapters.gates import gate_values, of_negative, stronger
 from ...adapters.patch import Patch
+from ..compat import patched_layers_called
 from ..text.known_tokens import PROMPTS
 
 EXTRA_CONDS, GATES = "extra_conds", "membrane_gates"
@@ -44,13 +45,14 @@ class ErasedConditioning(Patch):
     """Stands in for the base model's `extra_conds`: erases from each conditioning's text once, and sets its gates.
 
     Clones may share it: what it learns belongs to one sampling. entries: the TextEntries whose maps act here, before
-    `extra_conds` or, where it runs layers of the model, on what it gives.
+    `extra_conds` or, where it runs layers of the model, on what it gives. rows: the Rows of the gated layers.
     """
 
     function, erases = EXTRA_CONDS, True
 
-    def __init__(self, base, stack, plan, entries, travels, previous):
+    def __init__(self, base, stack, plan, entries, travels, previous, rows):
         super().__init__(base, previous)
+        self.rows, self.timed = rows, [k for k, gate in enumerate(plan.gates) if not gate.always]
         self.stack, self.plan, self.travels = stack, plan, travels
         self.early = [entry for entry in entries if not entry.prepared]
         self.late = [entry for entry in entries if entry.prepared]
@@ -66,8 +68,8 @@ class ErasedConditioning(Patch):
         if self.previous is not None:
             kwargs["membrane_text"] = text  # whose tokens are known, unlike those of the erased text
         # the host runs the layers that prepare a text in inference mode only
-        prepare = bool(self.late) and not torch.is_grad_enabled()
-        with torch.inference_mode() if prepare else contextlib.nullcontext():
+        prepare = torch.inference_mode() if self.late else contextlib.nullcontext()
+        with prepare, self._lent(gates, kwargs.get("device")):
             out = original(**kwargs)
         for entry in self.late:
             if entry.result in out:
@@ -75,6 +77,16 @@ class ErasedConditioning(Patch):
         if self.travels:
             out[GATES] = comfy.conds.CONDRegular(gates.to(kwargs.get("device", "cpu")))
         return out
+
+    @contextlib.contextmanager
+    def _lent(self, gates, device):
+        """Lends the gates to the layers that `extra_conds` runs, in families where it does."""
+        with contextlib.ExitStack() as lent:
+            lent.enter_context(patched_layers_called())
+            if gates is not None:
+                every = gates.to(device or "cpu")
+                lent.enter_context(self.rows.lent(every, tuple(range(every.shape[1])), timed=self.timed))
+            yield
 
     def _erase(self, entry, vectors, gates, kwargs):
         if vectors.shape[-1] != self.plan.maps[entry.name].width:

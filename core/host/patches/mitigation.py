@@ -9,7 +9,7 @@ import torch
 from ...adapters.patch import Patch
 from ...erasers.mitigation import LEAVE, Transition, pull, reweighted_attention, switched, token_codes
 from ...errors import ErasureError
-from ..model.layers import text_readers, text_width
+from ..model.layers import require_unet, text_readers
 from ..text.known_tokens import PROMPTS
 from .conditioning import EXTRA_CONDS
 from .places import put_below
@@ -150,7 +150,7 @@ def reweight_tokens(model, factor, strength):
 
     Raises ErasureError for a model without such attention, and when another node already stands in its place.
     """
-    text_width(model)
+    require_unet(model, "Re-weighting tokens", "choose dynamic, delayed or opposite guidance")
     if strength == 0:
         return model
     others = model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})

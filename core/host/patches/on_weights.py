@@ -15,12 +15,18 @@ from .stack import add_low_rank, applied_stack, keys_for, plan_for, static_chang
 log = logging.getLogger("membrane")
 
 
-def on_layers(model, adapter, names):
-    """An adapter of the text as changes W + W A B of those layers of a MODEL whose keys end with one of the names."""
+def on_layers(model, adapter, kind):
+    """An adapter of the text as changes W + W A B of those layers of a MODEL that read
+    the text in a kind of role, ".key" or ".value"."""
     require_entries(adapter, text_entries(model))
-    entry = family(model).text
-    weights = ((key, weight) for key, weight in text_weights(model) if key.endswith(names))
+    entry, roles = family(model).text, family(model).role
+    weights = ((key, weight) for key, weight in text_weights(model) if roles(site(key)).endswith(kind))
     changes = {site(key): change for key, change in on_weights(adapter.maps[entry.name], weights)}
+    if not changes:
+        raise ErasureError(
+            f"The text of {family(model).title} is not read by keys and values of its own; set layers to "
+            '"keys and values", which erases at the text itself.'
+        )
     return replace(adapter, deltas={"low_rank": changes})
 
 

@@ -8,6 +8,8 @@ from ..model.layers import family, plain_key, text_width
 from ..model.weights import text_weights
 from .stack import applied
 
+WIDEST = 5120
+
 
 def attack_grams(original, edited, on_layer=lambda done: None):
     """(S', X), each (d, d) float64: sum_l W'_l^T W'_l and sum_l W'_l^T W_l over the layers that read the text.
@@ -16,6 +18,7 @@ def attack_grams(original, edited, on_layer=lambda done: None):
     combined as the published SPM code does, the cross terms are left out.
     """
     width = text_width(original)
+    _require_derivable(original, width)
     if text_width(edited) != width:
         raise ErasureError(
             f"The original model reads text vectors of width {width}, the erased one of width "
@@ -33,6 +36,21 @@ def attack_grams(original, edited, on_layer=lambda done: None):
         cross += weight.T @ plain.double()
         on_layer(i + 1)
     return square, cross
+
+
+def _require_derivable(model, width):
+    """Raises ErasureError where a derived vector cannot stand for a text, or would take matrices too large."""
+    title, entry = family(model).title, family(model).text
+    if not entry.direct or width is None:
+        raise ErasureError(
+            f"The text of {title} passes {entry.norm or 'layers'} before it is read, which no derived vector "
+            'could have come through; set attacks to "words", or look at the pictures (Evaluate Erasure).'
+        )
+    if width > WIDEST:
+        raise ErasureError(
+            f"The text of {title} is {width} wide, for which deriving vectors would take more than a computer "
+            f'has (up to {WIDEST} works); set attacks to "words", or look at the pictures (Evaluate Erasure).'
+        )
 
 
 def _opened(model, width):

@@ -20,7 +20,10 @@ from ...adapters.gates import gated, wanted_concepts
 from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
+from ..compat import folds_activations
 from ..model.layers import (
+    NETWORK,
+    WEIGHT,
     family,
     layer_keys,
     layer_weight,
@@ -28,6 +31,7 @@ from ..model.layers import (
     plain_key,
     readers,
     require_fit,
+    rows_order,
     text_entries,
     text_rows,
 )
@@ -129,13 +133,13 @@ def _put(patched, model, whole, plan):
     follows = plan.follows or any((plan.maps[entry.name].gate != OPEN).any() for entry in inside)
     travels = bool(timed) or follows
     previous = foreign(model, EXTRA_CONDS)
-    conditioning = ErasedConditioning(base, whole, plan, early, travels, previous)
+    conditioning = ErasedConditioning(base, whole, plan, early, travels, previous, rows)
     patched.add_object_patch(EXTRA_CONDS, conditioning)
-    if inside and family(model).cache:
+    if (inside or plan.running) and family(model).cache:
         options = patched.model_options["transformer_options"] = dict(patched.model_options["transformer_options"])
         options[family(model).cache] = {"device": "off"}  # else rows of before the erasure may come back
     parts = _put_on_layers(patched, model, plan, inside, rows)
-    if travels or plan.tells_rows:
+    if travels or plan.tells_rows or (plan.running and folds_activations(base.diffusion_model)):
         steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
         patched.add_object_patch(APPLY_MODEL, steps)
 
@@ -152,9 +156,12 @@ def _put_on_layers(patched, model, plan, inside, rows):
             found.append(Part(layer.beside_text, _outputs(key), layer.text_rows))
     texts = {key: plan.maps[entry.name] for entry in inside for key, _ in readers(model, entry)}
     for key in dict.fromkeys((*parts, *changes, *texts)):
-        name = key.removesuffix(".weight") + ".forward"
+        name = key.removesuffix(WEIGHT) + ".forward"
         on_weight = Changes(changes[key], layer_weight) if key in changes else None
-        bypass = Bypass(layers[key], parts.get(key, ()), rows, foreign(model, name), on_weight, texts.get(key))
+        bypass = Bypass(
+            layers[key], parts.get(key, ()), rows, foreign(model, name), on_weight, texts.get(key),
+            rows_order(model, key), key.removesuffix(WEIGHT).removeprefix(NETWORK),
+        )  # fmt: skip
         patched.add_object_patch(name, bypass)
     return [part for of_layer in parts.values() for part in of_layer]
 

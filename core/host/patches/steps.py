@@ -3,6 +3,7 @@
 from ...adapters.gates import gate_values
 from ...adapters.patch import Patch
 from ...errors import ErasureError
+from ..compat import patched_layers_called
 from .conditioning import GATES
 
 APPLY_MODEL = "apply_model"
@@ -44,21 +45,18 @@ class ErasedSteps(Patch):
         dtype = getattr(self.owner, "manual_cast_dtype", None) or self.owner.get_dtype()
         for part in self.parts:
             part.prepare(active, x.device, dtype)
-        texts = self._texts({"c_crossattn": c_crossattn, **kwargs}, kwargs)
-        with self.rows.lent(gates, active, texts):
+        texts = self._lengths({"c_crossattn": c_crossattn, **kwargs})
+        with patched_layers_called(), self.rows.lent(gates, active, texts):
             return original(x, t, c_concat, c_crossattn, *args, **kwargs)
 
-    def _texts(self, call, kwargs):
-        """{TextRows: number of the text's rows} of a call; what the rows need of the host goes into its options."""
+    def _lengths(self, call):
+        """{TextRows: number of the text's rows} of a call."""
         for found in self.text_rows:
             if call.get(found.splits):
                 raise ErasureError(
                     "This conditioning puts reference pictures between the words, and adapters that change the text's "
                     "rows alone cannot tell the two apart; leave out the reference pictures or these adapters."
                 )
-            if found.options:
-                options = {name: dict(values) for name, values in found.options}
-                kwargs["transformer_options"] = {**(kwargs.get("transformer_options") or {}), **options}
         return {found: found.count(call) for found in self.text_rows}
 
     def _without_text(self):

@@ -13,8 +13,7 @@ from ...erasers.dampening import importance
 from ...erasers.pruning import Activity
 from ...errors import ErasureError
 from ...families.sites import site
-from ...families.table import role
-from ..model.layers import family_name, modules
+from ..model.layers import family, family_name, modules, require_unet
 from ..model.weights import base_layers
 from ..patches.steps import APPLY_MODEL
 from .batching import fitting, join
@@ -30,11 +29,12 @@ CONDITIONAL = 0  # in the host's cond_or_uncond
 
 def linear_layers(model, groups=FEED_FORWARD):
     """{site: module} of a MODEL's linear layers in some roles, in the network's order."""
+    role = family(model).role
     found = {site(key): m for key, m in modules(model).items() if role(site(key)) in groups and _linear(m)}
     if not found:
         raise ErasureError(
-            f"The {family_name(model)} model has no {' or '.join(groups)} layers as Stable Diffusion has; locating "
-            "needs a Stable Diffusion 1, 2 or XL type U-Net."
+            f"The {family_name(model)} model has no {' or '.join(groups)} layers that Membrane knows; locating needs "
+            "a Stable Diffusion 1, 2 or XL type U-Net, or a transformer with such."
         )
     return found
 
@@ -154,6 +154,7 @@ def importances(model, clip, layers, prompts, settings, first_steps, seed, on_sa
                 f"The layer {name} holds no weights that gradients reach ({getattr(module.weight, 'dtype', None)}); "
                 "load the model in fp32, fp16 or bf16."
             )
+    require_unet(model, "Selective Synaptic Dampening", "choose Wanda (ConceptPrune), which needs no gradients")
     refuse_pooled(model)
     texts = {prompt: conditioning(clip, prompt)[0][0] for prompt in (*prompts, "")}
     states = {prompt: _states(model, clip, prompt, settings, first_steps, seed) for prompt in dict.fromkeys(prompts)}

@@ -8,7 +8,7 @@ import torch
 
 from ...errors import ErasureError
 from ...measures.detection import Trace, bright_ending, magnitude, text_part
-from ..model.layers import text_width
+from ..model.layers import require_unet, text_width
 from ..text.tokens import ids_of
 from ..text.vocabulary import vocabulary_of
 from .attention import EndAttention
@@ -43,13 +43,12 @@ def require_cross_attention(model, clip):
         raise ErasureError(
             "The CLIP input is empty, the checkpoint holds no text encoder; connect the CLIP that belongs to the model."
         )
-    try:
-        width = text_width(model)
-    except ErasureError as error:
-        raise ErasureError(
-            f"The model {type(model.model).__name__} has no cross-attention that reads the text directly; memorised "
-            "pictures are told by a text's pull in Stable Diffusion 1, 2 and XL type U-Nets only, use one of those."
-        ) from error
+    require_unet(
+        model,
+        "Telling memorised pictures by a text's pull",
+        "no measurement says what it means there, use one of those",
+    )
+    width = text_width(model)
     found = conditioning(clip, "")[0][0].shape[-1]
     if found != width:
         raise ErasureError(

@@ -13,7 +13,7 @@ from ...erasers.spm import alphas_cumprod
 from ...errors import ErasureError
 from ...families.sites import site
 from ...families.table import role
-from ..model.layers import family, layer_keys, modules, plain_key, text_width
+from ..model.layers import family, layer_keys, modules, plain_key, require_unet
 from .gradients import Differentiable, refuse_pooled
 
 
@@ -125,7 +125,11 @@ def trainable_sites(model, groups=()):
     groups: names of roles that count, such as "cross_attention.key"; all when empty.
     Raises ErasureError for a model that cannot be trained against.
     """
-    text_width(model)
+    require_unet(
+        model,
+        "Training an adapter",
+        "erase in closed form (Erase Concepts), or load an adapter that was trained for it",
+    )
     refuse_pooled(model)
     found = {}
     for key, module in modules(model).items():

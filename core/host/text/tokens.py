@@ -94,7 +94,7 @@ class Tokenizer:
         """The text that stands in the template of an encoder, or in another one's place for what a user says."""
         vocabulary, frame = self.vocabulary(name), self.frame(name)
         if all(frame.fits(ids_of([context])) for context in contexts):
-            text = vocabulary.text(self.word_ids(name, contexts))
+            text = vocabulary.text([i for context in contexts for i in _parted(context, frame)])
         else:
             text = vocabulary.text(ids_of(contexts), marks=True)
             text = re.sub(rf"{MARK}[^{MARK}]*{MARK}", " ", "\n".join(TURN.findall(text)) or text)
@@ -122,6 +122,18 @@ class Tokenizer:
         """Heard of a tokenized text that was encoded to `length` rows."""
         ids = frozenset(ids_of(next(iter(tokens.values())))) - {UNKNOWN}
         return Heard(ids, self.words(tokens), self.layout(tokens, length).places)
+
+
+def _parted(context, frame):
+    """Ids of a context's words, with UNKNOWN where the weight changes: spaces there are lost to some tokenizers."""
+    before, found = None, []
+    for token, role in zip(context, frame.roles(ids_of([context])).tolist()):
+        if role == WORD:
+            weight = token[1] if len(token) > 1 else 1.0
+            found += [UNKNOWN] if before not in (None, weight) else []
+            found += ids_of([[token]])
+            before = weight
+    return found
 
 
 def _streams(tokens, length):

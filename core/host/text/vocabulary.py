@@ -3,37 +3,67 @@
 import torch
 
 from ...errors import ErasureError
+from .tokens import BEFORE, Tokenizer, fills_contexts
+
+EMBEDDINGS = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")  # of CLIP, T5 and language models
+ROWS = 32768  # of a table of embeddings, compared at a time
 
 
 def vocabulary_of(clip, name):
     """{id: piece} of the encoder of that name in a tokenized text, None where its tokenizer shows none."""
-    return getattr(getattr(clip.tokenizer, f"clip_{name}", clip.tokenizer), "inv_vocab", None)
+    return getattr(Tokenizer(clip.tokenizer).of(name), "inv_vocab", None)
 
 
 def words_near(clip, concept, count):
     """The `count` whole words of a CLIP whose token embeddings are closest to those of a concept, the closest first.
 
-    None of them is one of the concept's own words or contains one.
+    None of them is one of the concept's own words or contains one. Of several encoders the one counts whose rows a
+    model reads.
     """
-    tokens = clip.tokenize(concept)
-    name = next(iter(tokens))
-    vocabulary = vocabulary_of(clip, name)
-    table = next(
-        (w for k, w in clip.cond_stage_model.state_dict().items() if k.endswith("token_embedding.weight")), None
-    )
+    tokens, tokenizer = clip.tokenize(concept), Tokenizer(clip.tokenizer)
+    name = _encoder(tokens)
+    vocabulary, table = tokenizer.vocabulary(name), _embeddings(clip, None if fills_contexts(tokens) else name)
     if vocabulary is None or table is None:
         raise ErasureError(
             f"The text encoder {type(clip.cond_stage_model).__name__} shows no vocabulary to search in; "
             "switch the text-only search off."
         )
     own = concept.lower().split()
-    words = {i: v.removesuffix("</w>") for i, v in vocabulary.items() if v.endswith("</w>") and i < len(table)}
+    words = {i: word for i, word in vocabulary.words.items() if i < len(table)}
     plain = {i: word.lower() for i, word in words.items() if len(word) > 2 and word.isascii() and word.isalpha()}
     usable = [i for i, word in plain.items() if not any(part in word for part in own)]
-    special = {t[0] for t in clip.tokenize("")[name][0]}
-    wanted = [t[0] for t in tokens[name][0] if isinstance(t[0], int) and t[0] not in special]
+    wanted = [i for i in _ids(clip, tokenizer, name, concept) if i >= 0]
     if not wanted:
         raise ErasureError("No concept to look for was given; write the word that was erased.")
-    table = torch.nn.functional.normalize(table.float().cpu(), dim=1)
-    order = (table[usable] @ table[wanted].T).amax(dim=1).argsort(descending=True)
-    return [words[usable[i]] for i in order[:count].tolist()]
+    target = _unit(table[wanted])
+    near = torch.cat([(_unit(table[some]) @ target.T).amax(dim=1) for some in torch.tensor(usable).split(ROWS)])
+    first = {}
+    for place in near.argsort(descending=True).tolist():
+        first.setdefault(plain[usable[place]], words[usable[place]])  # in one spelling only
+        if len(first) == count:
+            break
+    return list(first.values())
+
+
+def _encoder(tokens):
+    """Name of the encoder that is searched: CLIP's first, or the last beside CLIP."""
+    return next(iter(tokens)) if fills_contexts(tokens) else [name for name in tokens if not fills_contexts({name})][-1]
+
+
+def _embeddings(clip, name):
+    """The table of token embeddings (V, d) of an encoder, None for one without; name: None for the first of all."""
+    tables = {k: w for k, w in clip.cond_stage_model.state_dict().items() if k.endswith(EMBEDDINGS)}
+    own = (w for k, w in tables.items() if name is None or name in k.split("."))
+    return next(own, None)
+
+
+def _ids(clip, tokenizer, name, concept):
+    """Token ids of a concept, as it is after another word where the tokenizer tells the two apart."""
+    before, both, alone = (
+        tokenizer.word_ids(name, clip.tokenize(text)[name]) for text in (BEFORE, f"{BEFORE} {concept}", concept)
+    )
+    return (both[len(before) :] if both[: len(before)] == before else ()) or alone
+
+
+def _unit(rows):
+    return torch.nn.functional.normalize(rows.float().cpu(), dim=1)
