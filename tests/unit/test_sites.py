@@ -67,7 +67,8 @@ def test_roles_of_a_transformer_block(ending, expected):
         ("proj_out", "proj_out"),
         ("down_blocks_0_resnets_0_conv1", "other"),
         ("input_blocks_1_0_in_layers_2", "other"),
-        ("transformer_blocks_0_attn_add_k_proj", "other"),
+        ("transformer_blocks_0_attn_add_k_proj", "text_attention.key"),
+        ("transformer_blocks_0_norm1_linear", "other"),
     ],
 )
 def test_other_roles(name, expected):
