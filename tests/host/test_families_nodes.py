@@ -4,6 +4,7 @@ that it has none, and name the model."""
 import pytest
 import torch
 from membrane.core.errors import ErasureError
+from membrane.core.families import table
 from membrane.core.formats import registry
 from membrane.tools.tiny import networks
 
@@ -117,6 +118,28 @@ def stress(subject):
     return subject.node("MembraneStressTest", original=subject.model, erased=subject.erased, clip=subject.clip,
                         concept="star", captions="a red {}", pictures=1, scheduler_name="normal",
                         attacks="derived vectors", **SAMPLING)  # fmt: skip
+
+
+def test_a_model_of_no_known_family_is_tried_and_said_to_be_unknown(node, caplog, monkeypatch):
+    try:
+        subject = Subject("flux_dev", node)
+    except networks.NotInThisHost as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(table, "FAMILIES", [f for f in table.FAMILIES if "Flux" not in f.configs])
+    caplog.clear()
+    erased, adapter = subject.erase()
+    assert "no model that Membrane knows" in caplog.text and set(adapter.maps) == {"text"}
+    sides = tuple(subject.node("CLIPTextEncode", clip=subject.clip, text=text)[0] for text in (STAR, HOUSE))
+    base, found, before = (networks.predict(m, *sides, "flux_dev")[0] for m in (subject.model, erased, subject.erased))
+    assert (found - base).norm() > 1e-3 * base.norm() and not torch.equal(found, before)
+
+
+def test_two_models_are_said_to_be_two(node, caplog):
+    try:
+        Subject("wan21", node)
+    except networks.NotInThisHost as error:
+        pytest.skip(str(error))
+    assert "erase from both" in caplog.text
 
 
 def test_keys_or_values_alone(subject):

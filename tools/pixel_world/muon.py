@@ -1,7 +1,6 @@
 """Muon, the optimiser of the demo transformer's matrices: momentum whose steps are made orthogonal.
 
-Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. On this model it needs
-about half the pictures that AdamW needs for the same loss.
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
 """
 
 import torch

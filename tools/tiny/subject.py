@@ -50,9 +50,10 @@ class Subject:
         """Whether the model predicts what it did, and by bit-identical weights. Weights that a host has patched and put
         back lie elsewhere, and it may round otherwise."""
         zero = [torch.zeros_like(side) for side in self.base]
+        found = self.predict(self.model)  # before the weights are looked at, which an applied clone may have patched
         weights, others = (model.model.diffusion_model.state_dict() for model in (self.model, self.other))
         same = all(torch.equal(weights[name], other) for name, other in others.items())
-        return same and error(self.predict(self.model), self.base, zero) < 1e-5
+        return same and error(found, self.base, zero) < 1e-5
 
     # ------------------------------------------------ what is right
 

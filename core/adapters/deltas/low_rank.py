@@ -31,7 +31,8 @@ class LowRank(Delta):
 
     def __post_init__(self):
         up, down, bias = self.up, self.down, self.bias
-        fits = up.dim() == 2 and 2 <= down.dim() <= 5 and 0 < up.shape[1] == down.shape[0]
+        kernel = down.dim() in (2, 4, 5) or (down.dim() == 3 and down.shape[2] > 1)  # of one point is a matrix
+        fits = up.dim() == 2 and kernel and 0 < up.shape[1] == down.shape[0]
         if not fits or (bias is not None and bias.shape != up.shape[:1]):
             shapes = " and ".join(str(tuple(t.shape)) for t in (up, down, bias) if t is not None)
             raise ErasureError(

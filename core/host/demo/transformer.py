@@ -8,7 +8,6 @@ import comfy.supported_models
 import comfy.text_encoders.flux
 import comfy.text_encoders.t5
 import torch
-from transformers import CLIPTokenizer
 
 from ...demo.world import ASSETS, load_config
 from ..compat import flux_options
@@ -57,7 +56,7 @@ class _Words:
 
     @classmethod
     def from_pretrained(cls, path, **options):
-        return cls(CLIPTokenizer.from_pretrained(path))
+        return cls(comfy.sd1_clip.CLIPTokenizer.from_pretrained(path))
 
     def __call__(self, text):
         return {"input_ids": self.tokenizer(text)["input_ids"][1:]}

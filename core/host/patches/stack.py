@@ -118,10 +118,25 @@ def apply_stack(model, stack, clip=None):
         _put(patched, model, whole, plan)
     count = sum(entry.acts for entry in whole.entries)
     log.info("Membrane: %d erasure adapter(s) on %s", count, type(model.model).__name__)
+    if plan.maps:
+        _say_of_text(model)
     if missing:
         total = sum(len(entry.adapter.sites) for entry in stack.entries)
         log.warning("Membrane: %d of %d changes belong to layers this model does not have", missing, total)
     return patched
+
+
+def _say_of_text(model):
+    """Writes to the log what a user should know when the text of a MODEL is erased."""
+    known = family(model)
+    if not known.name:
+        log.warning(
+            "Membrane: %s is no model that Membrane knows; its text is erased as most models read it, which may do "
+            "nothing here: compare pictures with and without",
+            type(model.model).__name__,
+        )
+    elif known.note:
+        log.warning("Membrane: %s", known.note)
 
 
 def _put(patched, model, whole, plan):
