@@ -10,6 +10,8 @@ it stopped (--fresh starts anew).
     others    worst loss, in points, of the other three attributes over all pictures
     pixels    mean absolute difference to the unerased picture of the same prompt and noise, kept prompts, 0 to 255
     features  the same distance in the judge's last hidden layer, relative to the length of the unerased one
+
+--model transformer runs it on the transformer, whose T5-style encoder spreads a word over the whole prompt.
 """
 
 import argparse
@@ -29,6 +31,7 @@ BATCH = 4  # pictures of one prompt, which differ in their noise
 STEPS, CFG, SIZE = 20, 1.5, 128  # the model's card
 ERASED, KEPT = 64, 96  # pictures a task
 LATENT_SCALE = 0.18215
+MODELS = {"day": "normal", "transformer": "simple"}  # variant of the demo model: scheduler on its card
 TASKS = {  # name: (attribute, [(concept, replacement)])
     "1 shape": ("shape", [("star", "circle")]),
     "2 shapes": ("shape", [("star", "circle"), ("heart", "square")]),
@@ -117,6 +120,11 @@ METHODS = {  # name: function (node, demo, task) -> what differs from the plain 
     "SPEED, gated": gated(erase_with(method="SPEED")),
     "UCE, 16 captions, gated": gated(erase_with(method="UCE", templates=more_captions)),
 }
+ROWS = {  # what a transformer's encoder makes a question of
+    "UCE, as published": erase_with(method="UCE", rows="as published"),
+    "UCE, captions, as published": erase_with(method="UCE", templates=captions_like_the_prompts, rows="as published"),
+    "UCE, captions, pooled": erase_with(method="UCE", templates=captions_like_the_prompts, pooled="edit"),
+}
 
 
 # ---------------------------------------------------------------- pictures
@@ -125,9 +133,9 @@ METHODS = {  # name: function (node, demo, task) -> what differs from the plain 
 class Painter:
     """Pictures of prompts, one KSampler run a prompt; the text of a prompt is encoded once."""
 
-    def __init__(self, node, demo):
+    def __init__(self, node, demo, scheduler="normal"):
         self.node, (self.model, self.clip, _) = node, demo
-        self.texts = {}
+        self.texts, self.scheduler = {}, scheduler
 
     def text(self, prompt):
         if prompt not in self.texts:
@@ -143,7 +151,7 @@ class Painter:
         for i, prompt in enumerate(prompts):
             drawn = self.node(
                 "KSampler", model=model or self.model, seed=first_seed + i, steps=STEPS, cfg=CFG,
-                sampler_name="euler", scheduler="normal", denoise=1.0, latent_image=latent,
+                sampler_name="euler", scheduler=self.scheduler, denoise=1.0, latent_image=latent,
                 positive=self.text(prompt), negative=self.text(negative),
             )[0]["samples"]  # fmt: skip
             pictures.append(latent_to_rgb(drawn.float().cpu() * LATENT_SCALE).permute(0, 2, 3, 1))
@@ -291,13 +299,13 @@ def unerased(painter, file, sets):
         return [kept[name] for name in kept.files]
 
 
-def measure(tasks, methods, store, sizes, say=print):
+def measure(tasks, methods, store, sizes, say=print, variant="day"):
     """{task: {method: row}}; rows that the file `store` holds are not measured again."""
     rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
     node, tidy = start()
     try:
-        demo = node("MembraneDemoModel", variant="day")
-        painter, judge = Painter(node, demo), classifier.load()
+        demo = node("MembraneDemoModel", variant=variant)
+        painter, judge = Painter(node, demo, MODELS[variant]), classifier.load()
         for task in tasks:
             done = rows.setdefault(task, {})
             missing = [name for name in methods if name not in done]
@@ -312,7 +320,7 @@ def measure(tasks, methods, store, sizes, say=print):
                 say(line(name, done[name]))
     finally:
         tidy()
-    return {task: {name: rows[task][name] for name in METHODS if name in rows[task]} for task in TASKS if task in rows}
+    return {task: {name: rows[task][name] for name in methods if name in rows[task]} for task in TASKS if task in rows}
 
 
 def main():
@@ -320,20 +328,22 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a few pictures of one task, to see that it runs")
     parser.add_argument("--fresh", action="store_true", help="measure every row again")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=[*METHODS, *ROWS], help="all that fit the model")
+    parser.add_argument("--model", choices=MODELS, default="day", help="variant of the demo model")
     args = parser.parse_args()
+    known = METHODS if args.model == "day" else METHODS | ROWS
+    chosen = {name: known[name] for name in args.methods or known}
     torch.set_num_threads(1)  # two spinning threads on busy cores are slower than one
-    store = ROOT / "output" / f"erasure_quality{'_quick' * args.quick}.json"
+    name = "erasure_quality" + f"_{args.model}" * (args.model != "day")
+    store = ROOT / "output" / f"{name}{'_quick' * args.quick}.json"
     if args.fresh or args.quick:
-        for file in store.parent.glob(f"{store.stem}*" if args.quick else "erasure_quality*"):
+        for file in store.parent.glob(f"{store.stem}*" if args.quick else f"{name}*"):
             file.unlink()
     tasks, sizes = (args.tasks[:1], (8, 8)) if args.quick else (args.tasks, (ERASED, KEPT))
-    methods = {name: METHODS[name] for name in args.methods}
-    rows = measure(tasks, methods, store, sizes, lambda text: print(text, flush=True))
+    rows = measure(tasks, chosen, store, sizes, lambda text: print(text, flush=True), args.model)
     if not args.quick:
-        write(
-            ROOT / "benchmarks" / "results" / "erasure_quality.md", "# Quality of closed-form erasure\n" + table(rows)
-        )
+        title = "# Quality of closed-form erasure" + ", on the transformer" * (args.model != "day")
+        write(ROOT / "benchmarks" / "results" / f"{name}.md", f"{title}\n{table(rows)}")
     print(json.dumps({"figures": figures_of(rows)}))
 
 

@@ -11,7 +11,6 @@ from .solver import (
     RANK_TOLERANCE,
     WIDE_TEXT,
     group_sizes,
-    mean_square,
     protected_basis,
     require_outside,
     stacked,
@@ -47,13 +46,9 @@ def pseudo_inverse_rows(editable):
     return (vh[keep].T / s[keep]) @ (q @ u[:, keep]).T
 
 
-def double_projection_terms(
-    groups, retained, *, safe=None, tau=0.1, names=None, relative=False, fixed=None, every=True
-):
+def double_projection_terms(groups, retained, *, safe=None, tau=0.1, names=None, fixed=None, every=True):
     """For each concept factors A (d, n), B (n, d), float64, with W_new = W (I + sum A B); see below."""
     targets, replacements, sizes = stacked(groups)
-    if relative:
-        tau = tau * mean_square(retained if len(retained) else targets, fixed)
     basis = span(retained, tau, fixed)
     anchors = replacements
     if safe is not None:
@@ -72,9 +67,8 @@ def double_projection_of(groups, retained, **settings):
     (targets (r, d), anchors (r, d)); retained: (F, d), possibly none. settings: safe, rows (G, d) on whose span, with
     that of the fixed ones, the targets are projected to get their anchors (the published anchor; those in groups
     without it); tau: with d or more retained rows, directions in which their mean square is below it are given up
-    (the published truncation for large sets); names, of the concepts, for messages; relative, whether tau is times the
-    mean squared length of the retained rows; fixed, rows (h, d) on which the map must vanish whatever tau is; every,
-    see require_outside().
+    (the published truncation for large sets); names, of the concepts, for messages; fixed, rows (h, d) on
+    which the map must vanish whatever tau is; every, see require_outside().
     """
     width = groups[0][0][0].shape[1]
     return text_map(double_projection_terms(groups, retained, **settings), group_sizes(groups), width)

@@ -20,7 +20,6 @@ from .solver import (
     fixed_basis,
     gram,
     group_sizes,
-    mean_square,
     ridge,
     runs,
     shared,
@@ -335,7 +334,6 @@ def rece_of(
     epochs=1,
     anchor=0.5,
     edit_anchor=0.1,
-    relative=False,
     fixed=None,
     **settings,
 ):
@@ -344,13 +342,10 @@ def rece_of(
     groups, preserve: as for uce_of(). full_groups: every row of the concepts' embeddings and of their
     replacements at the same places (no slicing at the last subject token here, as published). weight_gram:
     S of the unedited layers that read the text, (d, d) or LayerGram. settings: penalty, penalty_on (one of PENALTIES),
-    edit_preserve_scale, those of UCE, and on_epoch, which is called with the number of finished epochs. relative:
-    whether anchor and edit_anchor are times the mean squared length of the preserved rows; fixed: as for uce_of().
+    edit_preserve_scale, those of UCE, and on_epoch, which is called with the number of finished epochs.
+    fixed: as for uce_of().
     """
     width, first, full = len(weight_gram), group_sizes(groups), group_sizes(full_groups)
-    if relative:
-        scale = mean_square(preserve, fixed)
-        anchor, edit_anchor = scale * anchor, scale * edit_anchor
     settings.update(epochs=epochs, anchor=anchor, edit_anchor=edit_anchor)
     by_layers = isinstance(weight_gram, LayerGram)
     if by_layers and max(sum(first), sum(full)) + count_of(preserve) < width:

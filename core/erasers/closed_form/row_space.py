@@ -67,10 +67,6 @@ class Rows:
         weights, size = weights.numpy(), _width(len(self))
         return torch.from_numpy(np.concatenate([weights @ part for part in self.columns(size)], axis=1))
 
-    def mean_square(self):
-        """Mean of the squared lengths of the rows."""
-        return sum(float(np.vdot(part, part)) for part in self.columns(_width(len(self)))) / len(self)
-
 
 def _width(count):
     """Number of columns to widen at a time of `count` rows."""

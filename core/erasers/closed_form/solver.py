@@ -11,7 +11,7 @@ import torch
 
 from ...adapters.deltas.text_map import TextMap
 from ...errors import ErasureError
-from .row_space import Rows, outside, row_basis, strong_basis
+from .row_space import outside, row_basis, strong_basis
 
 RANK_TOLERANCE = 1e-7  # of the largest singular value; float32 storage cannot hold less
 WIDE = 1024  # columns
@@ -190,16 +190,6 @@ def as_blocks(rows):
 def count_of(rows):
     """Number of rows, (F, d) or a sequence of (F_i, d)."""
     return sum(map(len, as_blocks(rows)))
-
-
-def mean_square(rows, fixed=None):
-    """Mean of the squared lengths of rows, (F, d) or a sequence of (F_i, d); 1 for none.
-
-    The scale of the rows: anchors, ridges and thresholds that are times it mean the same whatever the rows' lengths
-    are. fixed: rows (h, d); the others count outside their span.
-    """
-    blocks = as_blocks(rows)
-    return Rows(blocks, fixed_basis(fixed)).mean_square() if blocks else 1.0
 
 
 # ---------------------------------------------------------------- what is to be protected

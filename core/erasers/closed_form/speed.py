@@ -14,34 +14,34 @@ from ...errors import ErasureError
 from .groups import ALL, SUBJECT, carrying, preserved_rows, spreads, token_groups
 from .method import Method
 from .row_space import Rows, outside, row_ridge
-from .solver import batches, gram, group_sizes, mean_square, protected_basis, require_outside, stacked, text_map
+from .solver import batches, gram, group_sizes, protected_basis, require_outside, stacked, text_map
 
 CENTROIDS = 3  # of the empty prompt's rows after the start token, as published
 KMEANS_ROUNDS = 25
 BATCH = 256  # retained rows to score at a time next to few targets
 
 
-def prior_scores(retained, targets, changes, scale=1.0):
-    """Influence of the erasure on retained rows (F, d): ||(A - T)(s I + T)^-1 c0||, (F,) float64.
+def prior_scores(retained, targets, changes):
+    """Influence of the erasure on retained rows (F, d): ||(A - T)(I + T)^-1 c0||, (F,) float64.
 
-    targets C1, changes C* - C1: (N, d). T = C1^T C1 / N and A - T = (C* - C1)^T C1 / N, the means over concepts;
-    scale: s, 1 as published. Fewer targets than d: C1 (s I + T)^-1 = (s I + C1 C1^T / N)^-1 C1.
+    targets C1, changes C* - C1: (N, d). T = C1^T C1 / N and A - T = (C* - C1)^T C1 / N, the means over concepts.
+    Fewer targets than d: C1 (I + T)^-1 = (I + C1 C1^T / N)^-1 C1.
     """
     count, width = targets.shape
     if count < width:
         inner = Rows([targets]).square / count
-        inner.diagonal().add_(scale)
+        inner.diagonal().add_(1.0)
         rows = torch.cholesky_solve(targets, torch.linalg.cholesky(inner)).div_(count).T
         return torch.cat([(batch @ rows @ changes).norm(dim=1) for batch in batches(retained, BATCH)])
     inner = gram(targets, 1 / count)
-    inner.diagonal().add_(scale)
+    inner.diagonal().add_(1.0)
     rows = torch.cholesky_solve(targets.T, torch.linalg.cholesky(inner)) @ changes / count  # D^T
     return torch.cat([(batch @ rows).norm(dim=1) for batch in batches(retained)])
 
 
-def influential(retained, targets, changes, scale=1.0):
+def influential(retained, targets, changes):
     """The retained rows with a score above the mean (influence-based prior filtering); all where none is."""
-    scores = prior_scores(retained, targets, changes, scale)
+    scores = prior_scores(retained, targets, changes)
     keep = scores > scores.mean()
     return retained[keep] if keep.any() else retained
 
@@ -132,7 +132,6 @@ def speed_terms(
     lam=0.0,
     prior_filter=True,
     names=None,
-    relative=False,
     fixed=None,
     every=True,
 ):
@@ -140,15 +139,14 @@ def speed_terms(
     targets, replacements, sizes = stacked(groups)
     changes = replacements - targets
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    scale = mean_square(retained if len(retained) else targets, fixed) if relative else 1.0
     if prior_filter and len(retained):
-        retained = influential(retained, targets, changes, scale)
-    basis = protected_basis(retained, scale * tau, fixed)
+        retained = influential(retained, targets, changes)
+    basis = protected_basis(retained, tau, fixed)
     editable = outside(targets, basis)
     held = held_rows(invariants(empty), basis, lam)
     reachable = editable if lam else outside(editable, held.T)
     require_outside(targets, reachable, owner, names or range(1, len(sizes) + 1), every)
-    rows = constrained_rows(editable, held, scale * rho, lam)
+    rows = constrained_rows(editable, held, rho, lam)
     return zip((changes.T / len(targets)).split(sizes, 1), rows.split(sizes))
 
 
@@ -158,11 +156,9 @@ def speed_of(groups, retained, empty, **settings):
     groups: by concept, pairs (targets (r, d), anchors (r, d)); retained: (F, d), the rows to leave as they are,
     possibly none; empty: (T, d), rows of the empty prompt. settings: tau, from which mean square on a direction
     of the retained set is protected; rho, the ridge; lam, slack of the constraints on the start token and the
-    empty prompt (0: exact); prior_filter; names, of the concepts, for messages; relative, whether tau and rho, and the
-    filter's ridge of 1, are times the mean squared length of the retained rows; fixed, rows (h, d) on which the map
-    must vanish whatever tau and lam are; every, see require_outside(). The defaults are those of objects and styles;
-    people: tau 1e-4, rho 0.05, no
-    filter; nudity: tau 0.1, rho 0.7, lam 0.5, all rows.
+    empty prompt (0: exact); prior_filter; names, of the concepts, for messages; fixed, rows (h, d) on which the map
+    must vanish whatever tau and lam are; every, see require_outside(). The defaults are those of objects and
+    styles; people: tau 1e-4, rho 0.05, no filter; nudity: tau 0.1, rho 0.7, lam 0.5, all rows.
     """
     terms = speed_terms(groups, retained, empty, **settings)
     return text_map(terms, group_sizes(groups), retained.shape[1])

@@ -13,7 +13,6 @@ from .solver import (
     fixed_basis,
     gram,
     group_sizes,
-    mean_square,
     ridge,
     runs,
     stacked,
@@ -64,18 +63,15 @@ def uce_row_terms(groups, preserved, basis=None, *, erase_scale=1.0, preserve_sc
     return zip(changes.split(sizes, 1), rows.split(sizes))
 
 
-def uce_of(groups, preserve, *, erase_scale=1.0, anchor=0.5, relative=False, fixed=None, **scales):
+def uce_of(groups, preserve, *, erase_scale=1.0, anchor=0.5, fixed=None, **scales):
     """TextMap of UCE. groups: rows by concept (see by_concept()); preserve: (F, d) or a sequence of such.
 
-    relative: whether the anchor is times the mean squared length of the preserved rows, for encoders whose vectors are
-    far from CLIP's lengths. fixed: rows (h, d) on which the map must vanish, such as those of a template that stands
+    fixed: rows (h, d) on which the map must vanish, such as those of a template that stands
     in every prompt: the best map among those is that of the rows' parts outside the span of the fixed ones, with the
     changes N - C as they are. A row counts w times as much when target and replacement, or the preserved row, are
     times the root of w.
     """
     width, sizes = groups[0][0][0].shape[1], group_sizes(groups)
-    if relative:
-        anchor = anchor * mean_square(preserve, fixed)
     scales.update(erase_scale=erase_scale, anchor=anchor)
     if sum(sizes) + count_of(preserve) < width:
         basis, blocks = fixed_basis(fixed), as_blocks(preserve)
