@@ -20,7 +20,8 @@ from ..core.text.concepts import parse_concepts, parse_lines, parse_templates
 from . import inputs
 
 NONE = "none"
-BOTH, LEAVE, EDIT = "keys and values", "leave", "edit"
+BOTH, LEAVE, EDIT, AUTOMATIC = "keys and values", "leave", "edit", "as the model needs"
+POOLED = {LEAVE: False, EDIT: True, AUTOMATIC: None}
 LAYERS = {BOTH: "", "keys": ".key", "values": ".value"}  # role of the layers
 
 
@@ -128,8 +129,9 @@ class MembraneErase:
                     "or values: only those, as changes of this model's layers (SPEED is published for values).",
                 ),
                 "pooled": inputs.choice(
-                    [LEAVE, EDIT], LEAVE, "The pooled vector that SDXL, Flux.1, SD3 and others read beside the text. "
-                    "leave: it stays as it is. edit: erased from by the same formulas; erases more, damages more.",
+                    POOLED, AUTOMATIC, "The pooled vector that SDXL, Flux.1, SD3 and others read beside the text. "
+                    "leave: it stays as it is. edit: erased from by the same formulas; erases more, damages more. "
+                    "as the model needs: edit on transformers, leave on SDXL as published.",
                 ),
                 "rows": inputs.choice(
                     ROWS, ROWS[0], "Models with T5 or a language model only: which of a prompt's vectors carry a "
@@ -156,7 +158,7 @@ class MembraneErase:
         self, model, clip, concepts, replace_with, preserve, method, strength,
         templates="{}", erase_scale=1.0, preserve_scale=1.0, anchor=0.5, epochs=1, penalty=0.1,
         tau=0.1, rho=1.0, tokens=TOKENS[0], preset=CUSTOM, preserve_file=NONE, penalty_on=PENALTIES[0], layers=BOTH,
-        pooled=LEAVE, rows=ROWS[0],
+        pooled=AUTOMATIC, rows=ROWS[0],
     ):  # fmt: skip
         preserved = tuple(parse_lines(f"{preserve}\n{preserve_text(preserve_file)}"))
         if preset == CUSTOM:
@@ -174,7 +176,7 @@ class MembraneErase:
         prompts, needs_gram = job.prompts(), METHODS[method].needs_gram
         count = len(list(text_readers(model))) if needs_gram else 0
         progress = Progress(len(prompts) + count + job.rounds)
-        entries = encode_entries(model, clip, prompts, progress.at, pooled == EDIT)
+        entries = encode_entries(model, clip, prompts, progress.at, POOLED[pooled])
         progress.next_phase(len(prompts))
         gram = text_gram(model, progress.at) if needs_gram else None
         progress.next_phase(count)

@@ -28,7 +28,8 @@ class TextEntry:
     width: name of the setting of the host's model configuration that says how wide the vectors are, "" where the
     readers alone say it. encoder: whose rows they are, "" where any may be; maps of another encoder are refused.
     stream: the tokens the rows belong to, in the host's name of the encoder, "" where their number tells. reach: one
-    of REACHES. pads: whether the network attends to padding.
+    of REACHES. pads: whether the network attends to padding. asked: whether a map of it is made only when it is asked
+    for.
     """
 
     name: str
@@ -44,6 +45,7 @@ class TextEntry:
     stream: str = ""
     reach: str = CONTEXT
     pads: bool = False
+    asked: bool = False
 
     def reads(self, name):
         """Whether the layer of this name, a dotted path in the network, reads the entry first."""

@@ -80,7 +80,7 @@ STABLE_CASCADE = Family(
     "StableCascade", "Stable Cascade", ("Stable_Cascade_C",),
     (
         TextEntry("text", "cross_attn", "clip_text", (r"^clip_txt_mapper$",), encoder="CLIP-G"),
-        pooled(r"^clip_txt_pooled_mapper$", "clip_text_pooled", "CLIP-G projected"),
+        pooled(r"^clip_txt_pooled_mapper$", "clip_text_pooled", "CLIP-G projected", asked=True),
     ),
 )  # fmt: skip
 STABLE_CASCADE_B = Family(

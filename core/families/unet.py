@@ -8,7 +8,7 @@ from .family import Family, TextEntry
 
 TEXT = TextEntry("text", "cross_attn", "c_crossattn", (r"attn2\.to_k$", r"attn2\.to_v$"), width="context_dim")
 # the first inputs of the label embedding; the sizes of the picture follow
-POOLED = TextEntry("pooled", "pooled_output", "y", (r"label_emb\.0\.0$",), pooled=True)
+POOLED = TextEntry("pooled", "pooled_output", "y", (r"label_emb\.0\.0$",), pooled=True, asked=True)
 
 ATTENTIONS = {"1": "self_attention", "2": "cross_attention"}
 PROJECTIONS = {"q": "query", "k": "key", "v": "value", "out_0": "out"}

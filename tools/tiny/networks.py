@@ -503,6 +503,7 @@ def text_encoder(name, padded="as the family"):
     return words.clip(network.width, network.extra, network.padded if padded == "as the family" else padded)
 
 
+@torch.no_grad()
 def predict(model, positive, negative, name, rows=1, at=0.4, cfg=3.0, seed=0):
     """(cond, uncond), latents (rows, C, ...) that a MODEL predicts at a part of the sampling, by the host's sampler."""
     import comfy.sample

@@ -22,11 +22,11 @@ def encode_for(model, clip, prompts, on_progress=None):
 def encode_entries(model, clip, prompts, on_progress=None, pooled=False):
     """{name of a text entry: Encoded prompts as it reads them} of a MODEL, the main entry first.
 
-    pooled: with those of pooled vectors as well. An entry that not every prompt has rows for is left out. Prompts that
-    were encoded lately are not encoded again.
+    pooled: with those of pooled vectors as well; None: where their family does not want to be asked. An entry that not
+    every prompt has rows for is left out. Prompts that were encoded lately are not encoded again.
     """
     prompts, known = tuple(prompts), text_entries(model)
-    entries = [entry for entry in known if pooled or not entry.pooled]
+    entries = [entry for entry in known if pooled or not entry.pooled or (pooled is None and not entry.asked)]
     if all(entry.direct for entry in entries) and in_contexts(clip):
         found = _of_contexts(clip, prompts, entries, on_progress)
     else:
