@@ -123,7 +123,7 @@ METHODS = {  # name: function (node, demo, task) -> what differs from the plain 
 ROWS = {  # what a transformer's encoder makes a question of
     "UCE, as published": erase_with(method="UCE", rows="as published"),
     "UCE, captions, as published": erase_with(method="UCE", templates=captions_like_the_prompts, rows="as published"),
-    "UCE, captions, pooled": erase_with(method="UCE", templates=captions_like_the_prompts, pooled="edit"),
+    "UCE, captions, pooled left": erase_with(method="UCE", templates=captions_like_the_prompts, pooled="leave"),
 }
 
 

@@ -126,4 +126,9 @@ def text_gram(model, on_progress=None):
     """S = sum_l W_l^T W_l over the key and value layers that read the text: (d, d) float64, or a LayerGram where the
     text is wide and the layers have fewer outputs."""
     outputs = sum(module.out_features for _, module in text_readers(model))
+    if not outputs:
+        raise ErasureError(
+            f"The layers of {family(model).title} that read its text read other rows too, so that what they make of it "
+            "cannot be told before sampling; compare pictures (Evaluate Erasure), or choose the method UCE."
+        )
     return layer_gram((weight for _, weight in text_weights(model)), outputs, on_progress)

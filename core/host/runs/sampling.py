@@ -148,7 +148,12 @@ def preview_pictures(model, latents):
     factors = getattr(latent_format, "latent_rgb_factors", None)
     if factors is None or latents.dim() != 4:
         return None
-    rgb = latent_format.process_in(latents).movedim(1, -1) @ torch.tensor(factors, dtype=torch.float32)
+    latents = latent_format.process_in(latents)
+    unpacked = getattr(latent_format, "latent_rgb_factors_reshape", None)  # of latents that hold four points in one
+    latents = latents if unpacked is None else unpacked(latents)
+    if latents.shape[1] != len(factors):
+        return None
+    rgb = latents.movedim(1, -1) @ torch.tensor(factors, dtype=torch.float32)
     bias = getattr(latent_format, "latent_rgb_factors_bias", None)
     if bias is not None:
         rgb = rgb + torch.tensor(bias)
