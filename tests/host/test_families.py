@@ -142,7 +142,9 @@ def test_a_part_of_the_sampling(subject):
 
 def test_a_zeroed_negative(subject):
     """What the host's ConditioningZeroOut leaves of the text is mapped, what it zeroes stays zero."""
-    zeroed = subject.node("ConditioningZeroOut", conditioning=subject.text(STAR))[0]
+    # March 2024 cannot zero a pooled vector that is not there
+    text = [[vectors, {k: v for k, v in more.items() if v is not None}] for vectors, more in subject.text(STAR)]
+    zeroed = subject.node("ConditioningZeroOut", conditioning=text)[0]
     maps = subject.maps()
     base = subject.predict(subject.model, STAR, zeroed, cfg=1.0)
     expected = subject.expected(maps, 1.0, STAR, zeroed, cfg=1.0)

@@ -13,6 +13,7 @@ from membrane.core.adapters.permeability import FIXED, OFF, TRANSPORT, Permeabil
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
 from membrane.core.families.sites import site
+from membrane.core.host.compat import scheduled
 from membrane.core.host.model.layers import layer_keys
 from membrane.core.host.model.weights import base_layers, edited_weights, text_weights
 from membrane.core.host.patches.stack import apply_stack
@@ -37,7 +38,7 @@ class Tiny:
 
     def text(self, prompt):
         """CONDITIONING of a prompt, made anew: the words of one from before a gate was wanted are not known."""
-        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+        return scheduled(self.clip, self.clip.tokenize(prompt))
 
     def predict(self, model=None, positive=STAR, negative=HOUSE, **options):
         with torch.inference_mode():

@@ -195,6 +195,8 @@ def encoder(name, seed=0):
     import comfy.sd
 
     made = (ENCODERS | SLOW)[name]
+    if "tokenizer_data" not in inspect.signature(comfy.sd.CLIP).parameters:
+        raise NotInThisHost("this host has no model_options")
     target, files = _target(made)
     sizes = {**SMALL, **made.sizes, "dtype": torch.float32, "load_device": CPU, "offload_device": CPU}
     with _without_eyes():
