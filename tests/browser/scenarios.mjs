@@ -9,7 +9,7 @@ const row = (page, n) => page.locator(".membrane-stack .membrane-row").nth(n);
 
 async function undo(page, keys = "Control+z") {
     await page.evaluate(() => document.activeElement?.blur());
-    await page.waitForTimeout(1000); // the page takes a change down when it next draws, late on a busy machine
+    await page.waitForTimeout(3000); // the page takes a change down when it next draws, late on a busy machine
     await page.keyboard.press(keys);
     await page.waitForTimeout(500);
 }
