@@ -40,7 +40,8 @@ def text_entries(model):
 
     Raises ErasureError for a model whose text no map can act on.
     """
-    main, *others = family(model).entries or (family(model).text,)
+    known = family(model)
+    main, others = known.text, known.entries[1:]
     layers = list(denoiser(model).named_modules())
     found = {entry: _first_width(entry, layers) for entry in (main, *others)}
     has = {main, *(entry for entry in others if not entry.readers or found[entry] is not None)}

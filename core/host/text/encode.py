@@ -10,6 +10,7 @@ from ...text.encoded import Encoded, EncodedPrompt
 from ..compat import encode_with_extras
 from .known_tokens import PROMPTS
 from .tokens import BEFORE, Tokenizer, fills_contexts, ids_of
+from .vocabulary import EMBEDDINGS
 
 BATCH = 32  # prompts per forward pass of the text encoder
 
@@ -150,9 +151,7 @@ def fingerprint(clip):
     """Short name of a text encoder that survives file formats: a hash of its token embeddings, rounded to float16."""
     digest = hashlib.sha256()
     state = clip.cond_stage_model.state_dict()
-    for key in sorted(
-        k for k in state if k.endswith(("token_embedding.weight", "shared.weight", "embed_tokens.weight"))
-    ):
+    for key in sorted(k for k in state if k.endswith(EMBEDDINGS)):
         weight = state[key]
         digest.update(str(tuple(weight.shape)).encode())
         digest.update(
