@@ -10,7 +10,7 @@ const row = (page, n) => page.locator(".membrane-stack .membrane-row").nth(n);
 async function undo(page, keys = "Control+z") {
     await page.evaluate(() => document.activeElement?.blur());
     await page.waitForTimeout(3000); // the page takes a change down when it next draws, late on a busy machine
-    await page.keyboard.press(keys);
+    await page.keyboard.press(keys, { delay: 50 }); // as long as a person holds it
     await page.waitForTimeout(500);
 }
 

@@ -45,6 +45,7 @@ export function asOneChange(graph, action) {
     } finally {
         graph.afterChange?.();
         app.canvas.emitAfterChange?.();
+        app.canvas.draw?.(true, true); // gives new nodes their size, which would else be a change of its own
         graphChanged();
     }
 }
