@@ -20,29 +20,6 @@ TEMPLATES = "{}\na photo of {}\na picture of a {}"
 EVERY_PROMPT = (
     "The erasure is on the weights, which are the same for every prompt: it acts on prompts that do not ask for it too."
 )
-LABELS = {
-    "model": "Model",
-    "clip": "CLIP",
-    "replace_with": "Replace with",
-    "method": "Method",
-    "strength": "Strength",
-    "templates": "Captions, {} is the concept",
-    "erase_scale": "Weight of what is erased",
-    "preserve_scale": "Weight of what is kept",
-    "anchor": "Weight of changing nothing",
-    "epochs": "RECE: rounds",
-    "penalty": "RECE: penalty",
-    "tau": "SPEED: weakest direction kept (tau)",
-    "rho": "SPEED: weight of changing nothing (rho)",
-    "tokens": "Tokens of a prompt",
-    "preset": "Published numbers for",
-    "preserve_file": "More to keep, from a file",
-    "penalty_on": "RECE: penalty on",
-    "layers": "Layers",
-    "pooled": "Pooled vector",
-    "rows": "Vectors of a prompt",
-    "apply_to": "Applied to",
-}
 
 
 def method():
@@ -55,10 +32,9 @@ def method():
     }  # fmt: skip
 
 
-def numbers(templates):
-    """Captions and the numbers of the methods; templates: the input of the captions."""
+def scales():
+    """Weights that every method of UCE's kind has."""
     return {
-        "templates": templates,
         "erase_scale": inputs.number(
             1.0, 0.0, 100.0, 0.01, "Weight of the erased concepts in the solution. Higher erases more "
             "thoroughly.", round=False,
@@ -71,6 +47,12 @@ def numbers(templates):
             0.5, 0.0001, 100.0, 0.0001, "Weight of changing nothing. Lower erases more thoroughly, higher is "
             "gentler. The published value is 0.5.", round=False,
         ),
+    }  # fmt: skip
+
+
+def numbers():
+    """Numbers of RECE, SPEED and Double Projections."""
+    return {
         "epochs": inputs.whole(1, 1, 20, "Rounds of RECE; 3 for nudity. UCE ignores it.", step=None),
         "penalty": inputs.number(
             0.1, 0.0001, 100.0, 0.0001, "RECE: 0.1 for easy concepts, 0.001 for hard ones. UCE ignores it.",

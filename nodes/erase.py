@@ -12,7 +12,6 @@ from . import inputs
 from .closed_form import (
     AUTOMATIC,
     BOTH,
-    LABELS,
     LAYERS,
     NONE,
     POOLED,
@@ -23,9 +22,11 @@ from .closed_form import (
     numbers,
     preserve_stamp,
     preserve_text,
+    scales,
     taken,
     validate_preserve_file,
 )
+from .labels import labelled
 from .shown import part, shown
 
 RARELY_USED = (
@@ -99,11 +100,8 @@ class MembraneErase:
             KINDS, CUSTOM, "custom: the widgets count. object, style, person, nudity: the published numbers of the "
             "method for that kind count instead of the templates and all numbers here.",
         )  # fmt: skip
-        optional = {**numbers(templates), "preset": preset, **more(), **apply_to()}
-        return {
-            "required": inputs.labelled(required, {**LABELS, "concepts": "What to erase", "preserve": "What to keep"}),
-            "optional": inputs.labelled(optional, LABELS, RARELY_USED),
-        }
+        optional = {"templates": templates, **scales(), **numbers(), "preset": preset, **more(), **apply_to()}
+        return labelled({"required": required, "optional": optional}, RARELY_USED)
 
     @classmethod
     def VALIDATE_INPUTS(cls, preserve_file=NONE):

@@ -7,19 +7,11 @@ from ..core.host.runs.erasing import TEXT, erasure_of, put_on
 from ..core.text.captions import KINDS
 from ..core.text.concepts import parse_preserved
 from . import closed_form, inputs
-from .closed_form import LABELS, LAYERS, NONE, POOLED, preserve_stamp, preserve_text, validate_preserve_file
+from .closed_form import LAYERS, NONE, POOLED, preserve_stamp, preserve_text, validate_preserve_file
+from .labels import labelled
 from .shown import part, shown
 
 SETTINGS = "ERASURE_SETTINGS"  # {"job": settings of a job, "run": of erasure_of(), "preserve": more lines to keep}
-
-
-OWN_LABELS = {
-    "remove": "What to remove",
-    "keep": "What to keep",
-    "kind": "Kind",
-    "only_where_asked": "Only where the prompt asks for it",
-    "settings": "Settings",
-}
 
 
 class MembraneForget:
@@ -69,10 +61,8 @@ class MembraneForget:
             ),
         }  # fmt: skip
         settings = SETTINGS, {"tooltip": "From Erase Concepts Settings. Without it all is chosen by the kind."}
-        return {
-            "required": inputs.labelled(required, {**LABELS, **OWN_LABELS}),
-            "optional": inputs.labelled({"settings": settings, **closed_form.apply_to()}, {**LABELS, **OWN_LABELS}),
-        }
+        optional = {"settings": settings, **closed_form.apply_to()}
+        return labelled({"required": required, "optional": optional})
 
     def forget(self, model, clip, remove, keep, kind, strength, only_where_asked, settings=None, apply_to=TEXT):
         settings = settings or {"job": {}, "run": {}, "preserve": ""}
@@ -111,12 +101,9 @@ class MembraneForgetSettings:
             placeholder="Captions, one per line, {} is the concept. Empty: those of the kind",
         )  # fmt: skip
         required = {**closed_form.method(), "replace_with": replace_with}
-        optional = {**closed_form.numbers(templates), **closed_form.more()}
+        optional = {"templates": templates, **closed_form.scales(), **closed_form.numbers(), **closed_form.more()}
         advanced = [name for name in optional if name != "templates"]
-        return {
-            "required": inputs.labelled(required, LABELS),
-            "optional": inputs.labelled(optional, LABELS, advanced),
-        }
+        return labelled({"required": required, "optional": optional}, advanced)
 
     @classmethod
     def VALIDATE_INPUTS(cls, preserve_file=NONE):

@@ -43,14 +43,6 @@ def switch(default, tooltip, **options):
     return "BOOLEAN", {"default": default, "tooltip": tooltip, **options}
 
 
-def labelled(entries, labels, advanced=()):
-    """Inputs {name: entry} with what the page calls them, {name: label}, and those that it folds away by default."""
-    options = {name: {"display_name": label} for name, label in labels.items()}
-    for name in advanced:
-        options.setdefault(name, {})["advanced"] = True
-    return {name: (kind, {**more, **options.get(name, {})}) for name, (kind, more) in entries.items()}
-
-
 def percent(default, tooltip):
     """A part of the sampling."""
     return number(default, 0.0, 1.0, 0.001, tooltip)
