@@ -11,7 +11,8 @@ const [url, ...files] = process.argv.slice(2);
 
 /** What the page shows of the workflow that is open. */
 function layout() {
-    const TITLE = LiteGraph.NODE_TITLE_HEIGHT, ROW_ENDS = 70; // of a row beside its name and its value, px
+    const TITLE = LiteGraph.NODE_TITLE_HEIGHT;
+    const ENDS = { combo: 90, number: 90, text: 65, string: 65 }; // of a row beside its name and its value, px
     const nodes = app.graph._nodes, overlaps = [], cut = [];
     nodes.forEach((a, i) => nodes.slice(0, i).forEach((b) => {
         const apart = (k, above) => a.pos[k] - above >= b.pos[k] + b.size[k] || b.pos[k] - above >= a.pos[k] + a.size[k];
@@ -25,10 +26,10 @@ function layout() {
             if (box) {
                 const seen = [box, ...box.querySelectorAll("*")].filter((e) => e.clientHeight > 20 && getComputedStyle(e).opacity !== "0");
                 if (seen.some((e) => e.scrollHeight > e.clientHeight + 2)) cut.push([node.type, widget.name]);
-            } else if (["combo", "number", "text", "string"].includes(widget.type)) {
+            } else if (ENDS[widget.type]) {
                 const value = typeof widget.value === "number" ? widget.value.toFixed(4) : String(widget.value);
                 const needs = context.measureText(widget.label ?? widget.name).width + context.measureText(value).width;
-                if (needs + ROW_ENDS > node.size[0]) cut.push([node.type, widget.name, value]);
+                if (needs + ENDS[widget.type] > node.size[0]) cut.push([node.type, widget.name, value]);
             }
         }
     }
