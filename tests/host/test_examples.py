@@ -45,7 +45,8 @@ def small_vae(name):
     from comfy.taesd.taesd import TAESD
 
     if name == "qwen_image":
-        found = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+        sizes = {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+        found = WanVAE(**sizes, temperal_downsample=[False, True, True])
     elif name == "flux2":
         sizes = {
             "double_z": True, "z_channels": 32, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
@@ -101,7 +102,8 @@ def files(twin, network, sizes, markers):
     for node in twin.values():
         inputs = node["inputs"]
         if node["class_type"] == "UNETLoader":
-            write("diffusion_models", inputs["unet_name"], networks.base_model(network, **sizes).diffusion_model.state_dict())
+            model = networks.base_model(network, **sizes).diffusion_model
+            write("diffusion_models", inputs["unet_name"], model.state_dict())
         elif node["class_type"] == "VAELoader":
             write("vae", inputs["vae_name"], small_vae(network))
         elif "CLIPLoader" in node["class_type"]:
@@ -159,7 +161,7 @@ def pictures(run, done):
 
 
 def test_it_runs_and_the_erasure_is_seen(example, node):
-    """By the type that it gives, the host takes the family's own encoder; klein's is known since ComfyUI 0.8."""
+    """By the type that it gives, the host takes the family's own encoder; klein's is known since January 2026."""
     if loaded_tokenizer(example, node) != example.tokenizer:
         assert example.tokenizer == "KleinTokenizer" and loaded_tokenizer(example, node) == "ZImageTokenizer"
         with pytest.raises(ErasureError):
