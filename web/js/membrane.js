@@ -1,5 +1,6 @@
 // @ts-check
-// Membrane in the page: the stack editor, what adapters' files say, live permeability, "Erase a concept here".
+// Membrane in the page: the stack editor, what adapters' files say, live permeability, "Erase a concept here", and on
+// every node what its run did.
 
 import { addInfo } from "./adapter_info.js";
 import { canvasItems, nodeItems, addToOldMenus } from "./erase_here.js";
@@ -8,6 +9,7 @@ import {
     adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, stayMounted, translations, undoRedo,
     whileInGraph,
 } from "./host.js";
+import { keepReport, listenForReports } from "./report.js";
 import { StackEditor } from "./stack_editor.js";
 import { speak } from "./strings.js";
 
@@ -94,6 +96,7 @@ app.registerExtension({
 
     nodeCreated(node) {
         if (node.comfyClass === "MembraneLoadAdapter") addInfo(node);
+        if (node.comfyClass?.startsWith("Membrane")) keepReport(node);
     },
 
     // before any node is made
@@ -112,6 +115,7 @@ app.registerExtension({
 
     setup() {
         addToOldMenus();
+        listenForReports();
         api.addEventListener("membrane.gates", ({ detail }) => {
             for (const [node, editor] of editors) {
                 if (executionIds(app.rootGraph ?? app.graph, node).includes(detail.node)) editor.showGates(detail);
