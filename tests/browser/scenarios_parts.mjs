@@ -137,6 +137,55 @@ export const PARTS = {
         await until(async () => /differs in/.test(await report(page).innerText()), "the report after an undo");
     },
 
+    async erase_a_concept_here_finds_room_and_waits_for_words(page) {
+        const nodes = {
+            model: MODEL,
+            yes: ["CLIPTextEncode", [380, 40], { text: "a star" }],
+            no: ["CLIPTextEncode", [380, 280], { text: "" }],
+            latent: ["EmptyLatentImage", [380, 520], { width: 64, height: 64 }],
+            sampler: ["KSampler", [820, 40], {}],
+            loose: ["MembraneDemoModel", [20, 700], {}],
+        };
+        const wires = [["model", 1, "yes", "clip"], ["model", 1, "no", "clip"], ["model", 0, "sampler", "model"], ["yes", 0, "sampler", "positive"]];
+        wires.push(["no", 0, "sampler", "negative"], ["latent", 0, "sampler", "latent_image"]);
+        await build(page, nodes, wires);
+        const menu = (at) => api(page, (at) => {
+            const node = app.graph._nodes.filter((n) => n.type === "MembraneDemoModel")[at];
+            return app.canvas.getNodeMenuOptions(node).map((option) => option?.content ?? null);
+        }, at);
+        const [offered, other] = [await menu(0), await menu(1)];
+        const place = offered.indexOf("Erase a concept here");
+        check(place >= 0 && place < offered.indexOf("Remove"), `it stands above Remove: ${JSON.stringify(offered)}`);
+        check(!other.includes("Erase a concept here"), "a model that goes nowhere offers nothing to erase from");
+        await api(page, () => {
+            const node = app.graph._nodes.find((n) => n.type === "MembraneDemoModel");
+            app.canvas.getNodeMenuOptions(node).find((option) => option?.content === "Erase a concept here").callback();
+        });
+        const erase = () => api(page, () => {
+            const node = app.graph._nodes.find((n) => ["MembraneForget", "MembraneErase"].includes(n.type));
+            return node && [node.type, node.pos[0], node.pos[1], node.size[0], node.size[1]];
+        });
+        const [type, left, top, width, height] = await until(erase, "the node");
+        same(type, await api(page, () => (LiteGraph.registered_node_types.MembraneForget ? "MembraneForget" : "MembraneErase")), "the node for daily use, where there is one");
+        const covered = await api(page, ([left, top, width, height]) => app.graph._nodes
+            .filter((n) => !["MembraneForget", "MembraneErase"].includes(n.type))
+            .filter((n) => n.pos[0] < left + width && left < n.pos[0] + n.size[0] && n.pos[1] - 30 < top + height && top - 30 < n.pos[1] + n.size[1])
+            .map((n) => n.type), [left, top, width, height]);
+        same(covered, [], "nodes that it covers");
+        await until(() => page.evaluate(() => document.activeElement.tagName === "TEXTAREA"), "the keyboard in its words");
+        await page.keyboard.press("Control+a");
+        await page.keyboard.type("moon");
+        const words = await api(page, () => app.graph._nodes.find((n) => ["MembraneForget", "MembraneErase"].includes(n.type)).widgets.find((w) => ["remove", "concepts"].includes(w.name)).value);
+        same(words, "moon", "what was typed");
+        const seen = await api(page, () => {
+            const node = app.graph._nodes.find((n) => ["MembraneForget", "MembraneErase"].includes(n.type));
+            const { scale, offset } = app.canvas.ds, box = app.canvas.canvas.getBoundingClientRect();
+            const x = (node.pos[0] + offset[0]) * scale, y = (node.pos[1] + offset[1]) * scale;
+            return x > -1 && y > -1 && x < box.width && y < box.height;
+        });
+        check(seen, "the canvas shows it");
+    },
+
     async the_page_of_an_evaluation_opens_from_its_node(page) {
         const nodes = {
             model: MODEL,

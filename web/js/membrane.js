@@ -3,7 +3,7 @@
 // every node what its run did.
 
 import { addInfo } from "./adapter_info.js";
-import { canvasItems, nodeItems, addToOldMenus } from "./erase_here.js";
+import { addToNodeMenu, addToOldMenus, canvasItems } from "./erase_here.js";
 import { executionIds, promptTexts } from "./graph.js";
 import {
     adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, stayMounted, translations, undoRedo,
@@ -97,6 +97,7 @@ app.registerExtension({
     nodeCreated(node) {
         if (node.comfyClass === "MembraneLoadAdapter") addInfo(node);
         if (node.comfyClass?.startsWith("Membrane")) keepReport(node);
+        addToNodeMenu(node);
     },
 
     // before any node is made
@@ -111,7 +112,6 @@ app.registerExtension({
     },
 
     getCanvasMenuItems: canvasItems,
-    getNodeMenuItems: nodeItems,
 
     setup() {
         addToOldMenus();
