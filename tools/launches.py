@@ -4,6 +4,7 @@ A network is moved to torch's "meta" device, which has shapes but no numbers. So
 from the processor to a graphics card, or wait for one, can be told from what would not, on any machine.
 """
 
+import contextlib
 from collections import Counter
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique_dim", "_unique2")
+GATES = "membrane_gates"  # which a step gets on the processor
 NO_KERNEL = (
     "detach",
     "empty",
@@ -46,11 +48,9 @@ class Launches:
         for mode in reversed(self.modes):
             mode.__exit__(*error)
 
-    def beyond(self, other):
-        """{"kernels", "copies", "waits": how many more than another counted}."""
-        return {
-            kind: getattr(self, kind).total() - getattr(other, kind).total() for kind in ("kernels", "copies", "waits")
-        }
+    def totals(self):
+        """{"kernels", "copies", "waits": number}."""
+        return {kind: getattr(self, kind).total() for kind in ("kernels", "copies", "waits")}
 
 
 class _Operators(TorchDispatchMode):
@@ -104,26 +104,48 @@ class _Sequences(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def sides(model, texts, pictures=1):
+def sides(model, texts, pictures=1, device=META):
     """What the host makes of a positive and a negative text for a MODEL, as a call of the network gets it: {name:
     tensor}, the rows of the positive first.
 
-    texts: what `extra_conds` gets of each, {"cross_attn": (1, T, d), ...}; pictures: number of rows of each side.
+    texts: what `extra_conds` gets of each, {"cross_attn": (1, T, d), ...}; pictures: number of rows of each side;
+    device: what the host says that it samples on.
     """
     noise, prepared = torch.zeros(1, 4, 8, 8), []
     for side, text in zip(("positive", "negative"), texts):
-        prepared.append(model.model.extra_conds(**text, noise=noise, prompt_type=side, device=META))
+        prepared.append(model.model.extra_conds(**text, noise=noise, prompt_type=side, device=device))
     found = {}
     for name in prepared[0]:
-        each = [side[name].process_cond(batch_size=pictures, device=META, area=None) for side in prepared]
+        each = [side[name].process_cond(batch_size=pictures, device=device, area=None) for side in prepared]
         found[name] = each[0].concat(each[1:])
     return found
 
 
-def step(model, latent, call):
-    """The Launches of one step of a MODEL that is on the meta device; latent: (C, ...); call: see sides()."""
-    rows = next(iter(call.values())).shape[0]
-    with Launches() as counted, torch.no_grad():
-        x, t = torch.zeros(rows, *latent, device=META), torch.full((rows,), 5.0, device=META)
-        model.model.apply_model(x, t, transformer_options={}, **call)
+def on_meta(model, latent, call):
+    """The Launches of the third step of a loaded MODEL, which is moved to the meta device for good: what is made once
+    is there by then. latent: (C, ...); call: see sides()."""
+    model.model.to(META)
+    here = {name: value if name == GATES else value.to(META) for name, value in call.items()}
+    rows = len(next(iter(call.values())))
+    x, t = torch.zeros(rows, *latent, device=META), torch.full((rows,), 0.5, device=META)
+    for _ in range(3):
+        with Launches() as counted, torch.no_grad():
+            model.model.apply_model(x, t, transformer_options={}, **here)
     return counted
+
+
+@contextlib.contextmanager
+def plain_attention():
+    """While it lasts, the host takes torch's own attention, as on a graphics card; that for small memories asks the
+    device how much is free."""
+    import comfy.ldm.modules.attention as attention
+
+    names = ("optimized_attention", "optimized_attention_masked")
+    before = {name: getattr(attention, name) for name in names}
+    try:
+        for name in names:
+            setattr(attention, name, attention.attention_pytorch)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(attention, name, function)
