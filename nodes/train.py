@@ -5,7 +5,8 @@ from dataclasses import asdict
 import torch
 
 from ..core.adapters.adapter import Card
-from ..core.erasers.spm import NOISE, PUBLISHED, TEXTS, TIMESTEPS
+from ..core.erasers.paths import PUBLISHED, TIMESTEPS
+from ..core.erasers.spm import NOISE, TEXTS
 from ..core.erasers.spm_presets import CUSTOM, LAYERS, PRESETS, settings_of
 from ..core.erasers.spm_run import TrainingRun, steps_done, texts_of
 from ..core.formats import native

@@ -9,7 +9,7 @@ import torch
 
 from ...adapters.beside import Bypass, Rows
 from ...adapters.deltas.low_rank import Factors, LowRank
-from ...erasers.spm import alphas_cumprod
+from ...erasers.paths import alphas_cumprod
 from ...errors import ErasureError
 from ...families.sites import site
 from ...families.table import role
