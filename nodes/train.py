@@ -5,18 +5,19 @@ from dataclasses import asdict
 import torch
 
 from ..core.adapters.adapter import Card
+from ..core.erasers.objectives import OBJECTIVES, SPM, require_surrogates
 from ..core.erasers.paths import PUBLISHED, TIMESTEPS
-from ..core.erasers.spm import NOISE, TEXTS
+from ..core.erasers.spm import TEXTS
 from ..core.erasers.spm_presets import CUSTOM, LAYERS, PRESETS, settings_of
 from ..core.erasers.spm_run import TrainingRun, steps_done, texts_of
 from ..core.formats import native
 from ..core.host.files.folders import new_adapter_path
 from ..core.host.model.layers import family_name
 from ..core.host.page.progress import Progress
-from ..core.host.runs.training import HostDenoiser, resumed, trainable_sites
+from ..core.host.runs.training import HostDenoiser, encoded_for, fitted, gradient_checked, resumed, trainable_sites
 from ..core.host.text.encode import fingerprint
-from ..core.host.text.entries import encode_for
 from ..core.text.concepts import fill, parse_concepts, parse_lines, parse_templates
+from ..core.text.similarity import neutral_captions
 from . import inputs
 
 
@@ -106,6 +107,13 @@ class MembraneTrain:
                     30, 2, 1000, "Steps of the noise schedule on which the pictures trained on are made. Published: "
                     "30; 10 is faster and on small models as good."
                 ),
+                "objective": inputs.choice(
+                    OBJECTIVES,
+                    SPM,
+                    "What is minimised. spm: the surrogate takes the concept's place, everything else is anchored. "
+                    "esd: the concept is pushed to the other side of the empty prompt. gem: it is drawn to the "
+                    "surrogate and away from where it was, along a roll-out. esd and gem have no anchors.",
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }  # fmt: skip
@@ -113,18 +121,20 @@ class MembraneTrain:
     def train(
         self, model, clip, concepts, surrogate, preset, steps, learning_rate, eta, anchoring, rank, width, height,
         seed, layers, filename_prefix, save_every, preserve="", adapter=None, preview_every=100, timestep=PUBLISHED,
-        warmup=500, cycles=3, templates="", rollout_steps=30, unique_id=None,
+        warmup=500, cycles=3, templates="", rollout_steps=30, objective=SPM, unique_id=None,
     ):  # fmt: skip
         wanted, kept, shapes = parse_concepts(concepts, surrogate), parse_lines(preserve), parse_templates(templates)
-        settings = settings_of(
-            preset, steps=steps, lr=learning_rate, eta=eta, lam=anchoring, seed=seed, size=(height // 8, width // 8),
-            anchor_kind=TEXTS if kept else NOISE, timestep=timestep, warmup=warmup, cycles=cycles,
-            rollout_steps=rollout_steps,
-        )  # fmt: skip
         sites = trainable_sites(model, LAYERS[layers])
+        settings = settings_of(
+            preset, steps=steps, lr=learning_rate, eta=eta, lam=anchoring, seed=seed, timestep=timestep, warmup=warmup,
+            cycles=cycles, rollout_steps=rollout_steps, objective=objective, **fitted(model, width, height, bool(kept)),
+        )  # fmt: skip
+        require_surrogates(objective, wanted)
         pairs = [(fill(t, c.text), fill(t, c.surrogate)) for c in wanted for t in shapes]
-        encoded = encode_for(model, clip, dict.fromkeys([*(text for pair in pairs for text in pair), "", *kept]))
-        said = {"size": list(settings.size), "rank": rank, "layers": layers, "preserve": kept, "templates": shapes}
+        anchors = kept or (neutral_captions() if settings.anchor_kind == TEXTS else [])
+        encoded = encoded_for(model, clip, [*(text for pair in pairs for text in pair), "", *anchors], width, height)
+        said = {"size": list(settings.size), "channels": list(settings.channels), "rank": rank, "layers": layers,
+                "preserve": kept, "templates": shapes}  # fmt: skip
         names, surrogates = zip(*((c.text, c.surrogate) for c in wanted))
         card = Card("SPM", names, surrogates, family_name(model), fingerprint(clip), {**asdict(settings), **said})
         path, name = new_adapter_path(filename_prefix)
@@ -133,8 +143,9 @@ class MembraneTrain:
         run.show, run.say = shown_on(Progress(settings.steps), model, unique_id)
         start = resumed(model, adapter, sites) if adapter else None
         with torch.inference_mode(False), torch.enable_grad():
-            texts = texts_of(encoded, pairs, kept)
+            texts = texts_of(encoded, pairs, anchors)
             with HostDenoiser(model, sites, rank, 1.0, seed, start) as denoiser:
+                run.path = gradient_checked(denoiser, settings, texts[0].concept)
                 return run(denoiser, texts)
 
 

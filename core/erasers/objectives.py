@@ -7,6 +7,7 @@ are trained by flow matching.
 
 import torch
 
+from ..errors import ErasureError
 from .conditions import together
 
 SPM, ESD, GEM = "spm", "esd", "gem"
@@ -68,7 +69,16 @@ def length(x):
 
 LOSSES = {SPM: spm_losses, ESD: esd_losses, GEM: gem_losses}
 OBJECTIVES = tuple(LOSSES)
-EMPTY_ONLY = (ESD,)  # those that know no surrogate
+
+
+def require_surrogates(objective, concepts):
+    """Raises ErasureError where a Concept has a surrogate and an objective knows none."""
+    named = next((concept for concept in concepts if concept.surrogate), None)
+    if objective == ESD and named is not None:
+        raise ErasureError(
+            f'The concept "{named.text}" has the surrogate "{named.surrogate}", but the objective esd draws concepts '
+            "away from the empty prompt and to nothing else; leave the surrogate out, or set objective to spm or gem."
+        )
 
 
 def places(settings, drawn):

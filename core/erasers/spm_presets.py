@@ -15,11 +15,19 @@ CROSS, SELF = (
     tuple(f"{kind}.{part}" for part in ("query", "key", "value", "out"))
     for kind in ("cross_attention", "self_attention")
 )
-LAYERS = {  # by groups of sites, all when empty
+TEXT = (
+    *(f"text_attention.{part}" for part in ("qkv", "query", "key", "value")),
+    "cross_attention.key",
+    "cross_attention.value",
+)
+LAYERS = {  # by groups of sites; all that the family of the model says when empty
     "all": (),
     "attention": CROSS + SELF,
     "cross-attention": CROSS,
     "text keys and values": ("cross_attention.key", "cross_attention.value"),
+    "text attention": TEXT,
+    "text attention and feed-forward": (*TEXT, "text_feed_forward.down"),
+    "shared attention": ("joint_attention.qkv",),
 }
 
 
