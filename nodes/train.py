@@ -5,7 +5,7 @@ from dataclasses import asdict
 import torch
 
 from ..core.adapters.adapter import Card
-from ..core.erasers.objectives import OBJECTIVES, SPM, require_surrogates
+from ..core.erasers.objectives import METHODS, OBJECTIVES, SPM, require_surrogates
 from ..core.erasers.paths import PUBLISHED, TIMESTEPS
 from ..core.erasers.spm import TEXTS
 from ..core.erasers.spm_presets import CUSTOM, LAYERS, PRESETS, settings_of
@@ -136,7 +136,7 @@ class MembraneTrain:
         said = {"size": list(settings.size), "channels": list(settings.channels), "rank": rank, "layers": layers,
                 "preserve": kept, "templates": shapes}  # fmt: skip
         names, surrogates = zip(*((c.text, c.surrogate) for c in wanted))
-        card = Card("SPM", names, surrogates, family_name(model), fingerprint(clip), {**asdict(settings), **said})
+        card = Card(METHODS[objective], names, surrogates, family_name(model), fingerprint(clip), {**asdict(settings), **said})
         path, name = new_adapter_path(filename_prefix)
         run = TrainingRun(card, settings, name, lambda found: native.save(found, path), save_every)
         run.start, run.preview_every = steps_done(adapter, settings) if adapter else 0, preview_every

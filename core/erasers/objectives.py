@@ -69,6 +69,7 @@ def length(x):
 
 LOSSES = {SPM: spm_losses, ESD: esd_losses, GEM: gem_losses}
 OBJECTIVES = tuple(LOSSES)
+METHODS = {SPM: "SPM", ESD: "ESD", GEM: "GEM"}  # as cards name them
 
 
 def require_surrogates(objective, concepts):

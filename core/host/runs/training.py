@@ -190,7 +190,8 @@ def is_unet(model):
 
 def has_own_guidance(model):
     """Whether the network of a MODEL is told how far to guide, so that a roll-out needs no second prediction."""
-    return getattr(model.model.diffusion_model, OWN_GUIDANCE, None) is not None
+    layer = getattr(model.model.diffusion_model, OWN_GUIDANCE, None)
+    return layer is not None and any(True for _ in layer.parameters())
 
 
 def latents_for(model, width, height):
