@@ -17,7 +17,7 @@ from ..core.host.page.progress import Progress
 from ..core.host.runs.training import HostDenoiser, encoded_for, fitted, gradient_checked, resumed, trainable_sites
 from ..core.host.text.encode import fingerprint
 from ..core.text.concepts import fill, parse_concepts, parse_lines, parse_templates
-from ..core.text.similarity import neutral_captions
+from ..core.text.similarity import short_captions
 from . import inputs
 
 
@@ -131,12 +131,14 @@ class MembraneTrain:
         )  # fmt: skip
         require_surrogates(objective, wanted)
         pairs = [(fill(t, c.text), fill(t, c.surrogate)) for c in wanted for t in shapes]
-        anchors = kept or (neutral_captions() if settings.anchor_kind == TEXTS else [])
+        anchors = kept or (short_captions() if settings.anchor_kind == TEXTS else [])
         encoded = encoded_for(model, clip, [*(text for pair in pairs for text in pair), "", *anchors], width, height)
         said = {"size": list(settings.size), "channels": list(settings.channels), "rank": rank, "layers": layers,
                 "preserve": kept, "templates": shapes}  # fmt: skip
         names, surrogates = zip(*((c.text, c.surrogate) for c in wanted))
-        card = Card(METHODS[objective], names, surrogates, family_name(model), fingerprint(clip), {**asdict(settings), **said})
+        card = Card(
+            METHODS[objective], names, surrogates, family_name(model), fingerprint(clip), {**asdict(settings), **said}
+        )
         path, name = new_adapter_path(filename_prefix)
         run = TrainingRun(card, settings, name, lambda found: native.save(found, path), save_every)
         run.start, run.preview_every = steps_done(adapter, settings) if adapter else 0, preview_every

@@ -16,7 +16,7 @@ from .spm import Settings, Texts, preview, train
 
 log = logging.getLogger("membrane")
 
-TOLD_EVERY = 50  # steps
+TOLD_EVERY, TOLD_AFTER = 50, 5.0  # steps, or seconds where these take longer
 
 
 def texts_of(encoded, pairs, preserved):
@@ -70,14 +70,17 @@ class TrainingRun:
 
     def __call__(self, denoiser, texts):
         """(ErasureAdapter, report as text). An exception, such as Cancel, leaves a file of what was trained."""
-        begin = time.monotonic()
+        begin = told = time.monotonic()
 
         def on_step(report):
+            nonlocal told
             self.reports.append(report)
             shown = self.preview_every and report.step % self.preview_every == 0
             latents = preview(denoiser, texts[0], self.settings, self.path) if shown else None
-            if report.step % TOLD_EVERY == 0 or report.step == self.settings.steps:
-                self._tell(report.step, time.monotonic() - begin)
+            now, last = time.monotonic(), report.step == self.settings.steps
+            if report.step % TOLD_EVERY == 0 or last or now - told >= TOLD_AFTER:
+                self._tell(report.step, now - begin)
+                told = now
             if report.step % self.save_every == 0 and report.step < self.settings.steps:
                 self._keep(denoiser, report.step)
             self.show(report.step, latents)

@@ -28,11 +28,19 @@ def conditions_for(model, clip, prompts, latents, pixels, on_progress=None):
 
 def _prepared(model, encoded, latents, pixels):
     more = {name: value for name, value in encoded.items() if name != "cond"}
-    with torch.inference_mode():
-        conds = type(model.model).extra_conds(
-            model.model, cross_attn=encoded["cond"], noise=latents, device=model.load_device, width=pixels[0],
-            height=pixels[1], prompt_type="positive", **more,
-        )  # fmt: skip
+    try:
+        with torch.inference_mode():
+            conds = type(model.model).extra_conds(
+                model.model, cross_attn=encoded["cond"], noise=latents, device=model.load_device, width=pixels[0],
+                height=pixels[1], prompt_type="positive", **more,
+            )  # fmt: skip
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ErasureError(
+            f"The model {type(model.model).__name__} could not prepare the text that the text encoder gave ({error}); "
+            "connect the CLIP that belongs to the model."
+        ) from error
     vector, entries = encoded.get("pooled_output"), family(model).entries
     pooled = {entry.result: vector.shape[-1] for entry in entries if entry.pooled and entry.result in conds}
     with torch.inference_mode(False):
