@@ -70,7 +70,7 @@ class TrainingRun:
 
     def __call__(self, denoiser, texts):
         """(ErasureAdapter, report as text). An exception, such as Cancel, leaves a file of what was trained."""
-        begin = told = time.monotonic()
+        begin, told = time.monotonic(), None
 
         def on_step(report):
             nonlocal told
@@ -78,6 +78,7 @@ class TrainingRun:
             shown = self.preview_every and report.step % self.preview_every == 0
             latents = preview(denoiser, texts[0], self.settings, self.path) if shown else None
             now, last = time.monotonic(), report.step == self.settings.steps
+            told = told or now
             if report.step % TOLD_EVERY == 0 or last or now - told >= TOLD_AFTER:
                 self._tell(report.step, now - begin)
                 told = now

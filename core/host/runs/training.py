@@ -14,6 +14,7 @@ from ...adapters.deltas.text_rows import TextLowRank
 from ...erasers.conditions import batches
 from ...erasers.paths import Flow, alphas_cumprod
 from ...erasers.spm import NOISE, TEXTS
+from ...erasers.spm_run import texts_of
 from ...errors import ErasureError
 from ...families import unet
 from ...families.family import ALL
@@ -226,6 +227,14 @@ def gradient_checked(denoiser, settings, text):
         x = torch.ones(1, *settings.channels, *settings.size)
         denoiser.require_gradient(x, torch.full((1,), path.told(1)), text)
     return path
+
+
+def trained(run, denoiser, encoded, pairs, anchors):
+    """What a TrainingRun gives: (ErasureAdapter, report as text); see texts_of() for the rest."""
+    with torch.inference_mode(False), torch.enable_grad():
+        texts = texts_of(encoded, pairs, anchors)
+        run.path = gradient_checked(denoiser, run.settings, texts[0].concept)
+        return run(denoiser, texts)
 
 
 def encoded_for(model, clip, prompts, width, height):
