@@ -12,7 +12,7 @@ from ..core.formats import native
 from ..core.host.files.folders import new_adapter_path
 from ..core.host.model.layers import family_name
 from ..core.host.page.progress import Progress
-from ..core.host.runs.training import HostDenoiser, encoded_for, fitted, resumed, trainable_sites, trained
+from ..core.host.runs.training import encoded_for, fitted, resumed, trainable_sites, trained
 from ..core.host.text.encode import fingerprint
 from ..core.text.concepts import fill, parse_concepts, parse_lines, parse_templates
 from ..core.text.similarity import short_captions
@@ -155,8 +155,7 @@ class MembraneTrain:
         run.start, run.preview_every = steps_done(adapter, settings) if adapter else 0, preview_every
         run.show, run.say = shown_on(Progress(settings.steps), model, unique_id)
         start = resumed(model, adapter, sites) if adapter else None
-        with HostDenoiser(model, sites, rank, 1.0, seed, start) as denoiser:
-            return trained(run, denoiser, encoded, pairs, anchors)
+        return trained(run, model, sites, rank, start, encoded, pairs, anchors)
 
 
 def shown_on(progress, model, node):

@@ -72,6 +72,11 @@ OBJECTIVES = tuple(LOSSES)
 METHODS = {SPM: "SPM", ESD: "ESD", GEM: "GEM"}  # as cards name them
 
 
+def alpha_of(objective, rank):
+    """The alpha of new factors, which their product is scaled by over the rank: 1 for SPM, the rank for GEM."""
+    return float(rank) if objective == GEM else 1.0
+
+
 def require_surrogates(objective, concepts):
     """Raises ErasureError where a Concept has a surrogate and an objective knows none."""
     named = next((concept for concept in concepts if concept.surrogate), None)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from membrane.core.erasers.spm import Settings
 from membrane.core.errors import ErasureError
+from membrane.core.host.compat import scheduled
 from membrane.core.host.runs.training import (
     HostDenoiser,
     encoded_for,
@@ -117,7 +118,7 @@ def test_predictions_are_those_of_the_hosts_sampling(tiny):
 
 
 def clip_encoded(clip, text):
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return scheduled(clip, clip.tokenize(text))
 
 
 def state_of(model):
@@ -131,7 +132,7 @@ def test_an_adapter_is_trained_and_acts(tiny, node, objective):
     before, named = state_of(model), {"concepts": "star" if objective == "esd" else "star -> heart"}
     run = dict(
         model=model, clip=clip, steps=2, learning_rate=0.05, width=PIXELS, height=PIXELS, warmup=0, rollout_steps=3,
-        filename_prefix=f"tiny_{name}", objective=objective, preview_every=0, **named,
+        rank=3, filename_prefix=f"tiny_{name}", objective=objective, preview_every=0, **named,
     )  # fmt: skip
     if without_gradient(name):
         with pytest.raises(ErasureError, match="This ComfyUI has no gradient for the network of"):
@@ -143,6 +144,7 @@ def test_an_adapter_is_trained_and_acts(tiny, node, objective):
     assert kind == ("text_rows" if name in ("z_image", "lumina2", "newbie") else "low_rank")
     changes = adapter.deltas[kind]
     assert changes.keys() == trainable_sites(model).keys()
+    assert all(change.rank == 3 and change.alpha == (3 if objective == "gem" else 1) for change in changes.values())
     assert any(change.up.abs().max() > 0 for change in changes.values())
     after = model.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())

@@ -12,6 +12,7 @@ from ...adapters.beside import Bypass, Rows
 from ...adapters.deltas.low_rank import Factors, LowRank
 from ...adapters.deltas.text_rows import TextLowRank
 from ...erasers.conditions import batches
+from ...erasers.objectives import alpha_of
 from ...erasers.paths import Flow, alphas_cumprod
 from ...erasers.spm import NOISE, TEXTS
 from ...erasers.spm_run import texts_of
@@ -229,12 +230,16 @@ def gradient_checked(denoiser, settings, text):
     return path
 
 
-def trained(run, denoiser, encoded, pairs, anchors):
-    """What a TrainingRun gives: (ErasureAdapter, report as text); see texts_of() for the rest."""
+def trained(run, model, sites, rank, start, encoded, pairs, anchors):
+    """What a TrainingRun gives on some sites of a MODEL: (ErasureAdapter, report as text).
+
+    start: {site: LowRank} to go on from, or None; encoded, pairs, anchors: see texts_of().
+    """
     with torch.inference_mode(False), torch.enable_grad():
-        texts = texts_of(encoded, pairs, anchors)
-        run.path = gradient_checked(denoiser, run.settings, texts[0].concept)
-        return run(denoiser, texts)
+        texts, alpha = texts_of(encoded, pairs, anchors), alpha_of(run.settings.objective, rank)
+        with HostDenoiser(model, sites, rank, alpha, run.settings.seed, start) as denoiser:
+            run.path = gradient_checked(denoiser, run.settings, texts[0].concept)
+            return run(denoiser, texts)
 
 
 def encoded_for(model, clip, prompts, width, height):
