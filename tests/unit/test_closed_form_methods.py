@@ -3,6 +3,7 @@
 import pytest
 import torch
 from membrane.core.erasers.closed_form.double_projection import double_projection_of
+from membrane.core.erasers.closed_form.groups import token_groups
 from membrane.core.erasers.closed_form.job import METHODS, Job, erase, solve
 from membrane.core.erasers.closed_form.rece import PENALTIES, rece_terms
 from membrane.core.erasers.closed_form.solver import by_concept, gram, minimal_terms, protected_basis, text_map
@@ -284,6 +285,29 @@ def test_speed_does_not_retain_prompts_that_name_a_concept():
     job = Job.of((Concept("Star", ""),), preserve=("a star map", "heart"), method="SPEED")
     assert list(job.retained_captions()) == ["heart"]
     assert list(job.preserved()) == ["", "a star map", "heart"]
+
+
+@pytest.mark.parametrize(
+    ("concept", "line"), [("cat", "a cathedral"), ("Art", "Mozart"), ("rat", "pirate"), ("red", "checkered")]
+)
+def test_speed_retains_prompts_that_have_a_concept_as_part_of_a_word(concept, line):
+    job = Job.of((Concept(concept, ""),), preserve=(line, f"my {concept} too"), method="SPEED")
+    assert list(job.retained_captions()) == [line]
+
+
+def test_the_subject_is_where_the_template_puts_it():
+    template = "person of {} with a person behind"
+    job = Job.of((Concept("star", "person"),), ("disc",), (template,), method="SPEED")
+    encoded = encoder(job.prompts())
+    assert "person of person" in encoded.prompts and "person of star" not in encoded.prompts
+    (pairs,) = token_groups(job, encoded)
+    target, replacement = (encoded[template.replace("{}", word)].rows for word in ("star", "person"))
+    assert torch.equal(pairs[0][0], target[3:4]) and torch.equal(pairs[0][1], replacement[3:4])
+
+
+def test_spellings_of_what_is_erased_are_not_preserved():
+    job = Job.of((Concept("van gogh", ""),), preserve=("Van  Gogh", "VAN GOGH", "monet"))
+    assert list(job.preserved()) == ["", "monet"]
 
 
 def test_the_card_tells_the_settings_of_the_method():

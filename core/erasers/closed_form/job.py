@@ -1,10 +1,11 @@
 """One closed-form erasure from words to adapter; what it needs of the host comes in as functions."""
 
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from ...adapters.adapter import Card, ErasureAdapter
-from ...text.concepts import Concept, fill
+from ...text.concepts import Concept, fill, mentions, same, up_to
 from .double_projection import DOUBLE_PROJECTIONS
 from .groups import NEEDED, SUBJECT
 from .method import METHODS, register
@@ -45,6 +46,18 @@ class Job:
         """How often its method says that it is a step further."""
         return METHODS[self.method].rounds(self.settings)
 
+    def erases(self, text):
+        """Whether a text is one of the concepts."""
+        return any(same(text, concept.text) for concept in self.concepts)
+
+    @cached_property
+    def heads(self):
+        """{(prompt, its subject): the prompt up to the subject's end} where that has to be encoded, see up_to()."""
+        words = [w for c in self.concepts for w in (c.text, c.surrogate)]
+        words += [word for word in self.captions().values() if word]
+        found = {(fill(t, word), word): up_to(t, word) for t in self.templates for word in words}
+        return {place: head for place, head in found.items() if head}
+
     def pairs(self):
         """(concept's index, prompt with the concept, the same prompt with its surrogate)."""
         return [
@@ -56,8 +69,7 @@ class Job:
     def captions(self):
         """{prompt to preserve: what it is about}, the empty prompt first, without what is to be erased."""
         found = {"": ""}
-        erased = [c.text.lower() for c in self.concepts]
-        lines = [line for line in self.preserve if line.lower() not in erased]  # else the two wishes cancel
+        lines = [line for line in self.preserve if not self.erases(line)]  # else the two wishes cancel
         for line in lines:
             found.setdefault(line, line)
         for line in lines:
@@ -74,8 +86,8 @@ class Job:
 
         Without the empty prompt where only subject tokens count: its start token is a constraint of its own.
         """
-        names = [c.text.lower() for c in self.concepts]
-        kept = {p: word for p, word in self.captions().items() if not any(name in p.lower() for name in names)}
+        names = [c.text for c in self.concepts]
+        kept = {p: word for p, word in self.captions().items() if not any(mentions(p, name) for name in names)}
         if self.settings.tokens == SUBJECT:
             kept.pop("", None)
         return kept
@@ -83,7 +95,8 @@ class Job:
     def prompts(self):
         """Every prompt that has to be encoded, without repeats."""
         words = [w for c in self.concepts for w in (c.text, c.surrogate)]
-        return list(dict.fromkeys([*words, *(p for _, *both in self.pairs() for p in both), *self.preserved()]))
+        pairs = [prompt for _, *both in self.pairs() for prompt in both]
+        return list(dict.fromkeys([*words, *pairs, *self.preserved(), *self.heads.values()]))
 
 
 def solve(job, encoded, weight_gram=None, on_round=None):
