@@ -1,10 +1,11 @@
 """Closed-form erasure as a node."""
 
 import hashlib
+import logging
 
 from ..core.adapters.stack import Entry, ErasureStack
-from ..core.erasers.closed_form.groups import ROWS, TOKENS
-from ..core.erasers.closed_form.job import METHODS, Job, erase
+from ..core.erasers.closed_form.groups import EDITIONS, ROWS, TOKENS
+from ..core.erasers.closed_form.job import METHODS, Job, erase, unlisted_replacements
 from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
 from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
@@ -19,7 +20,10 @@ from ..core.host.text.entries import encode_entries
 from ..core.text.concepts import parse_concepts, parse_lines, parse_templates
 from . import inputs
 
+log = logging.getLogger("membrane")
+
 NONE = "none"
+PRESERVED, ONLY_LISTED = REPLACEMENTS = ("preserve", "as published")
 BOTH, LEAVE, EDIT, AUTOMATIC = "keys and values", "leave", "edit", "as the model needs"
 POOLED = {LEAVE: False, EDIT: True, AUTOMATIC: None}
 LAYERS = {BOTH: "", "keys": ".key", "values": ".value"}  # role of the layers
@@ -138,6 +142,23 @@ class MembraneErase:
                     "concept. as the encoder needs: all that the words reach. as published: from the concept's last "
                     "word on (UCE), that word alone (SPEED), as for CLIP.",
                 ),
+                "replacements": inputs.choice(
+                    REPLACEMENTS, PRESERVED, "Where you preserve something: whether replacements are preserved, too. "
+                    "preserve: yes, else their own prompts may draw what is erased. as published: only what you list.",
+                ),
+                "edition": inputs.choice(
+                    EDITIONS, EDITIONS[0], "UCE and SPEED. first: as before. scripts of 2025: UCE edits and preserves "
+                    "the last token of the concept alone, and no empty prompt; SPEED sums over all tokens and keeps "
+                    "the best of 20 clusterings of the empty prompt.",
+                ),
+                "lam": inputs.number(
+                    0.0, 0.0, 100.0, 0.0001, "SPEED: slack of what the start token and the empty prompt keep. 0 keeps "
+                    "them exactly; 0.5 is published for nudity.", round=False,
+                ),
+                "prior_filter": inputs.switch(
+                    True, "SPEED: protect only preserved prompts that the erasure would disturb more than the mean, as "
+                    "published. Off: protect all of them.",
+                ),
             },
         }  # fmt: skip
 
@@ -158,21 +179,25 @@ class MembraneErase:
         self, model, clip, concepts, replace_with, preserve, method, strength,
         templates="{}", erase_scale=1.0, preserve_scale=1.0, anchor=0.5, epochs=1, penalty=0.1,
         tau=0.1, rho=1.0, tokens=TOKENS[0], preset=CUSTOM, preserve_file=NONE, penalty_on=PENALTIES[0], layers=BOTH,
-        pooled=AUTOMATIC, rows=ROWS[0],
+        pooled=AUTOMATIC, rows=ROWS[0], replacements=PRESERVED, edition=EDITIONS[0], lam=0.0, prior_filter=True,
     ):  # fmt: skip
         preserved = tuple(parse_lines(f"{preserve}\n{preserve_text(preserve_file)}"))
+        if preset != CUSTOM:
+            replace_with = replace_with.strip() or surrogate_of(preset, method)
+        parsed = tuple(parse_concepts(concepts, replace_with))
         if preset == CUSTOM:
             settings = {
                 "templates": tuple(parse_templates(templates)), "erase_scale": erase_scale,
                 "preserve_scale": preserve_scale, "anchor": anchor, "epochs": epochs, "penalty": penalty,
-                "penalty_on": penalty_on, "tau": tau, "rho": rho, "tokens": tokens,
+                "penalty_on": penalty_on, "tau": tau, "rho": rho, "tokens": tokens, "lam": lam,
+                "prior_filter": prior_filter,
             }  # fmt: skip
         else:
-            replace_with = replace_with.strip() or surrogate_of(preset, method)
             settings = {"templates": PRESETS[preset].templates, **published(preset, method, len(preserved))}
-        parsed = tuple(parse_concepts(concepts, replace_with))
+        if replacements == PRESERVED:
+            preserved += also_preserved(parsed, preserved)
         safe_anchor = not any(concept.surrogate for concept in parsed)
-        job = Job.of(parsed, preserved, method=method, rows=rows, safe_anchor=safe_anchor, **settings)
+        job = Job.of(parsed, preserved, method=method, rows=rows, edition=edition, safe_anchor=safe_anchor, **settings)
         prompts, needs_gram = job.prompts(), METHODS[method].needs_gram
         count = len(list(text_readers(model))) if needs_gram else 0
         progress = Progress(len(prompts) + count + job.rounds)
@@ -185,6 +210,18 @@ class MembraneErase:
         if layers != BOTH:
             adapter = on_layers(model, adapter, LAYERS[layers])
         return apply_stack(model, ErasureStack((Entry(adapter, strength),))), adapter
+
+
+def also_preserved(concepts, preserved):
+    """The replacements that are to be preserved although no line says so, which the log tells."""
+    found = unlisted_replacements(concepts, preserved)
+    if found:
+        log.info(
+            "Membrane: preserved as well, as it takes the place of what is erased: %s (replacements: as published "
+            "leaves it out)",
+            ", ".join(found),
+        )
+    return found
 
 
 def preserve_text(name):

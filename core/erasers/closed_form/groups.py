@@ -10,6 +10,7 @@ from ...text.rows import after_start, aligned, last_of, side_by_side, subject
 
 SUBJECT, ALL = TOKENS = ("subject", "all")
 NEEDED, PUBLISHED = ROWS = ("as the encoder needs", "as published")
+FIRST, OF_2025 = EDITIONS = ("first", "scripts of 2025")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Carrying:
 
 def spreads(job, encoded):
     """Whether the rows to take are those that carry a concept instead of those that the methods are published with."""
-    return encoded.reach != CONTEXT and job.rows == NEEDED
+    return encoded.reach != CONTEXT and job.rows == NEEDED and job.edition == FIRST
 
 
 def carrying(job, encoded, captions=None):
@@ -80,14 +81,14 @@ def whole_groups(job, encoded, start=0):
     return groups
 
 
-def token_groups(job, encoded):
+def token_groups(job, encoded, tokens=SUBJECT):
     """By concept, what null-space editing takes of each prompt pair: the row of the last subject token, or all rows
-    after the start token, as the settings' `tokens` say."""
+    after the start token; tokens: one of TOKENS."""
     groups = [[] for _ in job.concepts]
     for i, target, replacement in job.pairs():
         concept = job.concepts[i]
         old, new = encoded[target], encoded[replacement]
-        if job.settings.tokens == ALL:
+        if tokens == ALL:
             count = min(len(after_start(old)), len(after_start(new)))
             groups[i].append((after_start(old)[:count], after_start(new)[:count]))
             continue
@@ -97,9 +98,9 @@ def token_groups(job, encoded):
     return groups
 
 
-def preserved_rows(job, encoded, captions):
-    """Rows (F, d) of the {prompt: subject} that null-space editing protects; F may be 0."""
-    if job.settings.tokens == ALL:
+def preserved_rows(job, encoded, captions, tokens=SUBJECT):
+    """Rows (F, d) of the {prompt: subject} that null-space editing protects; F may be 0. tokens: one of TOKENS."""
+    if tokens == ALL:
         rows = [after_start(encoded[prompt]) for prompt in captions]
     else:
         rows = [encoded[p].rows[subject_of(job, encoded, p, word)][None] for p, word in captions.items()]

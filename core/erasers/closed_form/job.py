@@ -7,7 +7,7 @@ from typing import Any
 from ...adapters.adapter import Card, ErasureAdapter
 from ...text.concepts import Concept, fill, mentions, same, up_to
 from .double_projection import DOUBLE_PROJECTIONS
-from .groups import NEEDED, SUBJECT
+from .groups import FIRST, NEEDED, SUBJECT
 from .method import METHODS, register
 from .rece import RECE
 from .speed import SPEED
@@ -23,7 +23,7 @@ class Job:
 
     preserve: prompts or concepts whose meaning must stay; each also in every template. The empty prompt
     is always preserved. method: name of one of METHODS; settings: of its own kind. rows: one of ROWS, which of a
-    prompt's rows are taken where the encoder spreads words over others.
+    prompt's rows are taken where the encoder spreads words over others. edition: one of EDITIONS, for UCE and SPEED.
     """
 
     concepts: tuple[Concept, ...]
@@ -32,14 +32,15 @@ class Job:
     method: str = "UCE"
     settings: Any = None
     rows: str = NEEDED
+    edition: str = FIRST
 
     @classmethod
-    def of(cls, concepts, preserve=(), templates=("{}",), method="UCE", rows=NEEDED, **given):
+    def of(cls, concepts, preserve=(), templates=("{}",), method="UCE", rows=NEEDED, edition=FIRST, **given):
         """A job with settings by name; those that the method does not have are for others and left out."""
         kind = METHODS[method].settings
         known = {field.name for field in fields(kind)}
         settings = kind(**{name: value for name, value in given.items() if name in known})
-        return cls(tuple(concepts), tuple(preserve), tuple(templates), method, settings, rows)
+        return cls(tuple(concepts), tuple(preserve), tuple(templates), method, settings, rows, edition)
 
     @property
     def rounds(self):
@@ -99,6 +100,17 @@ class Job:
         return list(dict.fromkeys([*words, *pairs, *self.preserved(), *self.heads.values()]))
 
 
+def unlisted_replacements(concepts, preserve):
+    """What takes the place of Concepts and is not preserved yet, where other things are.
+
+    To keep only its neighbours leaves one direction in which a replacement may go, and that is the way from it to the
+    concept: its prompt then draws what is erased.
+    """
+    words = dict.fromkeys(concept.surrogate for concept in concepts if concept.surrogate)
+    known = [*preserve, *(concept.text for concept in concepts)]
+    return tuple(word for word in words if preserve and not any(same(word, line) for line in known))
+
+
 def solve(job, encoded, weight_gram=None, on_round=None):
     """TextMap of a job at one text entry. encoded: its prompts there; weight_gram, on_round: see Method."""
     return METHODS[job.method].solve(job, encoded, weight_gram, on_round)
@@ -111,6 +123,8 @@ def erase(job, entries, family, text_encoder, weight_gram=None, on_round=None):
     of; family and text_encoder go on the card.
     """
     settings = {"preserve": list(job.preserve), "templates": list(job.templates), **asdict(job.settings)}
+    if job.edition != FIRST:
+        settings["edition"] = job.edition
     names, surrogates = (tuple(getattr(c, part) for c in job.concepts) for part in ("text", "surrogate"))
     card = Card(job.method, names, surrogates, family, text_encoder, settings)
     maps = {}
