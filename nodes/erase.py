@@ -1,12 +1,11 @@
 """Closed-form erasure as a node."""
 
 import hashlib
-import logging
 
 from ..core.adapters.stack import Entry, ErasureStack
 from ..core.erasers.closed_form.groups import EDITIONS, ROWS, TOKENS
 from ..core.erasers.closed_form.job import METHODS, Job, erase, unlisted_replacements
-from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
+from ..core.erasers.closed_form.presets import CUSTOM, KINDS, chosen, surrogate_of
 from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
 from ..core.host.files.folders import input_text_file, input_text_files
@@ -17,10 +16,8 @@ from ..core.host.patches.on_weights import on_layers
 from ..core.host.patches.stack import apply_stack
 from ..core.host.text.encode import fingerprint
 from ..core.host.text.entries import encode_entries
-from ..core.text.concepts import parse_concepts, parse_lines, parse_templates
+from ..core.text.concepts import parse_concepts, parse_lines
 from . import inputs
-
-log = logging.getLogger("membrane")
 
 NONE = "none"
 PRESERVED, ONLY_LISTED = REPLACEMENTS = ("preserve", "as published")
@@ -182,20 +179,14 @@ class MembraneErase:
         pooled=AUTOMATIC, rows=ROWS[0], replacements=PRESERVED, edition=EDITIONS[0], lam=0.0, prior_filter=True,
     ):  # fmt: skip
         preserved = tuple(parse_lines(f"{preserve}\n{preserve_text(preserve_file)}"))
-        if preset != CUSTOM:
-            replace_with = replace_with.strip() or surrogate_of(preset, method)
-        parsed = tuple(parse_concepts(concepts, replace_with))
-        if preset == CUSTOM:
-            settings = {
-                "templates": tuple(parse_templates(templates)), "erase_scale": erase_scale,
-                "preserve_scale": preserve_scale, "anchor": anchor, "epochs": epochs, "penalty": penalty,
-                "penalty_on": penalty_on, "tau": tau, "rho": rho, "tokens": tokens, "lam": lam,
-                "prior_filter": prior_filter,
-            }  # fmt: skip
-        else:
-            settings = {"templates": PRESETS[preset].templates, **published(preset, method, len(preserved))}
+        parsed = tuple(parse_concepts(concepts, replace_with.strip() or surrogate_of(preset, method)))
+        settings = chosen(preset, method, len(preserved), {
+            "templates": templates, "erase_scale": erase_scale, "preserve_scale": preserve_scale, "anchor": anchor,
+            "epochs": epochs, "penalty": penalty, "penalty_on": penalty_on, "tau": tau, "rho": rho, "tokens": tokens,
+            "lam": lam, "prior_filter": prior_filter,
+        })  # fmt: skip
         if replacements == PRESERVED:
-            preserved += also_preserved(parsed, preserved)
+            preserved += unlisted_replacements(parsed, preserved)
         safe_anchor = not any(concept.surrogate for concept in parsed)
         job = Job.of(parsed, preserved, method=method, rows=rows, edition=edition, safe_anchor=safe_anchor, **settings)
         prompts, needs_gram = job.prompts(), METHODS[method].needs_gram
@@ -210,18 +201,6 @@ class MembraneErase:
         if layers != BOTH:
             adapter = on_layers(model, adapter, LAYERS[layers])
         return apply_stack(model, ErasureStack((Entry(adapter, strength),))), adapter
-
-
-def also_preserved(concepts, preserved):
-    """The replacements that are to be preserved although no line says so, which the log tells."""
-    found = unlisted_replacements(concepts, preserved)
-    if found:
-        log.info(
-            "Membrane: preserved as well, as it takes the place of what is erased: %s (replacements: as published "
-            "leaves it out)",
-            ", ".join(found),
-        )
-    return found
 
 
 def preserve_text(name):

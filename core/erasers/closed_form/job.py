@@ -1,5 +1,6 @@
 """One closed-form erasure from words to adapter; what it needs of the host comes in as functions."""
 
+import logging
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,8 @@ from .method import METHODS, register
 from .rece import RECE
 from .speed import SPEED
 from .uce import UCE
+
+log = logging.getLogger("membrane")
 
 for _method in (UCE, RECE, SPEED, DOUBLE_PROJECTIONS):
     register(_method)
@@ -101,14 +104,21 @@ class Job:
 
 
 def unlisted_replacements(concepts, preserve):
-    """What takes the place of Concepts and is not preserved yet, where other things are.
+    """What takes the place of Concepts and is not preserved yet, where other things are; the log tells it.
 
     To keep only its neighbours leaves one direction in which a replacement may go, and that is the way from it to the
     concept: its prompt then draws what is erased.
     """
     words = dict.fromkeys(concept.surrogate for concept in concepts if concept.surrogate)
     known = [*preserve, *(concept.text for concept in concepts)]
-    return tuple(word for word in words if preserve and not any(same(word, line) for line in known))
+    found = tuple(word for word in words if preserve and not any(same(word, line) for line in known))
+    if found:
+        log.info(
+            "Membrane: preserved as well, as it takes the place of what is erased: %s; set replacements to "
+            '"as published" to leave it out',
+            ", ".join(found),
+        )
+    return found
 
 
 def solve(job, encoded, weight_gram=None, on_round=None):
