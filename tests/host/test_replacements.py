@@ -1,6 +1,5 @@
 """A replacement keeps its meaning: its own prompt does not draw what is erased, whatever else is preserved."""
 
-import logging
 from functools import partial
 
 import pytest
@@ -48,12 +47,12 @@ def drawn(node, demo, text, sample):
     return look
 
 
-def test_the_receipt_tells_what_is_preserved_as_well(erase, caplog):
-    with caplog.at_level(logging.INFO, "membrane"):
-        listed = erase("shape", "star", "circle")[1].card.settings["preserve"]
-    assert listed == ["square", "triangle", "heart", "cross", "moon", "ring", "circle"]
-    assert "preserved as well, as it takes the place of what is erased: circle" in caplog.text
-    assert "circle" not in erase("shape", "star", "circle", replacements="as published")[1].card.settings["preserve"]
+def test_the_receipt_tells_what_is_preserved_as_well(erase):
+    found = erase("shape", "star", "circle")
+    assert found[1].card.settings["preserve"] == ["square", "triangle", "heart", "cross", "moon", "ring", "circle"]
+    assert "Kept: 6 and what comes instead (circle)." in str(found.ui)
+    published = erase("shape", "star", "circle", replacements="as published")
+    assert "circle" not in published[1].card.settings["preserve"] and "Kept: 6. " in str(published.ui)
 
 
 def test_nothing_is_added_to_an_empty_list_or_twice(erase):

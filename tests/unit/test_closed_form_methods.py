@@ -4,7 +4,7 @@ import pytest
 import torch
 from membrane.core.erasers.closed_form.double_projection import double_projection_of
 from membrane.core.erasers.closed_form.groups import OF_2025, token_groups
-from membrane.core.erasers.closed_form.job import METHODS, Job, erase, solve, unlisted_replacements
+from membrane.core.erasers.closed_form.job import METHODS, Job, erase, solve, unlisted
 from membrane.core.erasers.closed_form.rece import PENALTIES, rece_terms
 from membrane.core.erasers.closed_form.solver import by_concept, gram, minimal_terms, protected_basis, text_map
 from membrane.core.erasers.closed_form.speed import STARTS, centroids, influential, invariants, speed_of
@@ -350,8 +350,8 @@ def test_more_starts_find_a_better_clustering():
 
 def test_only_where_something_is_preserved_is_a_replacement_as_well():
     concepts = (Concept("red", "blue"), Concept("green", "pink"), Concept("cyan", "Red"), Concept("ring", ""))
-    assert unlisted_replacements(concepts, ()) == ()
-    assert unlisted_replacements(concepts, ("orange", "PINK")) == ("blue",)
+    assert unlisted(concepts, ()) == ()
+    assert unlisted(concepts, ("orange", "PINK")) == ("blue",)
 
 
 def test_speed_does_not_retain_prompts_that_name_a_concept():

@@ -1,12 +1,11 @@
 """One closed-form erasure from words to adapter; what it needs of the host comes in as functions."""
 
-import logging
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 from ...adapters.adapter import Card, ErasureAdapter
-from ...text.concepts import Concept, fill, mentions, same, up_to
+from ...text.concepts import Concept, fill, mentions, parse_concepts, same, up_to
 from .double_projection import DOUBLE_PROJECTIONS
 from .groups import FIRST, NEEDED, SUBJECT
 from .method import METHODS, register
@@ -14,7 +13,7 @@ from .rece import RECE
 from .speed import SPEED
 from .uce import UCE
 
-log = logging.getLogger("membrane")
+PRESERVED, ONLY_LISTED = REPLACEMENTS = ("preserve", "as published")
 
 for _method in (UCE, RECE, SPEED, DOUBLE_PROJECTIONS):
     register(_method)
@@ -27,6 +26,7 @@ class Job:
     preserve: prompts or concepts whose meaning must stay; each also in every template. The empty prompt
     is always preserved. method: name of one of METHODS; settings: of its own kind. rows: one of ROWS, which of a
     prompt's rows are taken where the encoder spreads words over others. edition: one of EDITIONS, for UCE and SPEED.
+    added: what of preserve nobody listed.
     """
 
     concepts: tuple[Concept, ...]
@@ -36,6 +36,7 @@ class Job:
     settings: Any = None
     rows: str = NEEDED
     edition: str = FIRST
+    added: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, concepts, preserve=(), templates=("{}",), method="UCE", rows=NEEDED, edition=FIRST, **given):
@@ -44,6 +45,19 @@ class Job:
         known = {field.name for field in fields(kind)}
         settings = kind(**{name: value for name, value in given.items() if name in known})
         return cls(tuple(concepts), tuple(preserve), tuple(templates), method, settings, rows, edition)
+
+    @classmethod
+    def from_text(cls, concepts, surrogate, preserve, replacements=PRESERVED, **given):
+        """A job from the lines of a text: see parse_concepts(); given: as of() takes them.
+
+        Where nothing replaces a concept, Double Projections looks for a safe anchor itself, as published. replacements:
+        one of REPLACEMENTS, whether those that no line preserves are preserved as well, see unlisted().
+        """
+        parsed = parse_concepts(concepts, surrogate)
+        added = unlisted(parsed, preserve) if replacements == PRESERVED else ()
+        safe_anchor = not any(concept.surrogate for concept in parsed)
+        job = cls.of(parsed, (*preserve, *added), safe_anchor=safe_anchor, **given)
+        return replace(job, added=added)
 
     @property
     def rounds(self):
@@ -103,22 +117,15 @@ class Job:
         return list(dict.fromkeys([*words, *pairs, *self.preserved(), *self.heads.values()]))
 
 
-def unlisted_replacements(concepts, preserve):
-    """What takes the place of Concepts and is not preserved yet, where other things are; the log tells it.
+def unlisted(concepts, preserve):
+    """What takes the place of Concepts and is not preserved yet, where other things are.
 
     To keep only its neighbours leaves one direction in which a replacement may go, and that is the way from it to the
     concept: its prompt then draws what is erased.
     """
     words = dict.fromkeys(concept.surrogate for concept in concepts if concept.surrogate)
     known = [*preserve, *(concept.text for concept in concepts)]
-    found = tuple(word for word in words if preserve and not any(same(word, line) for line in known))
-    if found:
-        log.info(
-            "Membrane: preserved as well, as it takes the place of what is erased: %s; set replacements to "
-            '"as published" to leave it out',
-            ", ".join(found),
-        )
-    return found
+    return tuple(word for word in words if preserve and not any(same(word, line) for line in known))
 
 
 def solve(job, encoded, weight_gram=None, on_round=None):
