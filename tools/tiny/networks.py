@@ -415,15 +415,17 @@ def _known(network):
     return {name: value for name, value in network.unet.items() if name in known or name == "image_model"}
 
 
-def _config(network, **sizes):
+def configuration(name, **sizes):
+    """The host's configuration of a family, of its tiny sizes; sizes: others of its unet_config."""
     import comfy.model_base
     import comfy.supported_models
 
-    kind = getattr(comfy.supported_models, network.config, None)
+    made = network(name)
+    kind = getattr(comfy.supported_models, made.config, None)
     if kind is None:
-        raise NotInThisHost(f"this host has no {network.config}")
-    config = kind({**_known(network), **sizes})
-    settings = dict(network.settings)
+        raise NotInThisHost(f"this host has no {made.config}")
+    config = kind({**_known(made), **sizes})
+    settings = dict(made.settings)
     if "model_type" in settings:
         found = comfy.model_base.ModelType[settings.pop("model_type")]
         config.model_type = lambda state, prefix="": found
@@ -454,7 +456,7 @@ def base_model(name, seed=0, dtype=torch.float32, manual_cast=None, device=CPU, 
     """
     made = network(name)
     operations, quantised = options.pop("operations", None), options.pop("quant_config", None)
-    config = _config(made, **options)
+    config = configuration(name, **options)
     if hasattr(config, "set_inference_dtype"):
         config.set_inference_dtype(dtype, manual_cast)
     if operations is not None:
