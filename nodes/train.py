@@ -15,7 +15,7 @@ from ..core.host.page.progress import Progress
 from ..core.host.runs.training import HostDenoiser, resumed, trainable_sites
 from ..core.host.text.encode import fingerprint
 from ..core.host.text.entries import encode_for
-from ..core.text.concepts import fill, parse_concepts, parse_lines, parse_templates
+from ..core.text.concepts import fill, parse_concepts, parse_preserved, parse_templates
 from . import inputs
 from .labels import labelled
 from .shown import part, shown
@@ -41,9 +41,10 @@ class MembraneTrain:
                 "model": inputs.model("The model to train against; it stays as it is."),
                 "clip": inputs.CLIP,
                 "concepts": inputs.text(
-                    "star",
+                    "",
                     "What to erase, one per line; a line may name its own surrogate: concept -> surrogate. All lines "
                     "share one adapter.",
+                    placeholder="What to erase, one per line: van gogh -> a painting",
                 ),
                 "surrogate": inputs.line("", "What the model should see instead. Empty is the empty prompt."),
                 "preset": inputs.choice(
@@ -116,7 +117,8 @@ class MembraneTrain:
         seed, layers, filename_prefix, save_every, preserve="", adapter=None, preview_every=100, timestep=PUBLISHED,
         warmup=500, cycles=3, templates="", rollout_steps=30, unique_id=None,
     ):  # fmt: skip
-        wanted, kept, shapes = parse_concepts(concepts, surrogate), parse_lines(preserve), parse_templates(templates)
+        wanted, kept = parse_concepts(concepts, surrogate), parse_preserved(preserve)
+        shapes = parse_templates(templates)
         settings = settings_of(
             preset, steps=steps, lr=learning_rate, eta=eta, lam=anchoring, seed=seed, size=(height // 8, width // 8),
             anchor_kind=TEXTS if kept else NOISE, timestep=timestep, warmup=warmup, cycles=cycles,
@@ -134,9 +136,8 @@ class MembraneTrain:
         run.show, run.say = shown_on(Progress(settings.steps), model, unique_id)
         start = resumed(model, adapter, sites) if adapter else None
         with torch.inference_mode(False), torch.enable_grad():
-            texts = texts_of(encoded, pairs, kept)
             with HostDenoiser(model, sites, rank, 1.0, seed, start) as denoiser:
-                adapter, report = run(denoiser, texts)
+                adapter, report = run(denoiser, texts_of(encoded, pairs, kept))
         return shown((adapter, report), part(f"Trained: {name}", report))
 
 

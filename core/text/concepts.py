@@ -10,7 +10,7 @@ ARROW = "->"
 ARROWS = re.compile(
     r"[-=\u2010-\u2015\u2212]+>|[\u2192\u21a6\u21d2\u21e8\u21fe\u2794\u2799-\u279e\u27a1\u27f6\u27f9]\ufe0f?"
 )
-BULLET = re.compile(r"\s*(?:[-*+]\s+|[\u00b7\u2013\u2014\u2022\u2023\u2043\u2219\u25aa\u25cf\u25e6]\s*)(?![-=]*>)")
+BULLET = re.compile(r"\s*(?:[-*+]\s+|[\u00b7\u2013\u2014\u2022\u2023\u2043\u2219\u25aa\u25cf\u25e6]\s*)(?!>)")
 COMMAS = re.compile(r"[,;\u3001\uff0c\uff1b]")
 LOOKS_LIKE_ARROW = re.compile(r"\s[=~>|/]\s|:\s|\s:|\uff1a")
 
@@ -29,8 +29,8 @@ def parse_concepts(text, surrogate=""):
     A line may begin with a bullet, and any usual spelling of the arrow is taken for it.
     """
     concepts = []
-    for line in _lines(text):
-        word, arrow, other = (part.strip() for part in ARROWS.sub(ARROW, without_bullet(line)).partition(ARROW))
+    for line in filter(str.strip, map(without_bullet, _lines(text))):
+        word, arrow, other = (part.strip() for part in ARROWS.sub(ARROW, line).partition(ARROW))
         concept = Concept(word, other if arrow else surrogate.strip())
         if not word:
             raise ErasureError(
