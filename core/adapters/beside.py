@@ -16,8 +16,8 @@ from .deltas.delta import OPEN
 from .patch import Patch
 
 PAST = (
-    "Another node calls the network by itself, past the function in which erasures that follow the text, the step or the "
-    "side of the guidance act (DeepCache does so), so that they would do nothing; take that node away, or set the "
+    "Another node calls the network by itself, past the function in which erasures that follow the text, the step or "
+    "the side of the guidance act (DeepCache does so), so that they would do nothing; take that node away, or set the "
     'permeability to "fixed", start_percent to 0 and end_percent to 1.'
 )
 TILED, WHOLE, PICTURES, MIXED = "tiled", "whole", "pictures", "mixed"  # order of what a layer gets
@@ -90,7 +90,8 @@ class Bypass(Patch):
 
     parts: of low rank; text: TextPart of an entry that the layer reads behind a norm; changes: Changes of the weight.
     order: of what the layer gets: "tiled", picture by picture or each cut into equally many neighbours, as HyperTile
-    does; "whole", picture by picture and, where other packs add rows, rows of any text; "pictures", picture by picture only; "mixed", otherwise. name: of the layer, for messages.
+    does; "whole", picture by picture, or rows that another pack adds; "pictures", picture by picture only; "mixed",
+    otherwise. name: of the layer, for messages.
     """
 
     function, erases = "forward", True

@@ -315,8 +315,8 @@ def _unit(x):
 
 
 def opening_matches(concepts, vectors, heard):
-    """How well texts match for gates, (rows, C) float32: match(), and 1 where neither words nor vectors tell, since what
-    is not known may have the concept; vectors that are all zero have none.
+    """How well texts match for gates, (rows, C) float32: match(), and 1 where neither words nor vectors tell, since a
+    text that is not known may have the concept; one whose vectors are all zero has none.
 
     vectors: (rows, T, d); heard: what is known of each row, None of unknown ones.
     """

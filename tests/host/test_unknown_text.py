@@ -75,8 +75,8 @@ def test_a_switched_off_memory_goes_by_the_cosine(gate, text, monkeypatch):
 
 @pytest.mark.parametrize(
     "tokens",
-    [{"l": [([49406, 320, 49407], [1.0, 1.0, 1.0])]}, {"l": [[([5, 6], 1.0), ([7], 1.0)]]}, {"input_ids": torch.ones(1, 3)},
-     {"l": [[1, 2, 3]]}, {"l": [[]]}, {}, {"lm_metadata": {"a": 1}}],
+    [{"l": [([49406, 320, 49407], [1.0, 1.0, 1.0])]}, {"l": [[([5, 6], 1.0), ([7], 1.0)]]}, 
+     {"input_ids": torch.ones(1, 3)}, {"l": [[1, 2, 3]]}, {"l": [[]]}, {}, {"lm_metadata": {"a": 1}}],
 )  # fmt: skip
 def test_tokens_of_other_forms_are_not_known_and_nothing_fails(tokens):
     """As other packs' tokenizers make them; an empty set of tokens would be a text that has no concept."""

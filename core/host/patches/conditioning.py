@@ -1,6 +1,7 @@
 """Erases from each conditioning's text once, when the host prepares it, and sets the gates that travel with it."""
 
 import contextlib
+import logging
 import weakref
 
 import comfy.conds
@@ -12,6 +13,8 @@ from ...text.similarity import opening_matches
 from ..compat import patched_layers_called
 from ..text.known_tokens import PROMPTS
 from .brought import RAW
+
+log = logging.getLogger("membrane")
 
 EXTRA_CONDS, GATES = "extra_conds", "membrane_gates"
 # called with (stack, its gates, {"positive", "negative": values (rows, K) or None} of a sampling, the side just set)
@@ -63,7 +66,7 @@ class ErasedConditioning(Patch):
 
     def __init__(self, base, stack, plan, entries, travels, previous, rows, read=None):
         super().__init__(base, previous)
-        self.read, self.mapped, self.watches = read, [], None
+        self.read, self.mapped, self.watches, self.told = read, [], None, False
         self.rows, self.timed = rows, [k for k, gate in enumerate(plan.gates) if not gate.always]
         self.stack, self.plan, self.travels = stack, plan, travels
         self.early = [entry for entry in entries if not entry.prepared]
@@ -77,6 +80,12 @@ class ErasedConditioning(Patch):
             self.runs.of(noise)
             self.watches.watch(noise)
         gates = self.gates(text, kwargs.get("prompt_type"), noise) if self.plan.gates else None
+        if "gligen" in kwargs and self.read is not None and not self.told:
+            self.told = True
+            log.warning(
+                "Membrane: a conditioning has GLIGEN boxes; the words of boxes are read by layers of GLIGEN's own, which "
+                "no erasure reaches; leave what is erased out of them. This is said once."
+            )
         for entry in self.early:
             vectors = kwargs.get(entry.argument)
             if vectors is not None:

@@ -147,9 +147,9 @@ def _put(patched, model, whole, plan):
     timed = [entry for entry in entries if not entry.norm and plan.timed(entry.name)]
     early = [entry for entry in entries if entry not in inside and entry not in timed]
     follows = plan.follows or any((plan.maps[entry.name].gate != OPEN).any() for entry in inside)
-    travels = bool(timed) or follows
-    previous = foreign(model, EXTRA_CONDS)
     read = unet.TEXT if unet.TEXT in family(model).entries and (unet.TEXT in entries or plan.follows) else None
+    travels = bool(timed) or follows or (read is not None and bool(plan.gates))
+    previous = foreign(model, EXTRA_CONDS)
     conditioning = ErasedConditioning(base, whole, plan, early, travels, previous, rows, read)
     patched.add_object_patch(EXTRA_CONDS, conditioning)
     if (inside or plan.running) and family(model).cache:

@@ -50,6 +50,7 @@ class Prompts:
         self.known = OrderedDict()  # {hash of vectors: Text}, for each text one of every rounding
         self.noted, self.room, self.wanted = [], limit, False  # room: how many may be noted until the next look
         self.looking_away, self.told = False, False
+        self.bound = limit * len(ROUNDINGS)  # how many may be known until the next look
 
     @property
     def off(self):
@@ -124,13 +125,15 @@ class Prompts:
 
     def _forget(self):
         """Forgets the oldest of the texts that nobody uses any more, as many as are over the limit."""
-        over = len(self.known) - self.limit * len(ROUNDINGS)
-        for key in list(self.known) if over > 0 else ():
+        most = self.limit * len(ROUNDINGS)
+        if len(self.known) <= self.bound:
+            return
+        for key in list(self.known):
             if self.known[key].vectors() is None:
                 del self.known[key]
-                over -= 1
-                if not over:
-                    return
+                if len(self.known) <= most:
+                    break
+        self.bound = most if len(self.known) <= most else len(self.known) + most  # so many are in use
 
     def recall(self, vectors):
         """Heard of each row of vectors (rows, n T, d); None for a row with a part that is not known."""

@@ -26,8 +26,8 @@ KNOWN = weakref.WeakKeyDictionary()  # {tokenizer: ({encoder: Frame}, {encoder: 
 
 
 def ids_of(contexts):
-    """Token ids of some contexts, one after the other: below UNKNOWN, and the same wherever it stands, for the vector of
-    an embedding; UNKNOWN for anything else."""
+    """Token ids of some contexts, one after the other: for the vector of an embedding one below UNKNOWN, the same
+    wherever it stands; UNKNOWN for anything else."""
     return [_id(token[0]) for one in contexts for token in one]
 
 
