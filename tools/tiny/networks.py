@@ -383,10 +383,12 @@ def _known(network):
     return {name: value for name, value in network.unet.items() if name in known or name == "image_model"}
 
 
-def _config(network, **sizes):
+def configuration(name, **sizes):
+    """The host's configuration of a family, of its tiny sizes; sizes: others of its unet_config."""
     import comfy.model_base
     import comfy.supported_models
 
+    network = NETWORKS[name]
     kind = getattr(comfy.supported_models, network.config, None)
     if kind is None:
         raise NotInThisHost(f"this host has no {network.config}")
@@ -422,7 +424,7 @@ def base_model(name, seed=0, dtype=torch.float32, manual_cast=None, **options):
     """
     network = NETWORKS[name]
     operations, quantised = options.pop("operations", None), options.pop("quant_config", None)
-    config = _config(network, **options)
+    config = configuration(name, **options)
     if hasattr(config, "set_inference_dtype"):
         config.set_inference_dtype(dtype, manual_cast)
     if operations is not None:
