@@ -57,9 +57,10 @@ class Runs:
 class ErasedConditioning(Patch):
     """Stands in for the base model's `extra_conds`: erases from each conditioning's text once, and sets its gates.
 
-    Clones may share it: what it learns belongs to one sampling. entries: the TextEntries whose maps act here, before
-    `extra_conds` or, where it runs layers of the model, on what it gives. rows: the Rows of the gated layers. read: the
-    entry whose text travels as it was before the map too, for calls in which the map acts where the text is read.
+    Clones may share it, and copies share what it learns, which belongs to one sampling. entries: the TextEntries whose
+    maps act here, before `extra_conds` or, where it runs layers of the model, on what it gives. rows: the Rows of the
+    gated layers. read: the entry whose text travels as it was before the map too, for calls in which the map acts
+    where the text is read.
     """
 
     function, erases = EXTRA_CONDS, True
@@ -83,15 +84,15 @@ class ErasedConditioning(Patch):
         if "gligen" in kwargs and self.read is not None and not self.told:
             self.told = True
             log.warning(
-                "Membrane: a conditioning has GLIGEN boxes; the words of boxes are read by layers of GLIGEN's own, which "
-                "no erasure reaches; leave what is erased out of them. This is said once."
+                "Membrane: a conditioning has GLIGEN boxes, whose words are read by layers of GLIGEN's own that no "
+                "erasure reaches; leave what is erased out of them. This is said once."
             )
         for entry in self.early:
             vectors = kwargs.get(entry.argument)
             if vectors is not None:
                 self._erase(entry, vectors, gates, kwargs)
         if self.read in self.early and kwargs.get("cross_attn") is not text:
-            self.mapped = [ref for ref in self.mapped if ref() is not None]
+            self.mapped[:] = [ref for ref in self.mapped if ref() is not None]
             self.mapped.append(weakref.ref(kwargs["cross_attn"]))
         if self.previous is not None:
             kwargs["membrane_text"] = text  # whose tokens are known, unlike those of the erased text
