@@ -137,6 +137,6 @@ class ErasedSteps(Patch):
                 else [float(sampling.percent_to_sigma(p)) for p in (gate.start_percent, gate.end_percent)]
                 for gate in self.plan.gates
             ]
-            first, last = (torch.tensor(levels, device=t.device, dtype=t.dtype) for levels in zip(*ranges))
-            self.bounds = sampling, wanted, (first, last)
+            levels = torch.tensor(ranges, device=t.device, dtype=t.dtype).view(-1, 2)
+            self.bounds = sampling, wanted, levels.unbind(1)
         return self.bounds[2]
