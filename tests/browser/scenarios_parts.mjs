@@ -101,10 +101,6 @@ export const PARTS = {
         await aPairUnderOneDivider(page);
     },
 
-    async the_divider_in_nodes_2(page) {
-        await inNodes2(page, () => aPairUnderOneDivider(page));
-    },
-
     async what_a_run_said_fades_while_the_next_one_runs_and_is_replaced(page) {
         const { erase, yes } = await comparing(page, "a red star on snow");
         await queue(page);
