@@ -263,7 +263,7 @@ export const SCENARIOS = {
     async erase_a_concept_here_wires_itself_into_a_model_link(page) {
         await fresh(page, { text: THREE });
         const wiring = () => api(page, () => {
-            const erase = app.graph._nodes.find((n) => n.type === "MembraneErase");
+            const erase = app.graph._nodes.find((n) => ["MembraneForget", "MembraneErase"].includes(n.type));
             if (!erase) return null;
             const links = app.graph.links;
             const get = (id) => links.get?.(id) ?? links[id];

@@ -4,7 +4,8 @@ import { HEART, STAR, api, build, check, fresh, same, setting, stack, until } fr
 import { becomes, drawsElementsOfExtensions, needs, queue, undo } from "./scenarios.mjs";
 
 const MODEL = ["MembraneDemoModel", [20, 40]];
-const report = (page) => page.locator(".membrane-report:visible");
+/** What the node says that shows a pair, or that links to a page. */
+const report = (page, has = ".membrane-compare") => page.locator(".membrane-report:visible", { has: page.locator(has) });
 const widget = (page, id, name, value) =>
     api(page, ([id, name, value]) => void (app.graph.getNodeById(id).widgets.find((w) => w.name === name).value = value), [id, name, value]);
 
@@ -100,17 +101,13 @@ export const PARTS = {
         await aPairUnderOneDivider(page);
     },
 
-    async the_divider_in_nodes_2(page) {
-        await inNodes2(page, () => aPairUnderOneDivider(page));
-    },
-
     async what_a_run_said_fades_while_the_next_one_runs_and_is_replaced(page) {
         const { erase, yes } = await comparing(page, "a red star on snow");
         await queue(page);
         await until(async () => /differs in/.test(await report(page).innerText()), "the first report", 60000);
         await api(page, async () => {
             const { api } = await import("/scripts/api.js");
-            api.addEventListener("execution_start", () => setTimeout(() => (globalThis.faded = document.querySelector(".membrane-report.membrane-stale") !== null)), { once: true });
+            api.addEventListener("execution_start", () => setTimeout(() => (globalThis.faded = [...document.querySelectorAll(".membrane-report.membrane-stale")].some((part) => part.querySelector(".membrane-compare")))), { once: true });
         });
         await widget(page, yes, "text", "a blue star");
         await widget(page, erase, "strength", 0);
@@ -194,7 +191,7 @@ export const PARTS = {
         };
         await build(page, nodes, [["model", 0, "erase", "model"], ["model", 1, "erase", "clip"], ["model", 0, "evaluate", "original"], ["erase", 0, "evaluate", "erased"], ["model", 1, "evaluate", "clip"]]);
         await queue(page);
-        const link = report(page).locator("a", { hasText: "Open the report" });
+        const link = report(page, "a").locator("a", { hasText: "Open the report" });
         await link.waitFor({ state: "attached", timeout: 90000 });
         const href = await link.getAttribute("href");
         const answer = await page.request.get(new URL(href, page.url()).href);
@@ -205,7 +202,7 @@ export const PARTS = {
             const refused = await page.request.get(new URL(href.replace(/\?.*/, `?filename=${encodeURIComponent(wrong)}`), page.url()).href);
             same(refused.status(), 404, `the answer for ${wrong}`);
         }
-        await report(page).locator("button", { hasText: "Copy" }).dispatchEvent("click"); // far below
+        await report(page, "a").locator("button", { hasText: "Copy" }).dispatchEvent("click"); // far below
         const copied = await until(() => api(page, () => navigator.clipboard.readText()), "the copy");
         check(/integrity/.test(copied), `copied: ${copied.slice(0, 80)}`);
     },
