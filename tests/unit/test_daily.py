@@ -97,7 +97,9 @@ def test_the_kind_gives_what_is_not_said():
 
 def test_the_receipt():
     assert receipt(daily_job("star -> circle\nmoon", ("heart", "MOON"), "object", templates="{}")) == (
-        "Erased: star -> circle, moon. Kept: 1. Captions: 1."
+        "Erased: star -> circle, moon. Kept: 1 and what comes instead (circle). Captions: 1."
     )
+    listed = daily_job("star -> circle", ("heart", "Circle"), "object", templates="{}")
+    assert receipt(listed) == "Erased: star -> circle. Kept: 2. Captions: 1."
     many = daily_job("\n".join("abcdefg"), (), "anything", templates="{}")
     assert receipt(many) == "Erased: a, b, c, d, e and 2 more. Kept: 0. Captions: 1."
