@@ -33,10 +33,8 @@ class Difference:
     site: of the layer; state: CHANGED, EQUAL, ROUNDED (rounding explains it) or OTHER (no factors express it); size:
     of the difference, relative to the weight. Of a changed layer also: change: the difference as a LowRank, or as a
     Mask where all that changed became 0; energy: its squared norm; discarded: how much of that a LowRank leaves out;
-    truncated: whether for want of rank;
-    spread: share of the possible rank that holds MOST of the energy; rank: share of it that the change has, 1 when that
-    was cut off; kept: share of the weight's numbers that are as
-    they were.
+    truncated: whether for want of rank; spread: share of the possible rank that holds MOST of the energy; rank: share
+    of it that holds all but what is EXACT or rounding; kept: share of the weight's numbers that are as they were.
     """
 
     site: str
@@ -112,7 +110,6 @@ def compare(layer, edited, name, energy, max_rank, text):
     text.add(layer.site, weight, delta, noise)
     change, energies = _factors(delta, energy, noise, max_rank, bias_delta)
     total, discarded = energies.sum().item(), energies[change.rank :].sum().item()
-    truncated = discarded > max((1 - energy) * total, noise)
     return Difference(
         layer.site,
         CHANGED,
@@ -120,9 +117,9 @@ def compare(layer, edited, name, energy, max_rank, text):
         change=change,
         energy=total,
         discarded=discarded,
-        truncated=truncated,
+        truncated=discarded > max((1 - energy) * total, noise),
         spread=_rank_within((1 - MOST) * total, energies) / len(energies),
-        rank=1.0 if truncated else change.rank / len(energies),
+        rank=_rank_within(max(EXACT * total, SAME_MAP * noise), energies) / len(energies),
         kept=1 - touched.float().mean().item(),
     )
 

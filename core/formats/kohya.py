@@ -111,6 +111,7 @@ def save_low_rank(adapter, path, names, convolutions=()):
             down = down[:, :, None, None]
         up = up.reshape(*up.shape, *[1] * (down.dim() - 2))
         tensors |= _layer(names[layer], up, down, change.alpha, change.bias)
+    _tell_limits(adapter, sum(change.bias is not None for change in adapter.low_rank.values()), "biases (.diff_b)")
     ranks = {change.rank for change in adapter.low_rank.values()}
     alphas = {change.alpha for change in adapter.low_rank.values()}
     metadata = _metadata(adapter.card, max(ranks), max(alphas), f"concept erasure ({adapter.card.method})")
@@ -129,8 +130,21 @@ def save_masks(adapter, weights, path, names):
     tensors = {}
     for layer, mask in adapter.masks.items():
         tensors[f"{names[layer]}.diff"] = mask.difference(weights(layer)).half()
+    _tell_limits(adapter, len(tensors), "whole differences (.diff)")
     comment = f"pruned weights ({adapter.card.method}), exact on the model they were taken from"
     save_whole(tensors, path, _metadata(adapter.card, 1, 1, comment))
+
+
+def _tell_limits(adapter, count, what):
+    """Logs which programs do not read what a file holds beside factors."""
+    if count:
+        log.warning(
+            "Membrane: the LoRA of %s has %s of %d layers, which ComfyUI, A1111 and Forge read; diffusers refuses such "
+            "a file, and kohya's scripts ignore them",
+            adapter.describe(),
+            what,
+            count,
+        )
 
 
 def require_layers(adapter, layers, names):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.text_map import TextMap
+from membrane.core.adapters.gates import gate_values, gates_of
 from membrane.core.adapters.permeability import Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.formats import native
@@ -13,6 +14,7 @@ from membrane.core.host.patches.on_weights import apply_to_weights
 from membrane.core.host.patches.stack import apply_stack, concepts_for
 from membrane.core.host.runs.training import trainable_sites
 
+NAMES = ("star", "moon")
 SMALL = {  # 64 channels: with one channel in each group of a norm, nothing of the pooled vector would be left
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "num_res_blocks": [1],
     "channel_mult": (1,), "transformer_depth": [1], "transformer_depth_output": [1, 1], "transformer_depth_middle": 1,
@@ -113,6 +115,30 @@ def test_the_file_keeps_it(tmp_path):
     for found, expected in ((loaded.maps["text"], made.maps["text"]), (loaded.maps["pooled"], made.maps["pooled"])):
         assert torch.equal(found.a, expected.a) and torch.equal(found.b, expected.b)
         assert found.concept == expected.concept
+
+
+def test_a_lora_keeps_it(model, node, sample):
+    """The host's loader reads back what the node's own form does, and the text's map alone is far from it."""
+    made = adapter()
+    positive, negative = conditioning(1), conditioning(20)
+    base = sample(model, positive, negative)
+    expected = sample(apply_stack(model, ErasureStack((Entry(made),))), positive, negative)
+    saved = node("MembraneSaveAdapter", adapter=made, filename_prefix="pooled", format="LoRA (kohya)", model=model)
+    name = saved.ui["text"][0] if "text" in saved.ui else ""
+    loaded = node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)[0]
+    assert (sample(loaded, positive, negative) - expected).norm() < 0.01 * (expected - base).norm()
+
+
+def test_routing_counts_it_with_its_text():
+    """Two adapters with pooled maps have one gate each, so that the best two of two open both."""
+    words, other = adapter(), adapter()
+    other = ErasureAdapter(Card("UCE", ("moon",)), other.deltas)
+    for top_k, expected in ((2, [1.0, 0.9]), (1, [1.0, 0.0])):
+        routed = Permeability("route", top_k=top_k)
+        gates = gates_of(ErasureStack((Entry(words, permeability=routed), Entry(other, permeability=routed))), NAMES)
+        assert len(gates) == 2
+        values = gate_values(gates, torch.tensor([[1.0, 0.9]]))
+        assert [value > 0 for value in values[0].tolist()] == [value > 0 for value in expected]
 
 
 def test_gates_need_no_clip_when_all_are_fixed(model):

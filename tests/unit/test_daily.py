@@ -97,7 +97,7 @@ def test_the_kind_gives_what_is_not_said():
 
 def test_the_receipt():
     assert receipt(daily_job("star -> circle\nmoon", ("heart", "MOON"), "object", templates="{}")) == (
-        "Erased: star -> circle, moon. Kept: 1 and what comes instead (circle). Captions: 1."
+        "Erased: star -> circle, moon. Kept: 1. Captions: 1. Kept as well, as it comes instead: circle."
     )
     listed = daily_job("star -> circle", ("heart", "Circle"), "object", templates="{}")
     assert receipt(listed) == "Erased: star -> circle. Kept: 2. Captions: 1."

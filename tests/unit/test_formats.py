@@ -543,6 +543,13 @@ def test_concepts_with_a_comma_are_not_written_for_the_published_code(tmp_path, 
     assert load(path).card.concepts == ("star", "heart, red")
 
 
+@pytest.mark.parametrize(("bias", "told"), [(randn(8), True), (None, False)])
+def test_an_export_tells_which_programs_do_not_read_its_biases(tmp_path, caplog, bias, told):
+    with caplog.at_level(logging.WARNING, "membrane"):
+        export(tmp_path, {SITE: LowRank(randn(8, 2), randn(2, 6), 2.0, bias)})
+    assert ("biases (.diff_b) of 1 layers" in caplog.text and "diffusers refuses" in caplog.text) is told
+
+
 def test_an_export_of_several_ranks_is_a_plain_lora(tmp_path):
     path, _ = export(tmp_path, low_rank() | {SITE: LowRank(randn(8, 2), randn(2, 6), 2.0)})
     assert not SPM.keys() & metadata_of(path).keys()

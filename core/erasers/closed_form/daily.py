@@ -28,11 +28,10 @@ def daily_job(remove, preserved, kind, method=METHOD, replace_with="", templates
 def receipt(job):
     """One line on what a job erases and keeps: "Erased: star -> circle. Kept: 7. Captions: 16.".
 
-    What nobody listed is named: "Kept: 7 and what comes instead (circle).".
+    What nobody listed is named at the end: "Kept as well, as it comes instead: circle.".
     """
     names = [f"{c.text} -> {c.surrogate}" if c.surrogate else c.text for c in job.concepts]
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    kept = str(sum(not job.erases(line) for line in job.preserve) - len(job.added))
-    if job.added:
-        kept += f" and what comes instead ({', '.join(job.added[:MOST_NAMED])})"
-    return f"Erased: {', '.join(names[:MOST_NAMED])}{more}. Kept: {kept}. Captions: {len(job.templates)}."
+    kept = sum(not job.erases(line) for line in job.preserve) - len(job.added)
+    added = f" Kept as well, as it comes instead: {', '.join(job.added[:MOST_NAMED])}." if job.added else ""
+    return f"Erased: {', '.join(names[:MOST_NAMED])}{more}. Kept: {kept}. Captions: {len(job.templates)}.{added}"
