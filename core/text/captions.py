@@ -1,0 +1,112 @@
+"""Captions in which a concept is erased, by the kind of concept.
+
+An erasure reaches the words as they are written in its captions: on the demo U-Net UCE with the bare word leaves 9
+stars in 64 pictures, and with captions like the prompts none while all 96 other shapes stay right
+(benchmarks/results/erasure_quality.md). A text encoder mixes each word with those before it, T5 and language models
+with those behind it too, so a set varies what stands on both sides of the concept: the medium, a colour or another
+adjective, an action, a place, a time of day.
+"""
+
+from dataclasses import dataclass
+
+from ..errors import ErasureError
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions of one kind of concept.
+
+    surrogate: what replaces a concept that names no replacement, "" for the empty prompt; templates: the captions, {}
+    is the concept's place.
+    """
+
+    surrogate: str
+    templates: tuple[str, ...]
+
+
+_OBJECT = (
+    "{}",
+    "a {}",
+    "a photo of a {}",
+    "a painting of a {}",
+    "a drawing of a {} on white paper",
+    "a close-up of a {}",
+    "a big red {}",
+    "a small blue {} on grass",
+    "an old {} in the snow",
+    "a shiny black {} on a wooden table",
+    "a white {} in a forest",
+    "a striped yellow {} on a street at night",
+    "a {} in front of a house",
+    "a {} and a tree by the sea",
+    "a man with a {} in his hands",
+    "many {} in a room",
+)
+_STYLE = (
+    "{}",
+    "in the style of {}",
+    "a painting by {}",
+    "a painting in the style of {}",
+    "artwork by {}",
+    "a landscape by {}",
+    "a portrait of a woman by {}",
+    "a portrait of a man in the style of {}",
+    "a city at night in the style of {}",
+    "flowers in a vase by {}",
+    "a house by the sea, {} style",
+    "a cat on a chair, drawn by {}",
+    "a village in the snow, in the style of {}",
+    "trees in a field, painting by {}",
+    "{} style, a ship on the water",
+    "a photo of a room, {}",
+)
+_PERSON = (
+    "{}",
+    "a photo of {}",
+    "a portrait of {}",
+    "a painting of {}",
+    "a drawing of {}",
+    "a close-up of the face of {}",
+    "{} smiling",
+    "{} in a dark suit",
+    "{} in a red dress",
+    "{} on a stage with a microphone",
+    "{} walking on a street at night",
+    "{} sitting on a chair in an office",
+    "{} in front of a house in the snow",
+    "{} as a superhero, film still",
+    "a man and {} at a table",
+    "a woman next to {} at the beach",
+)
+_ANYTHING = (
+    "{}",
+    "a {}",
+    "a photo of {}",
+    "a photo of a {}",
+    "a painting of {}",
+    "a picture with {}",
+    "a drawing of a {} on white paper",
+    "a close-up of {}",
+    "a big red {}",
+    "a small blue {} on grass",
+    "{} in the snow",
+    "{} in a room, film still",
+    "a woman and {} on a street at night",
+    "a man with {} by the sea",
+    "a house and {} in a forest",
+    "a picture in the style of {}",
+)
+# the surrogates of style and person are those of the published scripts of RECE and SPEED
+KINDS = {
+    "anything": Captions("", _ANYTHING),
+    "object": Captions("", _OBJECT),
+    "style": Captions("art", _STYLE),
+    "person": Captions("person", _PERSON),
+}
+
+
+def captions_of(kind):
+    """Captions of one of KINDS; raises ErasureError for another name."""
+    if kind not in KINDS:
+        raise ErasureError(f'There is no kind of concept "{kind}"; choose one of: {", ".join(KINDS)}.')
+    return KINDS[kind]
