@@ -455,26 +455,29 @@ def long_prompt(run):
 def training(run, name):
     """An iteration of Latent Anchoring against the rows of the published loop."""
     from membrane.benchmarks import training as loops
-    from membrane.core.erasers.spm import Settings, Texts, alphas_cumprod
-    from membrane.core.host.runs.training import HostDenoiser, trainable_sites
+    from membrane.core.erasers.paths import NoiseSchedule
+    from membrane.core.erasers.spm import NOISE, Settings
+    from membrane.core.erasers.spm_run import texts_of
+    from membrane.core.host.runs.training import HostDenoiser, encoded_for, fitted, trainable_sites
 
     with run.part(f"training of {name}", needs=6) as goes:
         if not goes:
             return
-        model, _, network = built(run, name)
-        g = torch.Generator().manual_seed(0)
-        tokens, (_, *size) = 8 if run.toy else 77, network.latent
-        texts = Texts(*(torch.randn(tokens, network.width, generator=g) for _ in range(3)))
-        settings, alphas, found = Settings(size=tuple(size)), alphas_cumprod(), {}
+        model, clip, network = built(run, name)
+        pixels = tuple(8 * side for side in reversed(network.latent[-2:]))
+        settings = Settings(**{**fitted(model, *pixels, preserves=False), "anchor_kind": NOISE})
+        prompts = ("a red star", "a red circle")
+        (texts,), found = texts_of(encoded_for(model, clip, [*prompts, ""], *pixels), [prompts], ()), {}
         sites = trainable_sites(model)
         for way in ("ours", "published"):
             with HostDenoiser(model, sites) as denoiser:
+                path = denoiser.path(settings.rollout_steps) or NoiseSchedule(settings)
                 if way == "published":
                     loops.without_checkpoints(model)
 
-                def once(denoiser=denoiser, way=way):
+                def once(denoiser=denoiser, way=way, path=path):
                     x = torch.randn(1, *network.latent, generator=torch.Generator().manual_seed(2))
-                    getattr(loops, way)(denoiser, texts, settings, x, 2, alphas)
+                    getattr(loops, way)(denoiser, texts, settings, x, 2, path)
 
                 once()
                 usual = torch.cuda.memory_allocated() if run.gpu else 0

@@ -172,6 +172,7 @@ def ours(denoiser, texts, settings, x, k, path):
 
 def published(denoiser, texts, settings, x, k, path):
     """The rows of the published loop: each prediction with its unconditional half, all eight anchor rows twice."""
+    from membrane.core.erasers.conditions import together
     from membrane.core.erasers.spm import noise_anchors, rollout
 
     drawn = noise_anchors(settings.anchors, texts.concept, torch.Generator().manual_seed(0))
@@ -182,10 +183,10 @@ def published(denoiser, texts, settings, x, k, path):
         found = denoiser.predict(x.expand(len(rows), -1, -1, -1), torch.full((len(rows),), t), rows, on)
         return found[len(rows) // 2 :]
 
-    pairs = torch.stack([row for sample in drawn for row in (texts.empty, sample)])
+    pairs = together([row for sample in drawn for row in (texts.empty, sample)])
     with torch.no_grad():
-        concept, surrogate = (predict(torch.stack([texts.empty, y]), False) for y in (texts.concept, texts.surrogate))
-    erase = (predict(torch.stack([texts.empty, texts.concept]), True)
+        concept, surrogate = (predict(together([texts.empty, y]), False) for y in (texts.concept, texts.surrogate))
+    erase = (predict(together([texts.empty, texts.concept]), True)
              - (surrogate - settings.eta * (concept - surrogate))).square().mean()  # fmt: skip
     on = predict(pairs, True)
     with torch.no_grad():

@@ -1,21 +1,17 @@
 """Training of SPM adapters in the graph."""
 
-from dataclasses import asdict
-
 from ..core.adapters.adapter import Card
 from ..core.erasers.objectives import METHODS, OBJECTIVES, SPM, require_surrogates
 from ..core.erasers.paths import PUBLISHED, TIMESTEPS
-from ..core.erasers.spm import TEXTS
 from ..core.erasers.spm_presets import AS_SET, CUSTOM, LAYERS, PRESETS, QUALITIES, settings_of
 from ..core.erasers.spm_run import TrainingRun, steps_done
 from ..core.formats import native
 from ..core.host.files.folders import new_adapter_path
 from ..core.host.model.layers import family_name
 from ..core.host.page.progress import Progress
-from ..core.host.runs.training import encoded_for, fitted, resumed, trainable_sites, trained
+from ..core.host.runs.training import fitted, resumed, trainable_sites, trained
 from ..core.host.text.encode import fingerprint
 from ..core.text.concepts import fill, parse_concepts, parse_preserved, parse_templates
-from ..core.text.similarity import short_captions
 from . import inputs
 from .labels import labelled
 from .shown import part, shown
@@ -146,21 +142,17 @@ class MembraneTrain:
         )  # fmt: skip
         require_surrogates(objective, wanted)
         pairs = [(fill(t, c.text), fill(t, c.surrogate)) for c in wanted for t in shapes]
-        anchors = kept or (short_captions() if settings.anchor_kind == TEXTS else [])
-        encoded = encoded_for(model, clip, [*(text for pair in pairs for text in pair), "", *anchors], width, height)
-        said = {"size": list(settings.size), "channels": list(settings.channels), "rank": rank, "layers": layers,
-                "preserve": kept, "templates": shapes}  # fmt: skip
+        said = {"rank": rank, "layers": layers, "preserve": kept, "templates": shapes}
         names, surrogates = zip(*((c.text, c.surrogate) for c in wanted))
-        card = Card(
-            METHODS[objective], names, surrogates, family_name(model), fingerprint(clip), {**asdict(settings), **said}
-        )
+        said = {**settings.said(), **said}
+        card = Card(METHODS[objective], names, surrogates, family_name(model), fingerprint(clip), said)
         path, name = new_adapter_path(filename_prefix)
         run = TrainingRun(card, settings, name, lambda found: native.save(found, path), save_every)
         run.start, run.preview_every = steps_done(adapter, settings) if adapter else 0, preview_every
         run.show, run.say = shown_on(Progress(settings.steps), model, unique_id)
         start = resumed(model, adapter, sites) if adapter else None
-        adapter, report = trained(run, model, sites, rank, start, encoded, pairs, anchors)
-        return shown((adapter, report), part(f"Trained: {name}", report))
+        result = trained(run, model, clip, sites, rank, start, pairs, kept, (width, height))
+        return shown(result, part(f"Trained: {name}", result[1]))
 
 
 def shown_on(progress, model, node):

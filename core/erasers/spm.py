@@ -5,7 +5,7 @@ to the surrogate's (eq. 4), and its predictions for anchors, other texts, are he
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
@@ -70,6 +70,10 @@ class Settings:
         for name, known in (("anchor_kind", ANCHORS), ("timestep", TIMESTEPS), ("objective", OBJECTIVES)):
             if getattr(self, name) not in known:
                 raise ErasureError(f'Training has {name} "{getattr(self, name)}"; expected {" or ".join(known)}.')
+
+    def said(self):
+        """The settings as a card has them."""
+        return {**asdict(self), "size": list(self.size), "channels": list(self.channels)}
 
 
 @dataclass(frozen=True, eq=False)

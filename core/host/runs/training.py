@@ -21,6 +21,7 @@ from ...families import unet
 from ...families.family import ALL
 from ...families.sites import site
 from ...families.table import role
+from ...text.similarity import short_captions
 from ..compat import attention_with_gradients, channels_and_ratio, fitted_latents
 from ..model.layers import family, layer_keys, modules, plain_key, reads_vector, text_rows, text_width
 from ..text.conditions import conditions_for
@@ -230,11 +231,14 @@ def gradient_checked(denoiser, settings, text):
     return path
 
 
-def trained(run, model, sites, rank, start, encoded, pairs, anchors):
+def trained(run, model, clip, sites, rank, start, pairs, kept, pixels):
     """What a TrainingRun gives on some sites of a MODEL: (ErasureAdapter, report as text).
 
-    start: {site: LowRank} to go on from, or None; encoded, pairs, anchors: see texts_of().
+    start: {site: LowRank} to go on from, or None; pairs: (prompt with the concept, with its surrogate); kept: prompts
+    to anchor, none for what is anchored without; pixels: (width, height) of the pictures trained on.
     """
+    anchors = kept or (short_captions() if run.settings.anchor_kind == TEXTS else [])
+    encoded = encoded_for(model, clip, [*(text for pair in pairs for text in pair), "", *anchors], *pixels)
     with torch.inference_mode(False), torch.enable_grad():
         texts, alpha = texts_of(encoded, pairs, anchors), alpha_of(run.settings.objective, rank)
         with HostDenoiser(model, sites, rank, alpha, run.settings.seed, start) as denoiser:
