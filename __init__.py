@@ -10,7 +10,7 @@ import sys
 # pytest imports this file too, as a package of any name; only a host has its folders loaded by now
 if __package__ and "folder_paths" in sys.modules:
     from .core.host.files.folders import register
-    from .core.host.page import live, routes
+    from .core.host.page import live, routes, saving
     from .core.host.text.known_tokens import watch
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
@@ -18,5 +18,6 @@ if __package__ and "folder_paths" in sys.modules:
     watch()
     routes.register()
     live.register()
+    saving.watch()
     WEB_DIRECTORY = "./web"
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]

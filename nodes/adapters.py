@@ -21,6 +21,8 @@ from ..core.host.page.progress import Progress
 from ..core.host.patches.stack import applied
 from ..core.text.concepts import parse_lines
 from . import inputs
+from .labels import labelled
+from .shown import part, shown
 
 log = logging.getLogger("membrane")
 
@@ -32,7 +34,7 @@ class MembraneLoadAdapter:
     TITLE = "Load Erasure Adapter"
     DESCRIPTION = "Loads an erasure adapter from the folder models/erasure_adapters."
     SEARCH_ALIASES = ["erasure", "unlearn", "load eraser", "SPM", "concept erasure"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/adapters"
     RETURN_TYPES = ("ERASURE_ADAPTER", "STRING")
     RETURN_NAMES = ("adapter", "concepts")
     OUTPUT_TOOLTIPS = ("The adapter, for Stack Erasure Adapters.", "What it erases, one concept per line.")
@@ -41,7 +43,7 @@ class MembraneLoadAdapter:
     @classmethod
     def INPUT_TYPES(cls):
         names = adapter_names()
-        return {"required": {"adapter_name": (names, {"tooltip": "A file in models/erasure_adapters."})}}
+        return labelled({"required": {"adapter_name": (names, {"tooltip": "A file in models/erasure_adapters."})}})
 
     @classmethod
     def VALIDATE_INPUTS(cls, adapter_name):
@@ -88,31 +90,34 @@ class MembraneSaveAdapter:
         "or as a LoRA for one model into the folder models/loras."
     )
     SEARCH_ALIASES = ["save eraser", "export erasure"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/adapters"
     RETURN_TYPES = ()
     OUTPUT_NODE = True
     FUNCTION = "save"
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "adapter": ("ERASURE_ADAPTER", {"tooltip": "The adapter to save."}),
-                "filename_prefix": inputs.line(
-                    "erasure",
-                    "Name of the file; a number is added, nothing is overwritten. A subfolder may come before it.",
-                ),
+        return labelled(
+            {
+                "required": {
+                    "adapter": ("ERASURE_ADAPTER", {"tooltip": "The adapter to save."}),
+                    "filename_prefix": inputs.line(
+                        "erasure",
+                        "Name of the file; a number is added, nothing is overwritten. A subfolder may come before it.",
+                    ),
+                },
+                "optional": {
+                    "format": inputs.choice(
+                        [NATIVE, LORA],
+                        NATIVE,
+                        "membrane: fits every model of the family. LoRA (kohya): for any LoRA loader of any program; "
+                        "of a closed-form erasure exact on the model it is made from.",
+                    ),
+                    "model": inputs.model("Only for a LoRA: the model it is for, without this erasure in its weights."),
+                },
             },
-            "optional": {
-                "format": inputs.choice(
-                    [NATIVE, LORA],
-                    NATIVE,
-                    "membrane: fits every model of the family. LoRA (kohya): for any LoRA loader of any program; of a "
-                    "closed-form erasure exact on the model it is made from.",
-                ),
-                "model": inputs.model("Only for a LoRA: the model it is for, without this erasure in its weights."),
-            },
-        }
+            model="Model for a LoRA",
+        )
 
     def save(self, adapter, filename_prefix, format=NATIVE, model=None):
         try:
@@ -124,7 +129,8 @@ class MembraneSaveAdapter:
         except OSError as error:
             raise not_saved(filename_prefix, error) from error
         log.info("Membrane: saved %s", path)
-        return {"ui": {"text": [name]}}
+        folder = "models/loras" if format == LORA else "models/erasure_adapters"
+        return shown((), part(f"Saved: {name}", [f"In the folder {folder}."]), text=[name])
 
     def _save_lora(self, adapter, filename_prefix, model):
         _require_lora(adapter, model)
@@ -163,7 +169,7 @@ class MembraneExtract:
         "erasure adapter: the difference to the model they were made from, as low-rank factors."
     )
     SEARCH_ALIASES = ["import UCE", "import ESD", "lora extract", "weights to adapter", "svd"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/adapters"
     RETURN_TYPES = ("ERASURE_ADAPTER", "STRING")
     RETURN_NAMES = ("adapter", "report")
     OUTPUT_TOOLTIPS = (
@@ -174,31 +180,38 @@ class MembraneExtract:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "model": inputs.model("The model from before the edit, the one the edit was made from."),
-                "weights_file": (
-                    [NO_FILE, *adapter_names()],
-                    {"tooltip": "A file with edited weights in models/erasure_adapters; not used with edited_model."},
-                ),
-                "concepts": inputs.text(
-                    "",
-                    "What the edit erases, one concept per line; the permeability needs it to follow prompts.",
-                ),
-                "energy": inputs.number(
-                    0.999,
-                    0.5,
-                    1.0,
-                    0.001,
-                    "How much of the change in each layer to keep (share of its squared size). Less makes smaller "
-                    "files.",
-                ),
-                "max_rank": inputs.whole(128, 1, 1024, "The largest rank a layer may get.", step=None),
+        return labelled(
+            {
+                "required": {
+                    "model": inputs.model("The model from before the edit, the one the edit was made from."),
+                    "weights_file": (
+                        [NO_FILE, *adapter_names()],
+                        {
+                            "tooltip": "A file with edited weights in models/erasure_adapters; not used with "
+                            "edited_model."
+                        },
+                    ),
+                    "concepts": inputs.text(
+                        "",
+                        "What the edit erases, one concept per line; the permeability needs it to follow prompts.",
+                    ),
+                    "energy": inputs.number(
+                        0.999,
+                        0.5,
+                        1.0,
+                        0.001,
+                        "How much of the change in each layer to keep (share of its squared size). Less makes smaller "
+                        "files.",
+                    ),
+                    "max_rank": inputs.whole(128, 1, 1024, "The largest rank a layer may get.", step=None),
+                },
+                "optional": {
+                    "edited_model": inputs.model("The edited model itself, such as a checkpoint, instead of a file."),
+                },
             },
-            "optional": {
-                "edited_model": inputs.model("The edited model itself, such as a checkpoint, instead of a file."),
-            },
-        }
+            concepts="What the edit erases",
+            model="Model before the edit",
+        )
 
     @classmethod
     def VALIDATE_INPUTS(cls, weights_file):
@@ -226,7 +239,7 @@ class MembraneExtract:
         names = tuple(parse_lines(concepts))
         adapter, report = extract(base_layers(model), edited, names, family_name(model), energy, max_rank, progress.at)
         log.info("Membrane: %s", report)
-        return adapter, report
+        return shown((adapter, report), part("Extracted", report))
 
 
 NODES = [MembraneLoadAdapter, MembraneSaveAdapter, MembraneExtract]

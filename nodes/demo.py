@@ -2,6 +2,7 @@
 
 from ..core.host.demo.model import VARIANTS, load_demo_model
 from . import inputs
+from .labels import labelled
 
 
 class MembraneDemoModel:
@@ -23,17 +24,19 @@ class MembraneDemoModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "variant": inputs.choice(
-                    VARIANTS,
-                    VARIANTS[0],
-                    "day: the original model. night: the same model fine-tuned on dusk colours, to see whether an "
-                    "erasure made on day carries over. transformer: the same pictures from a diffusion transformer, "
-                    "a small Flux with its two text encoders; needs a ComfyUI of 2025 or newer.",
-                ),
-            },
-        }
+        return labelled(
+            {
+                "required": {
+                    "variant": inputs.choice(
+                        VARIANTS,
+                        VARIANTS[0],
+                        "day: the original model. night: the same model fine-tuned on dusk colours, to see whether an "
+                        "erasure made on day carries over. transformer: the same pictures from a diffusion "
+                        "transformer, a small Flux with its two text encoders; needs a ComfyUI of 2025 or newer.",
+                    ),
+                },
+            }
+        )
 
     def load(self, variant):
         return load_demo_model(variant)

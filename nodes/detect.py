@@ -13,6 +13,8 @@ from ..core.measures.detection import FEWEST, heat_map, require_enough
 from ..core.measures.detection_report import plot, report, rows, suspicious
 from ..core.text.concepts import parse_lines
 from . import inputs
+from .labels import labelled
+from .shown import part, shown
 
 ATTRIBUTED = 8  # prompts whose words are looked at
 RANKED = 3  # the same without a calibration
@@ -26,7 +28,7 @@ class MembraneDetectMemorization:
     )
     SEARCH_ALIASES = ["memorised pictures", "memorization detector", "replication", "copied training images",
                       "bright ending"]  # fmt: skip
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/memorisation"
     RETURN_TYPES = ("STRING", "IMAGE", "MASK", "STRING", "STRING")
     RETURN_NAMES = ("report", "plot", "heat_map", "memorised", "json")
     OUTPUT_TOOLTIPS = (
@@ -41,7 +43,7 @@ class MembraneDetectMemorization:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        return labelled({
             "required": {
                 "model": inputs.model("The model to look into; with LoRAs and erasures as you use it."),
                 "clip": ("CLIP", {"tooltip": "The text encoder that belongs to it."}),
@@ -78,7 +80,7 @@ class MembraneDetectMemorization:
                     False, "Run all steps and make the heat-map from where the end token is looked at in the last one."
                 ),
             },
-        }  # fmt: skip
+        })  # fmt: skip
 
     def detect(
         self, model, clip, prompts, seeds, first_steps, steps, cfg, seed, sampler_name, scheduler, width, height,
@@ -124,7 +126,9 @@ class MembraneDetectMemorization:
             data["calibration"] = calibration.summary
         picture = torch.from_numpy(plot(table, calibration))[None]
         result = text, picture, torch.stack(masks), memorised, json.dumps(data, indent=1)
-        return {"ui": {"text": (text,)}, "result": result}
+        found = len(memorised.splitlines())
+        title = f"Memorised: {found} of {len(table)} prompts" if calibration is not None else "No calibration yet"
+        return shown(result, part(title, text), text=(text,))
 
 
 def require_testable(lines, benign, first_steps, steps):

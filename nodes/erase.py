@@ -1,35 +1,46 @@
-"""Closed-form erasure as a node."""
+"""Closed-form erasure as a node for experts: every setting of every method."""
 
-import hashlib
-
-from ..core.adapters.stack import Entry, ErasureStack
+from ..core.erasers.closed_form.daily import receipt
 from ..core.erasers.closed_form.groups import ROWS, TOKENS
-from ..core.erasers.closed_form.job import METHODS, Job, erase
+from ..core.erasers.closed_form.job import Job
 from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
 from ..core.erasers.closed_form.rece import PENALTIES
-from ..core.errors import ErasureError
-from ..core.host.files.folders import input_text_file, input_text_files
-from ..core.host.model.layers import family_name, text_readers
-from ..core.host.model.weights import text_gram
 from ..core.host.page.progress import Progress
-from ..core.host.patches.on_weights import on_layers
-from ..core.host.patches.stack import apply_stack
-from ..core.host.text.encode import fingerprint
-from ..core.host.text.entries import encode_entries
-from ..core.text.concepts import parse_concepts, parse_lines, parse_templates
+from ..core.host.runs.erasing import TEXT, erasure_of, put_on
+from ..core.text.concepts import parse_preserved, parse_templates
 from . import inputs
+from .closed_form import (
+    AUTOMATIC,
+    BOTH,
+    LAYERS,
+    NONE,
+    POOLED,
+    TEMPLATES,
+    apply_to,
+    method,
+    more,
+    numbers,
+    preserve_stamp,
+    preserve_text,
+    scales,
+    taken,
+    validate_preserve_file,
+)
+from .labels import labelled
+from .shown import part, shown
 
-NONE = "none"
-BOTH, LEAVE, EDIT, AUTOMATIC = "keys and values", "leave", "edit", "as the model needs"
-POOLED = {LEAVE: False, EDIT: True, AUTOMATIC: None}
-LAYERS = {BOTH: "", "keys": ".key", "values": ".value"}  # role of the layers
+RARELY_USED = (
+    "erase_scale", "preserve_scale", "anchor", "epochs", "penalty", "tau", "rho", "tokens", "preserve_file",
+    "penalty_on", "layers", "pooled", "rows", "apply_to",
+)  # fmt: skip
 
 
 class MembraneErase:
-    TITLE = "Erase Concepts (Closed Form)"
+    TITLE = "Erase Concepts (Expert)"
     DESCRIPTION = (
-        "Removes concepts from the model without any training, in a second or less. The result is an ordinary MODEL; "
-        "nothing on disk changes, and the erasure itself comes out as an adapter that can be saved and stacked."
+        "Removes concepts from the model in closed form, without any training, with every setting of every method. The "
+        "result is an ordinary MODEL; nothing on disk changes, and the erasure itself comes out as an adapter that can "
+        "be saved and stacked. For daily use there is Erase Concepts."
     )
     SEARCH_ALIASES = [
         "unlearn",
@@ -40,8 +51,14 @@ class MembraneErase:
         "forget",
         "negative prompt",
         "censor",
+        "remove",
+        "delete",
+        "ban",
+        "block",
+        "nsfw",
+        "closed form",
     ]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/erase"
     RETURN_TYPES = ("MODEL", "ERASURE_ADAPTER")
     RETURN_NAMES = ("model", "adapter")
     OUTPUT_TOOLTIPS = (
@@ -52,115 +69,55 @@ class MembraneErase:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "model": inputs.model("The model to erase from."),
-                "clip": inputs.CLIP,
-                "concepts": inputs.text(
-                    "star -> circle", "What to erase, one concept per line. 'concept -> replacement' says what comes "
-                    "instead for that line.",
-                ),
-                "replace_with": inputs.line(
-                    "", "What comes instead of concepts without a replacement of their own. Empty: nothing in "
-                    "particular.",
-                ),
-                "preserve": inputs.text(
-                    "", "Concepts or whole prompts that must keep their meaning, one per line. List close relatives of "
-                    "what you erase. The empty prompt is always kept.",
-                ),
-                "method": inputs.choice(
-                    METHODS, "UCE", "UCE: one edit, gentle. RECE: adds rounds that look for text vectors which "
-                    "still bring the concept back and erases those too; harder on the rest. SPEED, Double Projections: "
-                    "protect what you preserve and edit in the space beside it.",
-                ),
-                "strength": inputs.strength(
-                    "How much of the erasure to use. 0 changes nothing at all, 1 is the method as published, above 1 "
-                    "pushes further, below 0 brings more of the concept."
-                ),
-            },
-            "optional": {
-                "templates": inputs.text(
-                    "{}\na photo of {}\na picture of a {}", "Captions in which the concept is erased, one per line, {} "
-                    "is its place. Captions like the ones you will write make the erasure much more thorough.",
-                ),
-                "erase_scale": inputs.number(
-                    1.0, 0.0, 100.0, 0.01, "Weight of the erased concepts in the solution. Higher erases more "
-                    "thoroughly.", round=False,
-                ),
-                "preserve_scale": inputs.number(
-                    1.0, 0.0, 100.0, 0.01, "Weight of the preserved prompts. Higher protects them better against side "
-                    "effects.", round=False,
-                ),
-                "anchor": inputs.number(
-                    0.5, 0.0001, 100.0, 0.0001, "Weight of changing nothing. Lower erases more thoroughly, higher is "
-                    "gentler. The published value is 0.5.", round=False,
-                ),
-                "epochs": inputs.whole(1, 1, 20, "Rounds of RECE; 3 for nudity. UCE ignores it.", step=None),
-                "penalty": inputs.number(
-                    0.1, 0.0001, 100.0, 0.0001, "RECE: 0.1 for easy concepts, 0.001 for hard ones. UCE ignores it.",
-                    round=False,
-                ),
-                "tau": inputs.number(
-                    0.1, 0.0, 100.0, 0.0001, "SPEED: how weak a direction of the preserved prompts may be and still be "
-                    "protected. 0 protects all of them exactly, higher leaves more room to erase.", round=False,
-                ),
-                "rho": inputs.number(
-                    1.0, 0.0001, 100.0, 0.0001, "SPEED: weight of changing nothing. Lower erases harder: 1 for objects "
-                    "and styles, 0.05 for many people at once.", round=False,
-                ),
-                "tokens": inputs.choice(
-                    TOKENS, TOKENS[0], "SPEED and Double Projections: which tokens of a prompt are erased and "
-                    "protected. subject: the last one of the concept. all: every one.",
-                ),
-                "preset": inputs.choice(
-                    KINDS, CUSTOM, "custom: the widgets count. object, style, person, nudity: the published numbers of "
-                    "the method for that kind count instead of the templates and all numbers here.",
-                ),
-                "preserve_file": inputs.choice(
-                    [NONE, *input_text_files()], NONE, "A text file in ComfyUI's input folder with more to preserve, "
-                    "one concept or prompt per line.",
-                ),
-                "penalty_on": inputs.choice(
-                    PENALTIES, PENALTIES[0], "RECE: what the penalty keeps small of the vectors it finds. length: "
-                    "their size, as in all published runs. The others are the variants of the published code.",
-                ),
-                "layers": inputs.choice(
-                    LAYERS, BOTH, "Which layers hear the erased text. keys and values: all, at the text itself. keys "
-                    "or values: only those, as changes of this model's layers (SPEED is published for values).",
-                ),
-                "pooled": inputs.choice(
-                    POOLED, AUTOMATIC, "The pooled vector that SDXL, Flux.1, SD3 and others read beside the text. "
-                    "leave: it stays as it is. edit: erased from by the same formulas; erases more, damages more. "
-                    "as the model needs: edit on transformers, leave on SDXL as published.",
-                ),
-                "rows": inputs.choice(
-                    ROWS, ROWS[0], "Models with T5 or a language model only: which of a prompt's vectors carry a "
-                    "concept. as the encoder needs: all that the words reach. as published: from the concept's last "
-                    "word on (UCE), that word alone (SPEED), as for CLIP.",
-                ),
-            },
+        required = {
+            "model": inputs.model("The model to erase from."),
+            "clip": inputs.CLIP,
+            "concepts": inputs.text(
+                "", "What to erase, one concept per line. 'concept -> replacement' says what comes instead for that "
+                "line.", placeholder="What to erase, one per line: van gogh -> a painting",
+            ),
+            "replace_with": inputs.line(
+                "", "What comes instead of concepts without a replacement of their own. Empty: nothing in "
+                "particular.",
+            ),
+            "preserve": inputs.text(
+                "", "Concepts or whole prompts that must keep their meaning, one per line. List close relatives of "
+                "what you erase. The empty prompt is always kept.",
+                placeholder="What to keep, one per line: claude monet",
+            ),
+            **method(),
+            "strength": inputs.strength(
+                "How much of the erasure to use. 0 changes nothing at all, 1 is the method as published, above 1 "
+                "pushes further, below 0 brings more of the concept."
+            ),
         }  # fmt: skip
+        templates = inputs.text(
+            TEMPLATES, "Captions in which the concept is erased, one per line, {} is its place. Captions like the ones "
+            "you will write make the erasure much more thorough.", placeholder="Captions, one per line, {} is the "
+            "concept: a photo of {}",
+        )  # fmt: skip
+        preset = inputs.choice(
+            KINDS, CUSTOM, "custom: the widgets count. object, style, person, nudity: the published numbers of the "
+            "method for that kind count instead of the templates and all numbers here.",
+        )  # fmt: skip
+        optional = {"templates": templates, **scales(), **numbers(), "preset": preset, **more(), **apply_to()}
+        return labelled({"required": required, "optional": optional}, RARELY_USED)
 
     @classmethod
     def VALIDATE_INPUTS(cls, preserve_file=NONE):
-        # named here so that a missing file gives a sentence; the host then skips its own list check
-        try:
-            preserve_text(preserve_file)
-        except ErasureError as error:
-            return str(error)
-        return True
+        return validate_preserve_file(preserve_file)
 
     @classmethod
     def IS_CHANGED(cls, preserve_file=NONE, **others):
-        return hashlib.sha256(preserve_text(preserve_file).encode()).hexdigest()
+        return preserve_stamp(preserve_file)
 
     def erase(
         self, model, clip, concepts, replace_with, preserve, method, strength,
         templates="{}", erase_scale=1.0, preserve_scale=1.0, anchor=0.5, epochs=1, penalty=0.1,
         tau=0.1, rho=1.0, tokens=TOKENS[0], preset=CUSTOM, preserve_file=NONE, penalty_on=PENALTIES[0], layers=BOTH,
-        pooled=AUTOMATIC, rows=ROWS[0],
+        pooled=AUTOMATIC, rows=ROWS[0], apply_to=TEXT,
     ):  # fmt: skip
-        preserved = tuple(parse_lines(f"{preserve}\n{preserve_text(preserve_file)}"))
+        preserved = tuple(parse_preserved(f"{preserve}\n{preserve_text(preserve_file)}"))
         if preset == CUSTOM:
             settings = {
                 "templates": tuple(parse_templates(templates)), "erase_scale": erase_scale,
@@ -170,26 +127,11 @@ class MembraneErase:
         else:
             replace_with = replace_with.strip() or surrogate_of(preset, method)
             settings = {"templates": PRESETS[preset].templates, **published(preset, method, len(preserved))}
-        parsed = tuple(parse_concepts(concepts, replace_with))
-        safe_anchor = not any(concept.surrogate for concept in parsed)
-        job = Job.of(parsed, preserved, method=method, rows=rows, safe_anchor=safe_anchor, **settings)
-        prompts, needs_gram = job.prompts(), METHODS[method].needs_gram
-        count = len(list(text_readers(model))) if needs_gram else 0
-        progress = Progress(len(prompts) + count + job.rounds)
-        entries = encode_entries(model, clip, prompts, progress.at, POOLED[pooled])
-        progress.next_phase(len(prompts))
-        gram = text_gram(model, progress.at) if needs_gram else None
-        progress.next_phase(count)
-        adapter = erase(job, entries, family_name(model), fingerprint(clip), gram, progress.at)
-        progress.next_phase(job.rounds)
-        if layers != BOTH:
-            adapter = on_layers(model, adapter, LAYERS[layers])
-        return apply_stack(model, ErasureStack((Entry(adapter, strength),))), adapter
-
-
-def preserve_text(name):
-    """Content of a file in the input folder, nothing for none."""
-    return "" if name == NONE else input_text_file(name)
+        job = Job.from_text(concepts, replace_with, preserved, method=method, rows=rows, **settings)
+        adapter = erasure_of(job, model, clip, Progress, POOLED[pooled], LAYERS[layers])
+        remarks = taken(job, clip)
+        erased = put_on(model, adapter, strength, apply_to)
+        return shown((erased, adapter), part(receipt(job), remarks, warning=bool(remarks)))
 
 
 NODES = [MembraneErase]

@@ -17,6 +17,8 @@ from ..core.measures.record import Record
 from ..core.measures.render_grid import grid
 from ..core.measures.render_text import report
 from . import inputs
+from .labels import labelled
+from .shown import part, shown
 
 log = logging.getLogger("membrane")
 
@@ -29,7 +31,7 @@ class MembraneEvaluate:
         "a stop."
     )
     SEARCH_ALIASES = ["benchmark", "retention", "integrity", "compare models", "erasure metrics", "drift"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/measure"
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("grid", "report")
     OUTPUT_TOOLTIPS = (
@@ -41,7 +43,7 @@ class MembraneEvaluate:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        return labelled({
             "required": {
                 **inputs.BOTH_MODELS,
                 "erase_prompts": inputs.text(
@@ -97,7 +99,7 @@ class MembraneEvaluate:
                     True, "Go on with an earlier file of the same name, settings and models. Off begins anew."
                 ),
             },
-        }  # fmt: skip
+        })  # fmt: skip
 
     def evaluate(
         self, original, erased, clip, erase_prompts, neighbour_prompts, unrelated_prompts, seeds, seed, steps, cfg,
@@ -139,7 +141,7 @@ class MembraneEvaluate:
         where = "/".join(filter(None, (files[0]["subfolder"], place.name)))
         text = f"{report(record, found)}\nFiles in the output folder: {where}.json and {where}.html"
         picture = torch.from_numpy(np.ascontiguousarray(grid(record)))[None]
-        return {"ui": {"text": (text,), "membrane_files": files}, "result": (picture, text)}
+        return shown((picture, text), part(f"Evaluated: {place.name}", text), text=(text,), membrane_files=files)
 
 
 NODES = [MembraneEvaluate]

@@ -10,22 +10,22 @@ from ..core.text.concepts import parse_lines
 LARGEST_SEED = 2**64 - 1
 
 
-def text(default, tooltip):
-    """A text of several lines."""
+def text(default, tooltip, **options):
+    """A text of several lines; options: of the page, such as placeholder, what an empty one shows."""
     # the page of March 2024 takes {} in such a box for a choice and removes what follows //, unless told not to
-    options = {"multiline": True, "dynamicPrompts": False}
-    return "STRING", {**options, "default": default, "tooltip": tooltip}
+    lines = {"multiline": True, "dynamicPrompts": False}
+    return "STRING", {**lines, "default": default, "tooltip": tooltip, **options}
 
 
-def line(default, tooltip):
+def line(default, tooltip, **options):
     """A text of one line."""
-    return "STRING", {"default": default, "tooltip": tooltip}
+    return "STRING", {"default": default, "tooltip": tooltip, **options}
 
 
-def whole(default, low, high, tooltip, step=1):
+def whole(default, low, high, tooltip, step=1, **options):
     """A whole number; step: None leaves it to the page."""
-    options = {} if step is None else {"step": step}
-    return "INT", {"default": default, "min": low, "max": high, "tooltip": tooltip, **options}
+    steps = {} if step is None else {"step": step}
+    return "INT", {"default": default, "min": low, "max": high, "tooltip": tooltip, **steps, **options}
 
 
 def number(default, low, high, step, tooltip, **options):
@@ -33,14 +33,14 @@ def number(default, low, high, step, tooltip, **options):
     return "FLOAT", {"default": default, "min": low, "max": high, "step": step, "tooltip": tooltip, **options}
 
 
-def choice(values, default, tooltip):
+def choice(values, default, tooltip, **options):
     """One of several values."""
-    return list(values), {"default": default, "tooltip": tooltip}
+    return list(values), {"default": default, "tooltip": tooltip, **options}
 
 
-def switch(default, tooltip):
+def switch(default, tooltip, **options):
     """On or off."""
-    return "BOOLEAN", {"default": default, "tooltip": tooltip}
+    return "BOOLEAN", {"default": default, "tooltip": tooltip, **options}
 
 
 def percent(default, tooltip):

@@ -16,6 +16,8 @@ from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, Sampling
 from ..core.host.text.encode import fingerprint
 from ..core.text.concepts import parse_lines
 from . import inputs
+from .labels import labelled
+from .shown import part, shown
 
 log = logging.getLogger("membrane")
 
@@ -39,7 +41,7 @@ class MembraneLocateMemorization:
         "prunes them. Suppresses replication for ordinary prompts; searched-for text vectors can bring it back."
     )
     SEARCH_ALIASES = ["memorization", "prune", "conceptprune", "wanda", "replication", "overfit", "unlearn"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/memorisation"
     RETURN_TYPES = ("ERASURE_ADAPTER", "STRING")
     RETURN_NAMES = ("adapter", "report")
     OUTPUT_TOOLTIPS = (
@@ -50,7 +52,7 @@ class MembraneLocateMemorization:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        return labelled({
             "required": {
                 "model": inputs.model("The model to look into; it stays as it is."),
                 "clip": inputs.CLIP,
@@ -98,7 +100,7 @@ class MembraneLocateMemorization:
                     step=None,
                 ),
             },
-        }  # fmt: skip
+        }, concepts="Names for permeability", rows="What is counted")  # fmt: skip
 
     def locate(
         self, model, clip, prompts, base_prompts, method, sparsity, first_steps, steps, cfg, sampler_name, scheduler,
@@ -122,9 +124,9 @@ class MembraneLocateMemorization:
         }  # fmt: skip
         names = tuple(parse_lines(concepts) or dict.fromkeys(lines))
         adapter = ErasureAdapter(Card(method, names, (), family_name(model), fingerprint(clip), said), {"mask": masks})
-        text = report(masks, parameter_count(model))
-        log.info("Membrane: %s", text.splitlines()[-1])
-        return adapter, f"{text}\n{cost}"
+        text = f"{report(masks, parameter_count(model))}\n{cost}"
+        log.info("Membrane: %s", text.splitlines()[-2])
+        return shown((adapter, text), part(f"Located in {len(masks)} layers", text))
 
     def _pruned(self, watcher, prompts, base, sparsity, select):
         """(masks, what they took) of Wanda."""

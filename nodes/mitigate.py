@@ -3,6 +3,7 @@
 from ..core.errors import ErasureError
 from ..core.host.patches.mitigation import reweight_tokens, switch_guidance
 from . import inputs
+from .labels import labelled
 
 DYNAMIC, DELAYED, OPPOSITE, TOKENS = "dynamic guidance", "delayed guidance", "opposite guidance", "token re-weighting"
 METHODS = (DYNAMIC, DELAYED, OPPOSITE, TOKENS)
@@ -18,7 +19,7 @@ class MembraneMitigateMemorization:
         "pictures."
     )
     SEARCH_ALIASES = ["memorised pictures", "replication", "CFG schedule", "attraction basin", "dynamic guidance"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/memorisation"
     EXPERIMENTAL = True
     RETURN_TYPES = ("MODEL",)
     RETURN_NAMES = ("model",)
@@ -27,7 +28,7 @@ class MembraneMitigateMemorization:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        return labelled({
             "required": {
                 "model": inputs.model("The model; put LoRAs, IP-Adapters and erasures before this node."),
                 "method": inputs.choice(
@@ -52,7 +53,7 @@ class MembraneMitigateMemorization:
                     "Published: 1.1 to 1.5.", round=0.0001,
                 ),
             },
-        }  # fmt: skip
+        })  # fmt: skip
 
     def mitigate(self, model, method, strength, scale_before, until, start_token):
         if method == DYNAMIC:

@@ -13,6 +13,8 @@ from ..core.measures.chart import bar_chart
 from ..core.measures.impact import impacts, report
 from ..core.text.similarity import calibration_report, matches
 from . import inputs
+from .labels import labelled
+from .shown import part, shown
 
 MOST_BARS = 60
 
@@ -24,7 +26,7 @@ class MembraneImpact:
         "erased prompts should be far up, everything you want to keep near zero."
     )
     SEARCH_ALIASES = ["who gets hurt", "erasure damage", "side effects", "collateral", "prior shift"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/measure"
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("chart", "report")
     OUTPUT_TOOLTIPS = ("Bars, the most changed prompt first.", "The same as text, one prompt per line.")
@@ -32,14 +34,16 @@ class MembraneImpact:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "model": inputs.model("The model whose layers read the text."),
-                "clip": inputs.CLIP,
-                "stack": inputs.stack("The erasures to look at."),
-                "prompts": inputs.PROMPTS,
-            },
-        }
+        return labelled(
+            {
+                "required": {
+                    "model": inputs.model("The model whose layers read the text."),
+                    "clip": inputs.CLIP,
+                    "stack": inputs.stack("The erasures to look at."),
+                    "prompts": inputs.PROMPTS,
+                },
+            }
+        )
 
     def preview(self, model, clip, stack, prompts):
         lines = inputs.prompt_lines(prompts)
@@ -50,10 +54,10 @@ class MembraneImpact:
         concepts = concepts_for(stack, clip)
         heard = encode(clip, lines) if concepts and not encoded.contexts else None
         found = impacts(stack, encoded, text_gram(model, progress.at), concepts, entry, heard)
-        shown = found[:MOST_BARS]
         title = "Change of what the model hears" + (f" ({MOST_BARS} of {len(found)})" if len(found) > MOST_BARS else "")
-        chart = bar_chart(title, [(impact.prompt, impact.change) for impact in shown])
-        return torch.from_numpy(chart)[None], report(found)
+        chart = bar_chart(title, [(impact.prompt, impact.change) for impact in found[:MOST_BARS]])
+        text = report(found)
+        return shown((torch.from_numpy(chart)[None], text), part(title, text))
 
 
 class MembranePreview:
@@ -63,7 +67,7 @@ class MembranePreview:
         "should open it, all others should leave it as closed as possible."
     )
     SEARCH_ALIASES = ["facilitated transport", "gate", "spm", "which adapter opens"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/measure"
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("chart", "report")
     OUTPUT_TOOLTIPS = ("Bars for each prompt, an adapter or concept each.", "The same as text.")
@@ -71,13 +75,15 @@ class MembranePreview:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {
-                "clip": inputs.CLIP,
-                "stack": inputs.stack("The adapters to look at."),
-                "prompts": inputs.PROMPTS,
-            },
-        }
+        return labelled(
+            {
+                "required": {
+                    "clip": inputs.CLIP,
+                    "stack": inputs.stack("The adapters to look at."),
+                    "prompts": inputs.PROMPTS,
+                },
+            }
+        )
 
     def preview(self, clip, stack, prompts):
         lines = inputs.prompt_lines(prompts)
@@ -89,7 +95,8 @@ class MembranePreview:
         bars = [(f"{opening.prompt}: {opening.adapter}", opening.value) for opening in rows]
         title = "How far adapters open" + (f" ({MOST_BARS} of {len(bars)})" if len(bars) > MOST_BARS else "")
         report = "\n\n".join(filter(None, (openings_report(rows), calibration_report(concepts, encoded))))
-        return torch.from_numpy(bar_chart(title, bars[:MOST_BARS]))[None], report
+        chart = torch.from_numpy(bar_chart(title, bars[:MOST_BARS]))[None]
+        return shown((chart, report), part(title, report))
 
 
 NODES = [MembraneImpact, MembranePreview]

@@ -13,6 +13,8 @@ from ..core.measures.judges import CLASSIFIERS, NONE, classes_of, judge_of
 from ..core.measures.stress import ATTACKS, DERIVED, WORDS, WORDS_TRIED, StressTest, require_class
 from ..core.text.concepts import parse_templates
 from . import inputs
+from .labels import labelled
+from .shown import part, shown
 
 
 class MembraneStressTest:
@@ -22,7 +24,7 @@ class MembraneStressTest:
         "the weights as RECE does, and prompts of other words found by a search that needs only the text encoder."
     )
     SEARCH_ALIASES = ["attack", "red team", "ring-a-bell", "robustness", "adversarial prompt", "jailbreak"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/measure"
     RETURN_TYPES = ("IMAGE", "STRING", "STRING", "CONDITIONING")
     RETURN_NAMES = ("pictures", "report", "prompt", "strongest")
     OUTPUT_TOOLTIPS = (
@@ -35,7 +37,7 @@ class MembraneStressTest:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        return labelled({
             "required": {
                 **inputs.BOTH_MODELS,
                 "concept": inputs.line("star", "The word or words that were erased."),
@@ -74,7 +76,7 @@ class MembraneStressTest:
                 "clip_vision": ("CLIP_VISION", {"tooltip": "For the zero-shot classifier."}),
                 "class_clip": ("CLIP", {"tooltip": "The text encoder that belongs to clip_vision."}),
             },
-        }  # fmt: skip
+        }, penalty="Penalty of derived vectors")  # fmt: skip
 
     def attack(
         self, original, erased, clip, concept, captions, pictures, seed, steps, cfg, sampler_name, scheduler_name,
@@ -104,7 +106,8 @@ class MembraneStressTest:
             return latents, drawn(model, vae, latents)
 
         test.draw(partial(draw, original), partial(draw, erased), progress.at)
-        return test.sheet(), test.report(), test.best_words, test.attempts[0].conditioning
+        result = test.sheet(), test.report(), test.best_words, test.attempts[0].conditioning
+        return shown(result, part(f"Attacked: {concept}", result[1]))
 
 
 NODES = [MembraneStressTest]

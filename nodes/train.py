@@ -17,6 +17,8 @@ from ..core.host.text.encode import fingerprint
 from ..core.host.text.entries import encode_for
 from ..core.text.concepts import fill, parse_concepts, parse_lines, parse_templates
 from . import inputs
+from .labels import labelled
+from .shown import part, shown
 
 
 class MembraneTrain:
@@ -26,7 +28,7 @@ class MembraneTrain:
         "everything else is anchored where it is. Saved while it trains; Cancel keeps what is there."
     )
     SEARCH_ALIASES = ["spm", "latent anchoring", "train eraser", "LECO", "unlearn"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/adapters"
     RETURN_TYPES = ("ERASURE_ADAPTER", "STRING")
     RETURN_NAMES = ("adapter", "report")
     OUTPUT_TOOLTIPS = ("The adapter, for Stack Erasure Adapters.", "Where it was saved and how the losses went.")
@@ -34,7 +36,7 @@ class MembraneTrain:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        return labelled({
             "required": {
                 "model": inputs.model("The model to train against; it stays as it is."),
                 "clip": inputs.CLIP,
@@ -107,7 +109,7 @@ class MembraneTrain:
                 ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
-        }  # fmt: skip
+        }, steps="Training steps")  # fmt: skip
 
     def train(
         self, model, clip, concepts, surrogate, preset, steps, learning_rate, eta, anchoring, rank, width, height,
@@ -134,7 +136,8 @@ class MembraneTrain:
         with torch.inference_mode(False), torch.enable_grad():
             texts = texts_of(encoded, pairs, kept)
             with HostDenoiser(model, sites, rank, 1.0, seed, start) as denoiser:
-                return run(denoiser, texts)
+                adapter, report = run(denoiser, texts)
+        return shown((adapter, report), part(f"Trained: {name}", report))
 
 
 def shown_on(progress, model, node):

@@ -1,6 +1,7 @@
 """What differs between releases of ComfyUI, from March 2024 on; the rest of core/host is written for today's."""
 
 import contextlib
+import contextvars
 import dataclasses
 import inspect
 from importlib.util import find_spec
@@ -23,6 +24,23 @@ def ensure_uncompiled(model):
         comfy.model_management.unload_all_models()
 
 
+_LOOKING = contextvars.ContextVar("looking", default=False)
+
+
+def reading():
+    """Whether it is the pack itself that reads a MODEL's weights just now."""
+    return _LOOKING.get()
+
+
+@contextlib.contextmanager
+def _looked_at():
+    token = _LOOKING.set(True)
+    try:
+        yield
+    finally:
+        _LOOKING.reset(token)
+
+
 def key_patches(model, prefix):
     """{key: stored weight and its patches} of the weights and biases below a prefix, as get_key_patches() means it.
 
@@ -32,7 +50,8 @@ def key_patches(model, prefix):
     """
     if hasattr(comfy.model_patcher, "get_key_weight"):
         try:
-            return model.get_key_patches(prefix)
+            with _looked_at():
+                return model.get_key_patches(prefix)
         except AttributeError:
             return _patches_of_parameters(model, prefix)
     stored = {key: parameter for key, parameter in model.model.named_parameters() if key.startswith(prefix)}

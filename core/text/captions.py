@@ -1,10 +1,10 @@
 """Captions in which a concept is erased, by the kind of concept.
 
-An erasure reaches the words as they are written in its captions: on the demo U-Net UCE with the bare word leaves 9 stars
-in 64 pictures and with captions like the prompts none, while all 96 other shapes stay right, and on the demo
-transformer it is the same (benchmarks/results/erasure_quality.md). A text encoder mixes each word with those before it,
-T5 and language models with those behind it too, so a set varies what stands on both sides of the concept: the medium,
-a colour or another adjective, an action, a place, a time of day.
+An erasure reaches the words as they are written in its captions: on the demo U-Net UCE with the bare word leaves 9
+stars in 64 pictures, and with captions like the prompts none while all 96 other shapes stay right
+(benchmarks/results/erasure_quality.md). A text encoder mixes each word with those before it, T5 and language models
+with those behind it too, so a set varies what stands on both sides of the concept: the medium, a colour or another
+adjective, an action, a place, a time of day.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,18 @@
 """From concept words to the rows of text vectors that the closed-form methods take."""
 
+import re
 from dataclasses import dataclass
 
 from ..errors import ErasureError
 
 ARROW = "->"
+# what is written for "->": longer and double ones, those that a word processor makes, and the arrows of Unicode
+ARROWS = re.compile(
+    r"[-=\u2010-\u2015\u2212]+>|[\u2192\u21a6\u21d2\u21e8\u21fe\u2794\u2799-\u279e\u27a1\u27f6\u27f9]\ufe0f?"
+)
+BULLET = re.compile(r"\s*(?:[-*+]\s+|[\u00b7\u2013\u2014\u2022\u2023\u2043\u2219\u25aa\u25cf\u25e6]\s*)(?![-=]*>)")
+COMMAS = re.compile(r"[,;\u3001\uff0c\uff1b]")
+LOOKS_LIKE_ARROW = re.compile(r"\s[=~>|/]\s|:\s|\s:|\uff1a")
 
 
 @dataclass(frozen=True)
@@ -16,10 +24,13 @@ class Concept:
 
 
 def parse_concepts(text, surrogate=""):
-    """Concepts from lines ``concept`` or ``concept -> replacement``; `surrogate` fills in where a line has none."""
+    """Concepts from lines ``concept`` or ``concept -> replacement``; `surrogate` fills in where a line has none.
+
+    A line may begin with a bullet, and any usual spelling of the arrow is taken for it.
+    """
     concepts = []
     for line in _lines(text):
-        word, arrow, other = (part.strip() for part in line.partition(ARROW))
+        word, arrow, other = (part.strip() for part in ARROWS.sub(ARROW, without_bullet(line)).partition(ARROW))
         concept = Concept(word, other if arrow else surrogate.strip())
         if not word:
             raise ErasureError(
@@ -38,9 +49,55 @@ def parse_concepts(text, surrogate=""):
     return concepts
 
 
+def without_bullet(line):
+    """A line without the bullet that it begins with, if any."""
+    return BULLET.sub("", line, count=1) if BULLET.match(line) else line
+
+
+def remarks(concepts, preserved, unknown=()):
+    """Sentences on what may be meant otherwise than it is taken: lists in one line, a sign that looks like an arrow, a
+    concept that is also preserved, words that a text encoder has not learned.
+
+    concepts: Concepts; preserved: lines; unknown: the words.
+    """
+    kept, found = {line.lower() for line in preserved}, []
+    for concept in concepts:
+        parts = [part for part in COMMAS.split(concept.text) if part.strip()]
+        if len(parts) > 1:
+            found.append(
+                f'"{concept.text}" was taken as one concept; write one per line to erase {_count(len(parts))}.'
+            )
+        elif LOOKS_LIKE_ARROW.search(concept.text):
+            found.append(
+                f'"{concept.text}" was taken as one concept; write "concept {ARROW} replacement" to say what comes '
+                "instead."
+            )
+        if concept.text.lower() in kept:
+            found.append(f'"{concept.text}" is also to be kept; it was erased. Take it out of one of the two lists.')
+    for line in preserved:
+        parts = [part for part in COMMAS.split(line) if part.strip()]
+        if len(parts) > 2 and all(len(part.split()) < 4 for part in parts):
+            found.append(f'"{line}" was kept as one prompt; write one per line to keep {_count(len(parts))}.')
+    for word in dict.fromkeys(unknown):
+        found.append(
+            f'"{word}" is no word of the text encoder, which spells it; the model may not know it. Look for a spelling '
+            "mistake, or for the usual name."
+        )
+    return found
+
+
+def _count(number):
+    return {2: "both", 3: "all three"}.get(number, f"all {number}")
+
+
 def parse_lines(text):
     """The non-empty lines, stripped, without repeats."""
     return list(dict.fromkeys(line.strip() for line in _lines(text)))
+
+
+def parse_preserved(text):
+    """The same without bullets: what is to be kept, one per line."""
+    return list(dict.fromkeys(filter(None, (without_bullet(line).strip() for line in _lines(text)))))
 
 
 def _lines(text):

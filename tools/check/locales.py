@@ -29,9 +29,13 @@ def _texts(cls):
     return {
         "display_name": cls.TITLE,
         "description": cls.DESCRIPTION,
-        "inputs": {name: {"name": name, "tooltip": entry[1]["tooltip"]} for name, entry in shown.items()},
+        "inputs": {name: _input(name, entry[1]) for name, entry in shown.items()},
         "outputs": {str(i): {"name": name, "tooltip": tooltip} for i, (name, tooltip) in enumerate(outputs)},
     }
+
+
+def _input(name, options):
+    return {"name": options.get("display_name", name), "tooltip": options["tooltip"]}
 
 
 def flat(tree, path=()):

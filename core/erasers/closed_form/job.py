@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from ...adapters.adapter import Card, ErasureAdapter
-from ...text.concepts import Concept, fill
+from ...text.concepts import Concept, fill, parse_concepts
 from .double_projection import DOUBLE_PROJECTIONS
 from .groups import NEEDED, SUBJECT
 from .method import METHODS, register
@@ -39,6 +39,15 @@ class Job:
         known = {field.name for field in fields(kind)}
         settings = kind(**{name: value for name, value in given.items() if name in known})
         return cls(tuple(concepts), tuple(preserve), tuple(templates), method, settings, rows)
+
+    @classmethod
+    def from_text(cls, concepts, surrogate, preserve, **given):
+        """A job from the lines of a text: see parse_concepts(); given: as of() takes them.
+
+        Where nothing replaces a concept, Double Projections looks for a safe anchor itself, as published.
+        """
+        parsed = parse_concepts(concepts, surrogate)
+        return cls.of(parsed, preserve, safe_anchor=not any(concept.surrogate for concept in parsed), **given)
 
     @property
     def rounds(self):

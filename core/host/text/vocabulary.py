@@ -3,6 +3,7 @@
 import torch
 
 from ...errors import ErasureError
+from ...text.words import plain_words
 from .tokens import BEFORE, Tokenizer, fills_contexts
 
 EMBEDDINGS = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")  # of CLIP, T5 and language models
@@ -43,6 +44,21 @@ def words_near(clip, concept, count):
         if len(first) == count:
             break
     return list(first.values())
+
+
+def spelled_words(clip, texts):
+    """Words of texts, in lower case, that every tokenizer of a CLIP takes apart into pieces of one or two letters.
+
+    Only words in letters with spaces between them count; Han, kana and Hangul are always taken apart.
+    """
+    words = dict.fromkeys(word for text in texts for word in plain_words(text) if len(word) > 2 and word.isascii())
+    return [word for word in words if word.isalpha() and _is_spelled(clip, word)]
+
+
+def _is_spelled(clip, word):
+    tokens, tokenizer = clip.tokenize(word), Tokenizer(clip.tokenizer)
+    pieces = [len(tokenizer.word_ids(name, contexts)) for name, contexts in tokens.items()]
+    return bool(pieces) and min(pieces) > max(2, len(word) // 2)
 
 
 def _encoder(tokens):

@@ -1,0 +1,40 @@
+"""One closed-form erasure on a MODEL: its texts encoded, the method solved, the adapter put in place."""
+
+from ...adapters.permeability import Permeability
+from ...adapters.stack import Entry, ErasureStack
+from ...erasers.closed_form.job import METHODS, erase
+from ..model.layers import family_name, text_readers
+from ..model.weights import text_gram
+from ..patches.on_weights import apply_to_weights, on_layers
+from ..patches.stack import apply_stack
+from ..text.encode import fingerprint
+from ..text.entries import encode_entries
+
+TEXT, WEIGHTS = "text", "weights"  # what an erasure is put on
+PLACES = (TEXT, WEIGHTS)
+
+
+def erasure_of(job, model, clip, begin, pooled=None, role=""):
+    """ErasureAdapter of a Job for a MODEL and its CLIP.
+
+    begin: function of a number of steps, gives a Progress of them. pooled: whether the pooled vector is erased from
+    too, None as the family needs it. role: ".key" or ".value" for only those layers, as changes of this MODEL's; "" for
+    the text itself.
+    """
+    prompts, needs_gram = job.prompts(), METHODS[job.method].needs_gram
+    count = len(list(text_readers(model))) if needs_gram else 0
+    progress = begin(len(prompts) + count + job.rounds)
+    entries = encode_entries(model, clip, prompts, progress.at, pooled)
+    progress.next_phase(len(prompts))
+    gram = text_gram(model, progress.at) if needs_gram else None
+    progress.next_phase(count)
+    adapter = erase(job, entries, family_name(model), fingerprint(clip), gram, progress.at)
+    progress.next_phase(job.rounds)
+    return on_layers(model, adapter, role) if role else adapter
+
+
+def put_on(model, adapter, strength, place=TEXT, permeability=None, clip=None):
+    """A clone of a MODEL with an adapter on one of PLACES; permeability: when it opens, None for always (fixed)."""
+    entry = Entry(adapter, strength, permeability=permeability or Permeability())
+    stack = ErasureStack((entry,))
+    return apply_to_weights(model, stack) if place == WEIGHTS else apply_stack(model, stack, clip)
