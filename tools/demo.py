@@ -1,4 +1,7 @@
-"""The demo: erases a shape on a real host over HTTP, shows it in a picture and measures it in a report."""
+"""The demo: erases a shape on a real host over HTTP, shows it in a picture and measures it in a report.
+
+It does so on both demo models: a U-Net that reads CLIP and a transformer that reads T5.
+"""
 
 import argparse
 import io
@@ -17,7 +20,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 WORKFLOW = ROOT / "tests" / "workflows" / "erase_a_concept.json"
 # nodes of the workflow by their titles
-ERASE, PROMPT, LATENT, ORIGINAL, ERASED, SAVE_ORIGINAL, SAVE_ERASED = "2", "3", "5", "6", "7", "10", "11"
+MODEL, ERASE, PROMPT, LATENT, ORIGINAL, ERASED, SAVE_ORIGINAL, SAVE_ERASED = "1", "2", "3", "5", "6", "7", "10", "11"
+# what each model's run of the workflow changes, by the ids of its nodes
+MODELS = {
+    "U-Net": {MODEL: {"variant": "day"}},
+    "transformer": {MODEL: {"variant": "transformer"}, ERASE: {"pooled": "as the model needs"}},
+}
 CONCEPT = "star"
 BATCH, ERASED_PROMPTS, KEPT_PROMPTS = 4, 16, 21
 COLUMNS = (
@@ -50,11 +58,18 @@ def sprite_pictures(pngs):
 
 
 class Client:
-    """Queues the workflow with other prompts and seeds, as any script would."""
+    """Queues the workflow with another model (a key of MODELS), other prompts and seeds, as any script would."""
 
-    def __init__(self, server):
+    def __init__(self, server, model):
         self.server = server
         self.workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+        for node, inputs in MODELS[model].items():
+            self.workflow[node]["inputs"] |= inputs
+
+    @property
+    def settings(self):
+        """The widgets of the erasing node, without its links."""
+        return {k: v for k, v in self.workflow[ERASE]["inputs"].items() if not isinstance(v, list)}
 
     def run(self, text, seed, batch):
         """PNGs of the original and of the erased model, `batch` each."""
@@ -141,7 +156,7 @@ def grid(columns, rows):
         draw.multiline_text((x, 36), "\n".join(lines), "#444444", small)
     for j, (label, pngs) in enumerate(rows):
         y = top + j * (tile + gap)
-        draw.text((10, y + tile // 2 - 10), label, "black", bold)
+        draw.multiline_text((10, y + tile // 2 - 20), label, "black", bold)
         for i, png in enumerate(pngs):
             picture = Image.open(io.BytesIO(png)).convert("RGB").resize((tile, tile), Image.Resampling.NEAREST)
             sheet.paste(picture, (left + i * (tile + gap), y))
@@ -161,8 +176,34 @@ def write(path, write_to):
         raise
 
 
+def measured(client, say):
+    """(figures, counts) of a model, as figures_of gives them."""
+    concept = world.SHAPES.index(CONCEPT)
+    others = [i for i in range(len(world.SHAPES)) if i != concept]
+    say(f"measuring {ERASED_PROMPTS * BATCH} pictures of the erased concept")
+    erased = measure(client, sprites_of([concept], ERASED_PROMPTS, 21), 1000, say)
+    say(f"measuring {KEPT_PROMPTS * BATCH} pictures of the kept ones")
+    kept = measure(client, sprites_of(others, KEPT_PROMPTS, 22), 5000, say)
+    return figures_of(erased, kept)
+
+
+def table(model, counts):
+    """What was counted of a model, for the console."""
+    n, k = counts["concept_pictures"], counts["kept_pictures"]
+    head = (model, "original", "erased")
+    rows = [
+        (f"{CONCEPT} recognised, of {n}", counts["concept_recognised_before"], counts["concept_recognised_after"]),
+        (f"other shapes right, of {k}", counts["kept_recognised_before"], counts["kept_recognised_after"]),
+        *(
+            (f"{a} right, of {n + k}", counts[f"{a}_right_before"], counts[f"{a}_right_after"])
+            for a in world.ATTRIBUTES[1:]
+        ),
+    ]
+    return "\n".join(f"{label:34}{before:>10}{after:>10}" for label, before, after in [head, *rows])
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "output")
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of the ComfyUI to run on")
     args = parser.parse_args()
@@ -172,46 +213,32 @@ def main():
     def say(text):
         print(f"  {time.monotonic() - start:5.0f} s  {text}", flush=True)
 
-    concept = world.SHAPES.index(CONCEPT)
-    others = [i for i in range(len(world.SHAPES)) if i != concept]
     say("starting ComfyUI")
+    rows, models = [], {}
     with Server(args.comfyui) as server:
-        client = Client(server)
+        clients = {model: Client(server, model) for model in MODELS}
         say("drawing the before/after picture")
-        drawn = [client.run(prompt, 7, 1) for _, prompt in COLUMNS]
-        rows = [("original", [before[0] for before, _ in drawn]), ("erased", [after[0] for _, after in drawn])]
+        for model, client in clients.items():
+            drawn = [client.run(prompt, 7, 1) for _, prompt in COLUMNS]
+            for i, state in enumerate(("original", "erased")):
+                rows.append((f"{model}\n{state}", [pictures[i][0] for pictures in drawn]))
         write(args.out / "before_after.png", grid(COLUMNS, rows).save)
-        say(f"measuring {ERASED_PROMPTS * BATCH} pictures of the erased concept")
-        erased = measure(client, sprites_of([concept], ERASED_PROMPTS, 21), 1000, say)
-        say(f"measuring {KEPT_PROMPTS * BATCH} pictures of the kept ones")
-        kept = measure(client, sprites_of(others, KEPT_PROMPTS, 22), 5000, say)
-        settings = client.workflow[ERASE]["inputs"]
-    figures, counts = figures_of(erased, kept)
-    figures["seconds"] = round(time.monotonic() - start, 1)
+        for model, client in clients.items():
+            say(f"the {model}")
+            figures, counts = measured(client, say)
+            models[model] = {"figures": figures, "counts": counts, "settings": client.settings}
     report = {
-        "figures": figures,
+        "models": models,
         "units": "erased_*: percent of pictures in which the classifier sees the concept; *_points: points",
-        "counts": counts,
-        "settings": {k: v for k, v in settings.items() if not isinstance(v, list)},
+        "seconds": round(time.monotonic() - start, 1),
         "columns": [prompt for _, prompt in COLUMNS],
     }
     write(
         args.out / "report.json",
         lambda path: Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"),
     )
-    n, k = counts["concept_pictures"], counts["kept_pictures"]
-    print(f"\n{'':34}{'original':>10}{'erased':>10}")
-    table = [
-        (f"{CONCEPT} recognised, of {n}", counts["concept_recognised_before"], counts["concept_recognised_after"]),
-        (f"other shapes right, of {k}", counts["kept_recognised_before"], counts["kept_recognised_after"]),
-        *(
-            (f"{a} right, of {n + k}", counts[f"{a}_right_before"], counts[f"{a}_right_after"])
-            for a in world.ATTRIBUTES[1:]
-        ),
-    ]
-    for label, before, after in table:
-        print(f"{label:34}{before:>10}{after:>10}")
-    print(f"\npicture: {args.out / 'before_after.png'}\nreport:  {args.out / 'report.json'}")
+    print("", *(table(model, found["counts"]) + "\n" for model, found in models.items()), sep="\n")
+    print(f"picture: {args.out / 'before_after.png'}\nreport:  {args.out / 'report.json'}")
 
 
 if __name__ == "__main__":

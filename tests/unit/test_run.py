@@ -136,6 +136,10 @@ def test_known_hosts_are_sorted_by_version(bare, monkeypatch):
     assert hosts.named(str(bare / "own")) == known[-1]
     with pytest.raises(hosts.HostNotFound, match="MEMBRANE_HOST is v9, .*known: 2024, v0.3.7, "):
         hosts.named("v9")
+    assert hosts.chosen([]) == known
+    assert hosts.chosen(["0.3.75", "2024"]) == [known[0], known[3]]
+    with pytest.raises(SystemExit, match="no host called v9; known hosts are 2024, v0.3.7, "):
+        hosts.chosen(["2024", "v9"])
     monkeypatch.setenv("MEMBRANE_HOST", "v0.3.64")
     assert hosts.wanted() == known[2]
     monkeypatch.delenv("MEMBRANE_HOST")

@@ -9,6 +9,12 @@ from PIL import Image
 ROOT = Path(__file__).absolute().parent.parent.parent
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 NODES = json.loads((ROOT / "tests" / "contract" / "nodes.json").read_text(encoding="utf-8"))
+NOTES = ("Note", "MarkdownNote")
+# Nodes of the host that load a file: {class: (folder below models, how many of its values name files)}.
+LOADERS = {
+    "CheckpointLoaderSimple": ("checkpoints", 1), "UNETLoader": ("diffusion_models", 1),
+    "CLIPLoader": ("text_encoders", 1), "DualCLIPLoader": ("text_encoders", 2), "VAELoader": ("vae", 1),
+}  # fmt: skip
 KINDS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "FILES": str}
 
 
@@ -35,8 +41,12 @@ def test_each_task_has_its_example():
     assert {file.stem for file in EXAMPLES} == {
         "closed_form_preview_and_save",
         "erase_a_concept",
+        "erase_on_flux1_dev",
+        "erase_on_flux2_klein",
+        "erase_on_qwen_image",
         "erase_on_sd15",
         "erase_on_sdxl",
+        "erase_on_z_image_turbo",
         "evaluate_an_erasure",
         "find_and_prune_memorisation",
         "stack_with_permeability",
@@ -58,7 +68,7 @@ def test_it_has_a_picture(file):
 
 
 def test_a_note_says_what_it_does(workflow):
-    notes = [node for node in workflow["nodes"] if node["type"] == "Note"]
+    notes = [node for node in workflow["nodes"] if node["type"] in NOTES]
     assert len(notes) == 1 and len(notes[0]["widgets_values"][0]) > 200
 
 
@@ -87,7 +97,7 @@ def test_nodes_fit_the_contract(workflow):
 
 def test_the_api_twin_is_the_same_graph(file, workflow):
     twin = json.loads((Path(__file__).parent / file.name).read_text(encoding="utf-8"))
-    nodes = {str(node["id"]): node for node in workflow["nodes"] if node["type"] != "Note"}
+    nodes = {str(node["id"]): node for node in workflow["nodes"] if node["type"] not in NOTES}
     assert {key: node["type"] for key, node in nodes.items()} == {key: n["class_type"] for key, n in twin.items()}
     links = {link[0]: link for link in workflow["links"]}
     for key, node in nodes.items():
@@ -133,11 +143,30 @@ def test_nodes_do_not_lie_on_each_other(workflow):
             assert beside or below, (workflow["nodes"][i]["type"], x, y)
 
 
-def test_checkpoints_say_where_they_come_from(workflow):
+def test_files_say_where_they_come_from(workflow):
+    """In the node, where newer pages offer to load what is missing, and in the note."""
+    (note,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES)
     for node in workflow["nodes"]:
-        if node["type"] != "CheckpointLoaderSimple":
+        if node["type"] not in LOADERS:
             continue
-        (model,) = node["properties"]["models"]
-        assert model["name"] == node["widgets_values"][0] and model["directory"] == "checkpoints"
-        assert model["url"].startswith("https://") and model["url"].split("?")[0].endswith("/" + model["name"])
-        assert "/" not in model["name"] and "\\" not in model["name"]
+        folder, count = LOADERS[node["type"]]
+        models = node["properties"]["models"]
+        assert [model["name"] for model in models] == node["widgets_values"][:count]
+        for model in models:
+            assert model["directory"] == folder and folder in note
+            assert model["url"].startswith("https://") and model["url"].split("?")[0].endswith("/" + model["name"])
+            assert "/" not in model["name"] and "\\" not in model["name"]
+            assert model["url"].split("?")[0] in note
+
+
+def test_groups_say_in_which_order(workflow):
+    """Where there are groups: numbered from 1, each node in one of them."""
+    groups = workflow["groups"]
+    assert [group["title"][0] for group in groups] == [str(1 + i) for i in range(len(groups))]
+    for node in workflow["nodes"] if groups else ():
+        (x, y), (width, height) = node["pos"], node["size"]
+        inside = [
+            left <= x and top <= y - 30 and x + width <= left + wide and y + height <= top + high
+            for left, top, wide, high in (group["bounding"] for group in groups)
+        ]
+        assert sum(inside) == 1, node["type"]

@@ -69,13 +69,9 @@ def details(title, report):
 
 
 def main(names):
-    known = hosts.known_hosts()
-    wanted = [host for host in known if host.name in names] if names else known
-    if len(wanted) < len(names):
-        sys.exit(f"known hosts are {', '.join(host.name for host in known)}")
-    for host in wanted:
+    for host in hosts.chosen(names):
         run(host)
-    found = {host.label: {part: read_report(report_file(host, part)) for part in PARTS} for host in known}
+    found = {host.label: {part: read_report(report_file(host, part)) for part in PARTS} for host in hosts.known_hosts()}
     found = {label: reports for label, reports in found.items() if any(reports.values())}
     TABLE.write_text(table(found), encoding="utf-8", newline="\n")
     print(table(found))

@@ -250,15 +250,11 @@ def _cell(text, said):
 
 
 def main(names):
-    known = hosts.known_hosts()
-    wanted = [host for host in known if host.name in names] if names else known
-    if len(wanted) < len(names):
-        sys.exit(f"known hosts are {', '.join(host.name for host in known)}")
-    for host in wanted:
+    for host in hosts.chosen(names):
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "MEMBRANE_HOST": str(host.path)}
         command = [sys.executable, "-m", "tools.check.families", "--here", str(RESULTS / f"{host.name}.json")]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    kept = {host.label: RESULTS / f"{host.name}.json" for host in known}
+    kept = {host.label: RESULTS / f"{host.name}.json" for host in hosts.known_hosts()}
     found = {label: json.loads(path.read_text(encoding="utf-8")) for label, path in kept.items() if path.is_file()}
     TABLE.write_text(table(found), encoding="utf-8", newline="\n")
 

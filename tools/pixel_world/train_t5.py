@@ -5,7 +5,6 @@ row must know the whole caption: as in a real T5, a concept spreads over the sen
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from membrane.tools import ROOT
 from membrane.tools.pixel_world import tokenizer as tokenizers
 from membrane.tools.pixel_world import world
 from membrane.tools.pixel_world.t5 import T5
-from membrane.tools.pixel_world.train_text import Contrastive, batch, soft_cross_entropy
+from membrane.tools.pixel_world.train_text import Contrastive, batch, fit
 from safetensors.torch import save_file
 
 END_RATE, PADDING_RATE = 0.5, 0.25
@@ -43,29 +42,13 @@ def main():
     config = load_config()["t5"]
     length = config["min_length"]
     model = Contrastive(T5(config))
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0}])
-    start, step = time.time(), 0
-    while (done := (time.time() - start) / args.seconds) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * min(1, (step + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * done))
+
+    def examples(_):
         pictures, ids, ends, fits = batch(args.batch, rng, tokenizer)
         ids, ends = tokenizers.t5_rows(ids, ends, tokenizer.bos_token_id)
-        ends = np.minimum(ends, length - 1)
-        texts = model.captions(torch.from_numpy(ids[:, :length]), torch.from_numpy(read_rows(ends, length, rng)))
-        seen = model.picture(torch.from_numpy(pictures).permute(0, 3, 1, 2))
-        logits = model.scale.exp() * texts @ seen.T
-        fits = torch.from_numpy(fits)
-        loss = soft_cross_entropy(logits, fits) + soft_cross_entropy(logits.T, fits.T)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.scale.data.clamp_(max=4.6)
-        step += 1
-        if step % 50 == 0:
-            print(f"step {step}  {done:.0%}  loss {loss.item():.3f}  scale {model.scale.exp().item():.1f}", flush=True)
+        return pictures, ids[:, :length], read_rows(np.minimum(ends, length - 1), length, rng), fits
+
+    step = fit(model, args.seconds, examples)
     print(f"{step} steps; held-out combinations read right out of 104, by the row that is read:")
     for name, row in {"first word": 0, "end": None, "last padding": length - 1}.items():
         print(f"  {name}: {check(model, tokenizer, rng, length, row)}")

@@ -83,6 +83,36 @@ def soft_cross_entropy(logits, fits):
     return -(target * logits.log_softmax(1)).sum(1).mean()
 
 
+def fit(model, seconds, examples):
+    """Trains a Contrastive for so long; the number of steps it took.
+
+    examples(step) gives pictures (B, 16, 16, 3), the captions' ids (B, N), the row (B,) to read each at, and which
+    caption fits which picture (B, B).
+    """
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0}])
+    start, step = time.time(), 0
+    while (done := (time.time() - start) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 1.5e-3 * min(1, (step + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * done))
+        pictures, ids, rows, fits = examples(step)
+        texts = model.captions(torch.from_numpy(ids), torch.from_numpy(rows))
+        seen = model.picture(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+        logits = model.scale.exp() * texts @ seen.T
+        fits = torch.from_numpy(fits)
+        loss = soft_cross_entropy(logits, fits) + soft_cross_entropy(logits.T, fits.T)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.scale.data.clamp_(max=4.6)
+        step += 1
+        if step % 50 == 0:
+            print(f"step {step}  {done:.0%}  loss {loss.item():.3f}  scale {model.scale.exp().item():.1f}", flush=True)
+    return step
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=240)
@@ -99,33 +129,17 @@ def main():
     for p in model.text.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.05)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0}])
-    start, step = time.time(), 0
-    while (done := (time.time() - start) / args.seconds) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * min(1, (step + 1) / 50) * (0.5 + 0.5 * np.cos(np.pi * done))
+
+    def examples(step):
         full = step % 8 == 7  # now and then all 77 rows, so that the padding rows are trained too
         pictures, ids, ends, fits = batch(args.batch // 4 if full else args.batch, rng, tokenizer)
         length = tokenizers.LENGTH if full else SHORT + 4
-        ids = torch.from_numpy(np.minimum(ids, tokenizer.eos_token_id)[:, :length])
         rows = np.minimum(ends, length - 1)
         padding = rng.integers(rows, length)  # every row from the end token on must know the caption
         rows = np.where(rng.random(len(rows)) < 0.5, rows, padding)
-        texts = model.captions(ids, torch.from_numpy(rows))
-        seen = model.picture(torch.from_numpy(pictures).permute(0, 3, 1, 2))
-        logits = model.scale.exp() * texts @ seen.T
-        fits = torch.from_numpy(fits)
-        loss = soft_cross_entropy(logits, fits) + soft_cross_entropy(logits.T, fits.T)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.scale.data.clamp_(max=4.6)
-        step += 1
-        if step % 50 == 0:
-            print(f"step {step}  {done:.0%}  loss {loss.item():.3f}  scale {model.scale.exp().item():.1f}", flush=True)
+        return pictures, np.minimum(ids, tokenizer.eos_token_id)[:, :length], rows, fits
+
+    step = fit(model, args.seconds, examples)
     accuracy = check(model, tokenizer, rng)
     print(f"{step} steps; held-out combinations read right out of 4 x 104: {accuracy}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -160,3 +160,14 @@ def known_hosts():
         if given.path.resolve() not in [host.path.resolve() for host in found]:
             found.append(given)
     return found
+
+
+def chosen(names):
+    """The known hosts of these names, or all where none is named; SystemExit with one sentence for an unknown name."""
+    known = known_hosts()
+    unknown = set(names) - {host.name for host in known}
+    if unknown:
+        raise SystemExit(
+            f"there is no host called {', '.join(sorted(unknown))}; known hosts are {', '.join(h.name for h in known)}"
+        )
+    return [host for host in known if not names or host.name in names]
