@@ -72,7 +72,7 @@ LABELS = {
     "remove": "What to remove",
     "replace_with": "Replace with",
     "resume": "Go on with an earlier file",
-    "rho": "SPEED: weight of changing nothing (rho)",
+    "rho": "SPEED: changing nothing (rho)",
     "rollout_steps": "Steps of a training picture",
     "rows": "Vectors of a prompt",
     "sampler_name": "Sampler",

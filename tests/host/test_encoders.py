@@ -15,7 +15,7 @@ from membrane.core.host.patches.stack import concepts_for
 from membrane.core.host.text.encode import encode
 from membrane.core.text.encoded import END, PADDING, START, TEMPLATE, WORD
 from membrane.core.text.rows import after_start, counted, first_row, subject
-from membrane.tools.tiny import encoders
+from membrane.tools.tiny import encoders, networks
 from membrane.tools.tiny.networks import NotInThisHost
 
 PROMPTS = ("a star", "moon", "a small green heart beside a ring", "")
@@ -219,3 +219,30 @@ def test_words_open_the_gates_of_every_encoder(node, each):
     report = node("MembranePreview", clip=each, stack=stack, prompts="a red star on a house\nred star\na cat")[1]
     values = [float(line.split()[-1]) for line in report.splitlines() if "star.safetensors" in line]
     assert values[:2] == [1.0, 1.0] and values[2] < 1.0
+
+
+def test_the_closed_form_of_ernie_needs_captions(node):
+    """Its rows are those of a language model without a template around them: the row of a word in a caption has little
+    to do with that of the word alone. A map of the word alone takes that to the replacement and leaves the caption as
+    it was, which looks as if nothing was erased; a map of captions reaches both."""
+    clip = made("ernie", "ernie")
+    model = networks.build("ernie", text_in_dim=64)
+    house = node("CLIPTextEncode", clip=clip, text="house")[0]
+
+    def seen(net, prompt):
+        with torch.inference_mode():
+            return networks.predict(net, node("CLIPTextEncode", clip=clip, text=prompt)[0], house, "ernie")[0]
+
+    def left(templates, prompt):
+        """Distance of the erased picture of a star to that of a circle, relative to their distance without erasing."""
+        erased = node(
+            "MembraneErase", model=model, clip=clip, concepts="star -> circle", replace_with="", preserve="",
+            method="UCE", strength=1.0, templates=templates,
+        )[0]  # fmt: skip
+        star, circle = (seen(model, prompt.format(word)) for word in ("star", "circle"))
+        return ((seen(erased, prompt.format("star")) - circle).norm() / (star - circle).norm()).item()
+
+    assert left("{}", "{}") < 0.01
+    assert left("{}", "a photo of a {}") > 0.9
+    captions = "{}\na red {}\na photo of a {}"
+    assert all(left(captions, prompt) < 0.03 for prompt in captions.splitlines())

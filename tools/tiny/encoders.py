@@ -156,7 +156,7 @@ SLOW = {  # reads 1024 tokens of every text
 
 
 @contextlib.contextmanager
-def _without_eyes():
+def without_eyes():
     """Language models that see get no vision model while they are built: the host fixes its size."""
     before = []
     for module, kind in (("qwen_vl", "Qwen2VLVisionTransformer"), ("qwen3vl", "Qwen3VLVisionModel")):
@@ -199,7 +199,7 @@ def encoder(name, seed=0):
         raise NotInThisHost("this host has no model_options")
     target, files = _target(made)
     sizes = {**SMALL, **made.sizes, "dtype": torch.float32, "load_device": CPU, "offload_device": CPU}
-    with _without_eyes():
+    with without_eyes():
         clip = comfy.sd.CLIP(target, embedding_directory=None, tokenizer_data=files, model_options=sizes)
     fill(clip.cond_stage_model, seed)
     return clip
