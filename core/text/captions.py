@@ -10,6 +10,7 @@ adjective, an action, a place, a time of day.
 from dataclasses import dataclass
 
 from ..errors import ErasureError
+from .concepts import parse_templates
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,26 @@ _OBJECT = (
     "a {}",
     "a photo of a {}",
     "a painting of a {}",
-    "a drawing of a {} on white paper",
-    "a close-up of a {}",
-    "a big red {}",
-    "a small blue {} on grass",
+    "a red {}",
+    "a blue {} on snow",
+    "a striped green {} on sand",
+    "a dotted yellow {} on stone",
+    "a small black {} on coal",
+    "a checkered pink {} on snow",
+    "a plain white {} on stone",
+    "a big orange {} on a table",
+    "a drawing of a purple {}",
+    "a picture of a striped {} on stone",
+    "a {} on sand",
+    "a dotted {} on snow",
     "an old {} in the snow",
-    "a shiny black {} on a wooden table",
-    "a white {} in a forest",
-    "a striped yellow {} on a street at night",
-    "a {} in front of a house",
-    "a {} and a tree by the sea",
-    "a man with a {} in his hands",
-    "many {} in a room",
+    "a {} with a pink background",
+    "two red and blue {} on coal",
+    "a striped cyan {} on coal",
+    "a checkered green {} on sand",
+    "a plain yellow {} on snow",
+    "a dotted red {} on stone",
+    "a photo of a plain purple {} on coal",
 )
 _STYLE = (
     "{}",
@@ -82,18 +91,26 @@ _ANYTHING = (
     "{}",
     "a {}",
     "a photo of {}",
-    "a photo of a {}",
-    "a painting of {}",
-    "a picture with {}",
-    "a drawing of a {} on white paper",
-    "a close-up of {}",
-    "a big red {}",
-    "a small blue {} on grass",
-    "{} in the snow",
-    "{} in a room, film still",
-    "a woman and {} on a street at night",
+    "a painting of a {}",
+    "a red {}",
+    "a blue {} on snow",
+    "a striped green {} on sand",
+    "a dotted yellow {} on stone",
+    "a small black {} in front of a house",
+    "a checkered pink {} on snow",
+    "a plain white {} on coal",
+    "a big orange {} on a table",
+    "a drawing of a purple {}",
+    "a picture of a striped {} on stone",
+    "a {} on sand",
+    "an old {} in the snow",
+    "a {} circle on stone",
+    "a plain {} square in the snow",
+    "a striped {} triangle on sand",
+    "a dotted {} heart",
+    "a {} shape with a dark background",
+    "a woman and {} in a room",
     "a man with {} by the sea",
-    "a house and {} in a forest",
     "a picture in the style of {}",
 )
 # the surrogates of style and person are those of the published scripts of RECE and SPEED
@@ -110,3 +127,13 @@ def captions_of(kind):
     if kind not in KINDS:
         raise ErasureError(f'There is no kind of concept "{kind}"; choose one of: {", ".join(KINDS)}.')
     return KINDS[kind]
+
+
+AUTOMATIC = "automatic"
+
+
+def templates_of(text):
+    """Templates that a text names: those of any kind of concept for the one word "automatic", else its lines."""
+    if text.strip().lower() == AUTOMATIC:
+        return list(captions_of("anything").templates)
+    return parse_templates(text)

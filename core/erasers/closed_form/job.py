@@ -8,11 +8,11 @@ from ...text.concepts import Concept, fill, parse_concepts
 from .double_projection import DOUBLE_PROJECTIONS
 from .groups import NEEDED, SUBJECT
 from .method import METHODS, register
-from .rece import RECE
+from .rece import RECE, REGULARISED
 from .speed import SPEED
 from .uce import UCE
 
-for _method in (UCE, RECE, SPEED, DOUBLE_PROJECTIONS):
+for _method in (UCE, RECE, SPEED, DOUBLE_PROJECTIONS, REGULARISED):
     register(_method)
 
 
