@@ -234,8 +234,8 @@ class Bypass(Patch):
         gates, columns = self._for_rows(self.rows.gates, x), part.columns
         if columns is None or columns.dtype != x.dtype:
             columns = gates[:, factors.gate].to(x.dtype)
-        else:
-            columns = self._for_rows(columns, x)
+        elif len(gates) != len(columns):
+            columns = columns[:1] if len(gates) == 1 else columns.repeat_interleave(len(gates) // len(columns), dim=0)
         try:
             return self._add(x, y, factors, part.outputs, where, gates, columns)[0]
         except torch.cuda.OutOfMemoryError:  # nothing was written yet
@@ -262,14 +262,16 @@ class Bypass(Patch):
             return y, True
         if whole:
             return y + delta, False
-        y = y if self.previous is None else y.clone()
         start, length = outputs or (0, y.shape[-1])
+        if delta.requires_grad:  # while it is trained
+            rows = () if where is None else (where.start, y.shape[1] - where.stop)
+            return y + functional.pad(delta, (start, y.shape[-1] - start - length, *rows)), False
+        y = y if self.previous is None else y.clone()
         (y if where is None else y[:, where])[..., start : start + length] += delta
         return y, False
 
     def _for_rows(self, gates, x):
-        """Gates (batch, K) or (1, K) of what the layer gets; one row for all where the gates of all are equal. gates:
-        those of the call, or columns of them."""
+        """Gates (batch, K) or (1, K) of what the layer gets; one row for all where the gates of all are equal."""
         rows, found = len(gates), len(x)
         if rows == 1 or (rows == found and self.order != MIXED):
             return gates
