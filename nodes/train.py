@@ -14,7 +14,7 @@ from ..core.host.model.layers import family_name
 from ..core.host.page.progress import Progress
 from ..core.host.runs.training import encoded_for, fitted, resumed, trainable_sites, trained
 from ..core.host.text.encode import fingerprint
-from ..core.text.concepts import fill, parse_concepts, parse_lines, parse_templates
+from ..core.text.concepts import fill, parse_concepts, parse_preserved, parse_templates
 from ..core.text.similarity import short_captions
 from . import inputs
 from .labels import labelled
@@ -41,9 +41,10 @@ class MembraneTrain:
                 "model": inputs.model("The model to train against; it stays as it is."),
                 "clip": inputs.CLIP,
                 "concepts": inputs.text(
-                    "star",
+                    "",
                     "What to erase, one per line; a line may name its own surrogate: concept -> surrogate. All lines "
                     "share one adapter.",
+                    placeholder="What to erase, one per line: van gogh -> a painting",
                 ),
                 "surrogate": inputs.line("", "What the model should see instead. Empty is the empty prompt."),
                 "preset": inputs.choice(
@@ -135,7 +136,8 @@ class MembraneTrain:
         seed, layers, filename_prefix, save_every, preserve="", adapter=None, preview_every=100, timestep=PUBLISHED,
         warmup=500, cycles=3, templates="", rollout_steps=30, objective=SPM, quality=AS_SET, unique_id=None,
     ):  # fmt: skip
-        wanted, kept, shapes = parse_concepts(concepts, surrogate), parse_lines(preserve), parse_templates(templates)
+        wanted, kept = parse_concepts(concepts, surrogate), parse_preserved(preserve)
+        shapes = parse_templates(templates)
         sites = trainable_sites(model, LAYERS[layers])
         settings = settings_of(
             preset, quality, steps=steps, lr=learning_rate, eta=eta, lam=anchoring, seed=seed, timestep=timestep,

@@ -15,7 +15,12 @@ from ..families.family import FIRST
 from .deltas.delta import OPEN
 from .patch import Patch
 
-TILED, PICTURES, MIXED = "tiled", "pictures", "mixed"  # order of what a layer gets
+PAST = (
+    "Another node calls the network by itself, past the function in which erasures that follow the text, the step or "
+    "the side of the guidance act (DeepCache does so), so that they would do nothing; take that node away, or set the "
+    'permeability to "fixed", start_percent to 0 and end_percent to 1.'
+)
+TILED, WHOLE, PICTURES, MIXED = "tiled", "whole", "pictures", "mixed"  # order of what a layer gets
 
 
 class Rows:
@@ -23,36 +28,39 @@ class Rows:
 
     every: (rows, all gates). gates: (rows, active gates and, last, a 1 for what is not gated), with `active`, the
     numbers of the active ones. texts: {TextRows: number of the text's rows}. timed: numbers of gates that change from
-    step to step, while the call is one for all steps. None while no call is under way.
+    step to step, while the call is one for all steps. count: of the rows of the network's input, 0 where one row of
+    gates may be for all. None while no call is under way. under_way: a function, whether some sampling is.
     """
 
     def __init__(self):
         self.every, self.gates, self.active, self.texts, self.timed = None, None, (), {}, frozenset()
-        self.lending, self.places = None, None
+        self.lending, self.places, self.parts = None, None, ()
+        self.count, self.under_way = 0, lambda: False
 
     @contextlib.contextmanager
-    def lent(self, every, active, texts=None, timed=(), told=None, parts=()):
+    def lent(self, every, active, texts=None, timed=(), told=None, parts=(), count=0):
         """While it lasts, the rows are those of a call with these gates, (rows, all gates).
 
         told: the same gates on the processor, None where they are not known there. parts: Parts that get the gates of
-        their rows, each once for all layers.
+        their rows, each once for all layers. count: see the class.
         """
-        before = self.every, self.gates, self.active, self.texts, self.timed
+        before = self.every, self.gates, self.active, self.texts, self.timed, self.count, self.parts
+        columns = [part.columns for part in self.parts]  # of the call around this one, whose rows are others
         lending = self._lending(every, active, told)
-        self.every, self.gates, self.active, self.texts, self.timed = (
-            every,
-            lending.gates,
-            active,
-            texts or {},
-            frozenset(timed),
-        )
+        self._take(every, lending.gates, active, texts or {}, frozenset(timed), count, parts)
         lending.spread(parts)
         try:
             yield
         finally:
-            self.every, self.gates, self.active, self.texts, self.timed = before
-            for part in parts:
-                part.columns = None
+            self._take(*before)
+            for part, known in zip(self.parts, columns):
+                part.columns = known
+
+    def _take(self, every, gates, active, texts, timed, count, parts):
+        for part in self.parts:
+            part.columns = None
+        self.every, self.gates, self.active, self.texts, self.timed = every, gates, active, texts, timed
+        self.count, self.parts = count, parts
 
     def alike(self, gates):
         """Whether a call's gates, `every` or `gates`, are the same in all rows; waits for the device only where the
@@ -139,7 +147,8 @@ class Bypass(Patch):
 
     parts: of low rank; text: TextPart of an entry that the layer reads behind a norm; changes: Changes of the weight.
     order: of what the layer gets: "tiled", picture by picture or each cut into equally many neighbours, as HyperTile
-    does; "pictures", picture by picture only; "mixed", otherwise. name: of the layer, for messages.
+    does; "whole", picture by picture, or rows that another pack adds; "pictures", picture by picture only; "mixed",
+    otherwise. name: of the layer, for messages.
     """
 
     function, erases = "forward", True
@@ -150,12 +159,15 @@ class Bypass(Patch):
         self.parts, self.rows = parts, rows
         self.changes, self.text = changes, text
         self.follows = text is not None and bool((text.gate != OPEN).any())
+        self.needs_rows = bool(parts) or self.follows or (changes is not None and changes.gated)
 
     def __call__(self, x, *args, **kwargs):
         if self.text is not None:
             x = self._erased(x)
         if self.rows.timed:
             self._require_untimed()
+        if self.rows.every is None and self.needs_rows and self.rows.under_way():
+            raise ErasureError(PAST)
         ready = []
         if self.rows.gates is not None:
             found = ((part.factors(self.rows.active, x), part) for part in self.parts)
@@ -273,13 +285,14 @@ class Bypass(Patch):
     def _for_rows(self, gates, x):
         """Gates (batch, K) or (1, K) of what the layer gets; one row for all where the gates of all are equal."""
         rows, found = len(gates), len(x)
-        if rows == 1 or (rows == found and self.order != MIXED):
+        added = self.order == WHOLE and self.rows.count and found != self.rows.count
+        if (rows == 1 and not added) or (rows == found and self.order != MIXED):
             return gates
         if self.order == TILED and found % rows == 0:
             return gates.repeat_interleave(found // rows, dim=0)
-        if self.rows.alike(gates):
+        if not added and self.rows.alike(gates):
             return gates[:1]
-        if self.order == TILED:
+        if self.order in (TILED, WHOLE):
             raise ErasureError(
                 f"A layer got a batch of {found} for {rows} rows of gates; another node splits the batch inside the "
                 'network, apply it to another model or set the permeability to "fixed".'

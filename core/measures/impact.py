@@ -9,6 +9,7 @@ from ..adapters.plan import make_plan
 from ..errors import ErasureError
 from ..families.unet import TEXT
 from ..text.rows import counted
+from ..text.similarity import matches
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def impacts(stack, encoded, weight_gram, concepts=None, entry=TEXT, heard=None):
         gates = None
         if plan.gates:
             text = (heard or encoded)[prompt.prompt]
-            score = concepts.match(text.rows[None], [text.heard]) if concepts else None
+            score = matches(concepts, [text])
             gates = gate_values(plan.gates, score)
         delta = part.delta(rows[None], gates)[0] if part else torch.zeros_like(rows)
         found.append(Impact(prompt.prompt, relative_change(delta, rows, weight_gram)))

@@ -10,7 +10,7 @@ ARROW = "->"
 ARROWS = re.compile(
     r"[-=\u2010-\u2015\u2212]+>|[\u2192\u21a6\u21d2\u21e8\u21fe\u2794\u2799-\u279e\u27a1\u27f6\u27f9]\ufe0f?"
 )
-BULLET = re.compile(r"\s*(?:[-*+]\s+|[\u00b7\u2013\u2014\u2022\u2023\u2043\u2219\u25aa\u25cf\u25e6]\s*)(?![-=]*>)")
+BULLET = re.compile(r"\s*(?:[-*+]\s+|[\u00b7\u2013\u2014\u2022\u2023\u2043\u2219\u25aa\u25cf\u25e6]\s*)(?!>)")
 INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff]")  # spaces without width, marks of direction and of a file's start
 COMMAS = re.compile(r"[,;\u3001\uff0c\uff1b]")
 LOOKS_LIKE_ARROW = re.compile(r"\s[=~>|/]\s|:\s|\s:|\uff1a")
@@ -31,8 +31,8 @@ def parse_concepts(text, surrogate=""):
     writes it.
     """
     concepts = []
-    for line in _lines(text):
-        word, *others = map(plain, ARROWS.split(without_bullet(INVISIBLE.sub("", line))))
+    for line in filter(str.strip, (without_bullet(INVISIBLE.sub("", line)) for line in _lines(text))):
+        word, *others = map(plain, ARROWS.split(line))
         if len(others) > 1:
             raise ErasureError(
                 f'The line "{plain(line)}" has {len(others)} arrows; write "concept {ARROW} replacement" with one, and '

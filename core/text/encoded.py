@@ -9,7 +9,7 @@ from ..errors import ErasureError
 from ..families.family import CONTEXT
 
 START, WORD, END, PADDING, TEMPLATE = range(5)
-UNKNOWN = -1  # among token ids: an embedding, or a row whose token is not known
+UNKNOWN = -1  # among token ids: a row whose token is not known; ids below it stand for embeddings
 
 
 class Heard(frozenset):

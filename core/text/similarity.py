@@ -76,6 +76,11 @@ class Concepts:
             )
         return score
 
+    def untold(self, _rows):
+        """Which concepts the vectors of a text of unknown words say nothing sure of, (C,): all, as the cosine of a text
+        that has the concept among other words is small."""
+        return torch.ones(len(self.names), dtype=torch.bool)
+
     def _overlap(self, row, otherwise):
         if row is None:
             return otherwise
@@ -243,6 +248,10 @@ class WordConcepts:
         found = [[s.value for s in self.similarities(rows, own)] for rows, own in zip(vectors, heard)]
         return torch.tensor(found, dtype=torch.float32).reshape(len(vectors), len(self.each))
 
+    def untold(self, rows):
+        """The same: those whose likeness is not measured, or tells nothing apart; rows: (T, d)."""
+        return torch.tensor([not (found.calibrated and found.apart) for found in self.similarities(rows)])
+
     def similarities(self, rows, heard=None):
         """The Similarity of one text to each concept; rows: (T, d), heard: what is known of it."""
         own = word_rows(rows.detach().float().cpu(), heard)
@@ -310,12 +319,24 @@ def _unit(x):
     return torch.nn.functional.normalize(x, dim=-1)
 
 
+def opening_matches(concepts, vectors, heard):
+    """How well texts match for gates, (rows, C) float32: match(), and 1 where neither words nor vectors tell, since a
+    text that is not known may have the concept; one whose vectors are all zero has none.
+
+    vectors: (rows, T, d); heard: what is known of each row, None of unknown ones.
+    """
+    score = concepts.match(vectors, heard)
+    for found, rows, own in zip(score, vectors, heard):
+        if own is None and bool(rows.any()):
+            found[concepts.untold(rows)] = 1.0
+    return score
+
+
 def matches(concepts, encoded):
     """(prompts, C) matches of Encoded prompts, None where nothing is compared."""
     if concepts is None:
         return None
-    rows = [concepts.match(prompt.rows[None], [prompt.heard]) for prompt in encoded]
-    return torch.cat(rows)
+    return torch.cat([opening_matches(concepts, prompt.rows[None], [prompt.heard]) for prompt in encoded])
 
 
 def calibration_report(concepts, encoded):

@@ -1,6 +1,6 @@
 // The scenarios about what nodes say and show after a run, by name.
 
-import { STAR, api, build, check, fresh, same, setting, stack, until } from "./page.mjs";
+import { HEART, STAR, api, build, check, fresh, same, setting, stack, until } from "./page.mjs";
 import { becomes, drawsElementsOfExtensions, needs, queue, undo } from "./scenarios.mjs";
 
 const MODEL = ["MembraneDemoModel", [20, 40]];
@@ -208,6 +208,24 @@ export const PARTS = {
         await report(page).locator("button", { hasText: "Copy" }).dispatchEvent("click"); // far below
         const copied = await until(() => api(page, () => navigator.clipboard.readText()), "the copy");
         check(/integrity/.test(copied), `copied: ${copied.slice(0, 80)}`);
+    },
+
+    async rows_take_one_line_each_and_begin_with_what_they_erase(page) {
+        const entries = Array.from({ length: 8 }, (_, i) => ({ adapter: [STAR, HEART][i % 2] }));
+        await fresh(page, { text: stack(...entries) });
+        const rows = page.locator(".membrane-stack .membrane-row");
+        await becomes(async () => (await rows.locator(".membrane-concept").allInnerTexts()).slice(0, 2), ["star \u2192 circle", "heart \u2192 square"], "what the rows erase");
+        const heights = await rows.evaluateAll((all) => all.map((row) => row.offsetHeight));
+        check(heights.every((height) => height <= 36), `heights of the rows: ${heights}`);
+        const list = await page.locator(".membrane-stack .membrane-list").evaluate((element) => [element.scrollHeight, element.clientHeight]);
+        check(list[1] >= 6 * heights[0], `six rows fit: ${list}`);
+        await rows.nth(0).locator('[data-do="more"]').click();
+        check(await rows.nth(0).locator('[data-field="permeability.mode"]').isVisible(), "the rest opens");
+        await rows.nth(0).locator('[data-do="more"]').click();
+        check(!(await rows.nth(0).locator('[data-field="permeability.mode"]').isVisible()), "and folds");
+        await fresh(page, { text: stack() });
+        const empty = await page.locator(".membrane-stack .membrane-empty").innerText();
+        check(empty.includes("+ Add adapter") && empty.includes("models/erasure_adapters"), `an empty stack says what to do: ${empty}`);
     },
 
     async a_stack_is_applied_by_its_editor_and_can_be_bypassed(page) {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import comfy.lora
 import comfy.ops
 
-from ...adapters.beside import MIXED, PICTURES, TILED
+from ...adapters.beside import MIXED, PICTURES, TILED, WHOLE
 from ...errors import ErasureError
 from ...families import unet
 from ...families.family import LAST
@@ -122,7 +122,9 @@ def rows_order(model, key):
     """How the layer of a key gets the pictures of a batch, see Bypass: other packs cut them in U-Nets only."""
     if mixed(site(plain_key(key))):
         return MIXED
-    return TILED if hasattr(denoiser(model), "input_blocks") else PICTURES
+    if not hasattr(denoiser(model), "input_blocks"):
+        return PICTURES
+    return WHOLE if ".attn2." in plain_key(key) else TILED
 
 
 def reads_vector(model):

@@ -1,6 +1,7 @@
 """Erases from each conditioning's text once, when the host prepares it, and sets the gates that travel with it."""
 
 import contextlib
+import logging
 import weakref
 
 import comfy.conds
@@ -9,8 +10,12 @@ import torch
 
 from ...adapters.gates import gate_values, of_negative, stronger
 from ...adapters.patch import Patch
+from ...text.similarity import opening_matches
 from ..compat import patched_layers_called
 from ..text.known_tokens import PROMPTS
+from .brought import RAW
+
+log = logging.getLogger("membrane")
 
 EXTRA_CONDS, GATES = "extra_conds", "membrane_gates"
 # called with (stack, its gates, {"positive", "negative": values (rows, K) or None} of a sampling, the side just set)
@@ -36,6 +41,14 @@ class Runs:
                 self.under_way.append((weakref.ref(noise), found))
         return found
 
+    def knows(self, noise):
+        """Whether a sampling is under way already."""
+        return any(ref() is noise for ref, _ in self.under_way)
+
+    def any(self):
+        """Whether some sampling is under way."""
+        return any(ref() is not None for ref, _ in self.under_way)
+
     def active(self, count):
         """Gates that some conditioning opens, in order; all of them when no sampling is known."""
         states = [state for ref, state in self.under_way if ref() is not None]
@@ -54,27 +67,43 @@ class Gates(comfy.conds.CONDRegular):
 class ErasedConditioning(Patch):
     """Stands in for the base model's `extra_conds`: erases from each conditioning's text once, and sets its gates.
 
-    Clones may share it: what it learns belongs to one sampling. entries: the TextEntries whose maps act here, before
-    `extra_conds` or, where it runs layers of the model, on what it gives. rows: the Rows of the gated layers.
+    Clones may share it, and copies share what it learns, which belongs to one sampling. entries: the TextEntries whose
+    maps act here, before `extra_conds` or, where it runs layers of the model, on what it gives. rows: the Rows of the
+    gated layers. read: the entry whose text travels as it was before the map too, for calls in which the map acts
+    where the text is read.
     """
 
     function, erases = EXTRA_CONDS, True
 
-    def __init__(self, base, stack, plan, entries, travels, previous, rows):
+    def __init__(self, base, stack, plan, entries, travels, previous, rows, read=None):
         super().__init__(base, previous)
+        self.read, self.mapped, self.watches, self.told = read, [], None, False
         self.rows, self.timed = rows, [k for k, gate in enumerate(plan.gates) if not gate.always]
         self.stack, self.plan, self.travels = stack, plan, travels
         self.early = [entry for entry in entries if not entry.prepared]
         self.late = [entry for entry in entries if entry.prepared]
         self.runs = Runs()
+        rows.under_way = self.runs.any
 
     def __call__(self, **kwargs):
-        text, original = kwargs.get("cross_attn"), self.original
-        gates = self.gates(text, kwargs.get("prompt_type"), kwargs.get("noise")) if self.plan.gates else None
+        text, original, noise = kwargs.get("cross_attn"), self.original, kwargs.get("noise")
+        if self.watches is not None and noise is not None and not self.runs.knows(noise):
+            self.runs.of(noise)
+            self.watches.watch(noise)
+        gates = self.gates(text, kwargs.get("prompt_type"), noise) if self.plan.gates else None
+        if "gligen" in kwargs and self.read is not None and not self.told:
+            self.told = True
+            log.warning(
+                "Membrane: a conditioning has GLIGEN boxes, whose words are read by layers of GLIGEN's own that no "
+                "erasure reaches; leave what is erased out of them. This is said once."
+            )
         for entry in self.early:
             vectors = kwargs.get(entry.argument)
             if vectors is not None:
                 self._erase(entry, vectors, gates, kwargs)
+        if self.read in self.early and kwargs.get("cross_attn") is not text:
+            self.mapped[:] = [ref for ref in self.mapped if ref() is not None]
+            self.mapped.append(weakref.ref(kwargs["cross_attn"]))
         if self.previous is not None:
             kwargs["membrane_text"] = text  # whose tokens are known, unlike those of the erased text
         # the host runs the layers that prepare a text in inference mode only
@@ -84,6 +113,8 @@ class ErasedConditioning(Patch):
         for entry in self.late:
             if entry.result in out:
                 out[entry.result] = self._prepared(entry, out[entry.result], gates)
+        if self.read is not None and text is not None:
+            out[RAW] = comfy.conds.CONDCrossAttn(text)
         if self.travels:
             out[GATES] = Gates(gates.cpu())
         return out
@@ -123,7 +154,7 @@ class ErasedConditioning(Patch):
             if text is None:
                 score = torch.zeros(1, len(concepts.names))
             else:
-                score = concepts.match(text, PROMPTS.recall(text))
+                score = self._match(text)
         values = gate_values(gates, score)
         run = self.runs.of(noise)
         side = "negative" if prompt_type == "negative" else "positive"
@@ -134,3 +165,28 @@ class ErasedConditioning(Patch):
         for listener in LISTENERS:
             listener(self.stack, gates, run, side)
         return values
+
+    def mapped_text(self, like):
+        """All rows (n, T, d) that conditionings which are in use have after the map, as one text with the type and the
+        place of another one, (rows, T, d)."""
+        found = [text for text in (ref() for ref in self.mapped) if text is not None]
+        if not found:
+            return like.new_zeros(0, 1, like.shape[-1])
+        length = max(text.shape[1] for text in found)
+        return torch.cat([_longer(text, length).to(like) for text in found])
+
+    def opening(self, text):
+        """Values (rows, K) of the plan's gates for a text (rows, T, d) that no conditioning brings."""
+        return gate_values(self.plan.gates, None if self.plan.concepts is None else self._match(text))
+
+    def _match(self, text):
+        """(rows, C) matches of a text (rows, T, d) with the plan's concepts."""
+        heard = PROMPTS.recall(text)
+        return (
+            self.plan.concepts.match(text, heard) if PROMPTS.off else opening_matches(self.plan.concepts, text, heard)
+        )
+
+
+def _longer(text, length):
+    """A text (rows, T, d) with its first vectors again behind it, up to a length."""
+    return torch.cat([text, text[:, :1].expand(-1, length - text.shape[1], -1)], dim=1)

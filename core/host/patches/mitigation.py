@@ -133,6 +133,8 @@ class TokenSteps(Patch):
 class Reweighted:
     """Stands in for cross-attention: reweighted_attention() by the codes of the rows in the network."""
 
+    keeps_text = True  # brings none of its own
+
     def __init__(self, rows, factor, strength):
         self.rows, self.factor, self.strength = rows, factor, strength
 

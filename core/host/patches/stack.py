@@ -20,6 +20,7 @@ from ...adapters.gates import gated, wanted_concepts
 from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
+from ...families import unet
 from ..compat import folds_activations
 from ..model.layers import (
     NETWORK,
@@ -146,15 +147,16 @@ def _put(patched, model, whole, plan):
     timed = [entry for entry in entries if not entry.norm and plan.timed(entry.name)]
     early = [entry for entry in entries if entry not in inside and entry not in timed]
     follows = plan.follows or any((plan.maps[entry.name].gate != OPEN).any() for entry in inside)
-    travels = bool(timed) or follows
+    read = unet.TEXT if unet.TEXT in family(model).entries and (unet.TEXT in entries or plan.follows) else None
+    travels = bool(timed) or follows or (read is not None and bool(plan.gates))
     previous = foreign(model, EXTRA_CONDS)
-    conditioning = ErasedConditioning(base, whole, plan, early, travels, previous, rows)
+    conditioning = ErasedConditioning(base, whole, plan, early, travels, previous, rows, read)
     patched.add_object_patch(EXTRA_CONDS, conditioning)
     if (inside or plan.running) and family(model).cache:
         options = patched.model_options["transformer_options"] = dict(patched.model_options["transformer_options"])
         options[family(model).cache] = {"device": "off"}  # else rows of before the erasure may come back
     parts = _put_on_layers(patched, model, plan, inside, rows)
-    if travels or plan.tells_rows or (plan.running and folds_activations(base.diffusion_model)):
+    if read is not None or travels or plan.tells_rows or (plan.running and folds_activations(base.diffusion_model)):
         steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
         patched.add_object_patch(APPLY_MODEL, steps)
 

@@ -4,6 +4,7 @@ What a step needs on the device is kept there from the step before: nothing is c
 """
 
 import math
+from contextlib import nullcontext
 from functools import cached_property
 
 import torch
@@ -12,6 +13,7 @@ from ...adapters.gates import gate_values
 from ...adapters.patch import Patch
 from ...errors import ErasureError
 from ..compat import patched_layers_called
+from .brought import RAW, Brought, brings_text
 from .conditioning import GATES
 
 APPLY_MODEL = "apply_model"
@@ -29,6 +31,10 @@ class ErasedSteps(Patch):
 
     def __init__(self, base, plan, conditioning, entries, rows, parts, previous):
         super().__init__(base, previous)
+        read = conditioning.read
+        self.late = read in entries
+        self.brought = None if read is None else Brought(base, plan, read, conditioning, rows, self.late)
+        conditioning.watches = self.brought
         self.plan, self.conditioning, self.rows, self.parts = plan, conditioning, rows, parts
         self.text_rows = {part.text_rows for part in parts if part.text_rows is not None}
         self.texts = {}
@@ -45,16 +51,32 @@ class ErasedSteps(Patch):
         told, gates = self._on(gates, x.device)
         if self.timed:
             told, gates = None, self._in_range(gates, t)
-        if "c_crossattn" in self.texts:
-            c_crossattn = self._erased("c_crossattn", c_crossattn, gates)
+        raw = kwargs.pop(RAW, None)
+        reading, c_crossattn = self._text(c_crossattn, raw, gates, t, kwargs.get("transformer_options") or {})
         kwargs |= {name: self._erased(name, kwargs[name], gates) for name in self.texts if name in kwargs}
-        active = self._active()
+        active = tuple(range(len(self.plan.gates))) if reading else self._active()
         dtype = getattr(self.owner, "manual_cast_dtype", None) or self.owner.get_dtype()
         for part in self.parts:
             part.prepare(active, x.device, dtype)
         texts = self._lengths({"c_crossattn": c_crossattn, **kwargs})
-        with patched_layers_called(), self.rows.lent(gates, active, texts, told=told, parts=self.parts):
+        lent = self.rows.lent(gates, active, texts, told=told, parts=self.parts, count=len(x))
+        with patched_layers_called(), lent, reading or nullcontext():
             return original(x, t, c_concat, c_crossattn, *args, **kwargs)
+
+    def _text(self, text, raw, gates, t, options):
+        """(context manager or None, the text of a call): the map acts while the context manager lasts where patches of
+        other packs can bring text of their own, and has acted on the text where it is None."""
+        brought, maps = self.brought, "c_crossattn" in self.texts
+        if brought is None or text is None or not brought.fits(text):
+            return None, self._erased("c_crossattn", text, gates) if maps else text
+        brings = brings_text(options)
+        if brings and (raw is None) and not self.late:
+            brought.say()
+        elif brings:
+            text = raw if raw is not None and brought.is_mapped(text) else text
+            share = self._in_range(gates.new_ones(1, gates.shape[1]), t).amax(dim=0)
+            return brought.reading(text, gates, share), text
+        return None, self._erased("c_crossattn", text, gates) if maps else brought.checked_text(text, raw)
 
     def _lengths(self, call):
         """{TextRows: number of the text's rows} of a call."""

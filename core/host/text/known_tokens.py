@@ -4,8 +4,8 @@ A conditioning that reaches the sampler is vectors only, but Facilitated Transpo
 host's CLIP is watched while it encodes: what goes in and comes out is passed on untouched. Until a gate that follows
 the text exists, nothing more than a weak reference to the vectors is kept; then the text is kept under a hash of the
 vectors, for CLIP per context of 77 tokens. Vectors are known again in half precision, and where several were joined;
-scaled or averaged ones are not. What is still in use is not forgotten, and what the pack encodes for itself is not
-noted. This is the pack's one piece of state outside a MODEL; the environment variable
+scaled or averaged ones are not, and gates open for them. What is still in use is not forgotten, and what the pack
+encodes for itself is not noted. This is the pack's one piece of state outside a MODEL; the environment variable
 MEMBRANE_TOKEN_MEMORY=off leaves the CLIP alone, and gates go by the cosine of the texts.
 """
 
@@ -14,7 +14,7 @@ import hashlib
 import logging
 import os
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,8 +48,14 @@ class Prompts:
     def __init__(self, limit=LIMIT):
         self.limit = limit
         self.known = OrderedDict()  # {hash of vectors: Text}, for each text one of every rounding
-        self.noted, self.wanted = deque(maxlen=limit), False
+        self.noted, self.room, self.wanted = [], limit, False  # room: how many may be noted until the next look
         self.looking_away, self.told = False, False
+        self.bound = limit * len(ROUNDINGS)  # how many may be known until the next look
+
+    @property
+    def off(self):
+        """Whether nothing is watched, by the user's wish."""
+        return os.environ.get(SWITCH, "").lower() == "off"
 
     @contextmanager
     def aside(self):
@@ -68,12 +74,15 @@ class Prompts:
             self.remember(tokens, vectors, tokenizer)
         else:
             self.noted.append((tokens, weakref.ref(vectors), tokenizer))
+            if len(self.noted) > self.room:  # what is in use stays
+                self.noted = [noted for noted in self.noted if noted[1]() is not None]
+                self.room = max(self.limit, 2 * len(self.noted))
 
     def want(self):
         """There is somebody who asks: what was noted and is still in use is looked at."""
         self.wanted = True
-        while self.noted:
-            tokens, reference, tokenizer = self.noted.popleft()
+        noted, self.noted = self.noted, []
+        for tokens, reference, tokenizer in noted:
             vectors = reference()
             if vectors is not None:
                 self.remember(tokens, vectors, tokenizer)
@@ -81,16 +90,26 @@ class Prompts:
     def remember(self, tokens, vectors, tokenizer=None):
         """Keeps what a tokenized text, {encoder: [contexts of (token, weight)]}, says of its vectors (1, n T, d).
 
-        tokenizer: the host's of the CLIP; without it only ids are known.
+        tokenizer: the host's of the CLIP; without it only ids are known. Tokens of a form that other packs made up say
+        nothing.
         """
+        try:
+            self._remember(tokens, vectors, tokenizer)
+        except Exception as error:  # somebody else's encoding must not fail of being watched
+            log.debug("Membrane: tokens of %s cannot be read: %s", type(tokenizer).__name__, error)
+
+    def _remember(self, tokens, vectors, tokenizer):
         contexts = next(iter(tokens.values()))
-        if not contexts or vectors.dim() != 3 or not vectors.shape[1]:
+        if not contexts or vectors.dim() != 3 or not vectors.shape[1] or set(ids_of(contexts)) <= {UNKNOWN}:
             return
         reference, rows = weakref.ref(vectors), vectors[0]
         if fills_contexts(tokens) and len(rows) % len(contexts) == 0:
-            for context, chunk in zip(contexts, rows.chunk(len(contexts))):
-                ids = ids_of([context])
-                self._keep(chunk, Heard(frozenset(ids) - {UNKNOWN}), _first_end(ids), reference)
+            # encoders of CLIP's kind share one vocabulary, and a word may be said to one of them alone
+            for *streams, chunk in zip(*tokens.values(), rows.chunk(len(contexts))):
+                if len(chunk) % len(streams[0]):  # not a token a row: ids and weights in two lists
+                    return
+                ids = frozenset(ids_of(streams)) - {UNKNOWN}
+                self._keep(chunk, Heard(ids), _first_end(ids_of(streams[:1])), reference)
         else:
             heard = Heard(frozenset(ids_of(contexts)) - {UNKNOWN})
             if tokenizer is not None:
@@ -106,13 +125,15 @@ class Prompts:
 
     def _forget(self):
         """Forgets the oldest of the texts that nobody uses any more, as many as are over the limit."""
-        over = len(self.known) - self.limit * len(ROUNDINGS)
-        for key in list(self.known) if over > 0 else ():
+        most = self.limit * len(ROUNDINGS)
+        if len(self.known) <= self.bound:
+            return
+        for key in list(self.known):
             if self.known[key].vectors() is None:
                 del self.known[key]
-                over -= 1
-                if not over:
-                    return
+                if len(self.known) <= most:
+                    break
+        self.bound = most if len(self.known) <= most else len(self.known) + most  # so many are in use
 
     def recall(self, vectors):
         """Heard of each row of vectors (rows, n T, d); None for a row with a part that is not known."""
@@ -122,7 +143,10 @@ class Prompts:
             self.told = True
             log.warning(
                 "Membrane: the words of a conditioning are not known (it was averaged or scaled, or another node "
-                "encoded it); gates that follow the text go by its vectors alone. This is said once."
+                "encoded it); %s. This is said once.",
+                "gates that follow the text go by its vectors alone, as MEMBRANE_TOKEN_MEMORY=off asks"
+                if self.off
+                else "gates that follow the text open for it as if it had the concept, unless its vectors tell",
             )
         return [None if parts is None else _heard(parts) for parts in found]
 
@@ -193,7 +217,7 @@ PROMPTS = Prompts()
 def watch(clip_class=comfy.sd.CLIP, prompts=PROMPTS):
     """Notes what the host's CLIP encodes from now on; a second call changes nothing, and neither does one with the
     memory switched off."""
-    if os.environ.get(SWITCH, "").lower() == "off":
+    if prompts.off:
         return
     for name in ("encode_from_tokens", "encode_from_tokens_scheduled"):
         method = getattr(clip_class, name, None)

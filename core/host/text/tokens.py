@@ -1,5 +1,6 @@
 """Tokenized texts: what the host's tokenizers put around words, which row is which token, and the plain words."""
 
+import hashlib
 import re
 import weakref
 from dataclasses import dataclass
@@ -25,8 +26,18 @@ KNOWN = weakref.WeakKeyDictionary()  # {tokenizer: ({encoder: Frame}, {encoder: 
 
 
 def ids_of(contexts):
-    """Token ids of some contexts, one after the other; UNKNOWN for embeddings."""
-    return [int(token[0]) if isinstance(token[0], Integral) else UNKNOWN for one in contexts for token in one]
+    """Token ids of some contexts, one after the other: for the vector of an embedding one below UNKNOWN, the same
+    wherever it stands; UNKNOWN for anything else."""
+    return [_id(token[0]) for one in contexts for token in one]
+
+
+def _id(token):
+    if isinstance(token, Integral):
+        return int(token)
+    if isinstance(token, torch.Tensor) and token.dim() == 1 and token.is_floating_point():
+        data = token.detach().cpu().half().contiguous().view(torch.uint8).numpy().tobytes()
+        return UNKNOWN - 1 - int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
+    return UNKNOWN
 
 
 def fills_contexts(tokens):
