@@ -66,7 +66,8 @@ def more_captions(attribute):
 
 
 def erase_with(**settings):
-    """A method: MembraneErase with its defaults and these settings; functions of the task's attribute are called."""
+    """A method: MembraneErase with the bare word, its other defaults and these settings; functions of the task's
+    attribute are called."""
 
     def variant(node, demo, task):
         attribute, pairs = TASKS[task]
@@ -76,7 +77,7 @@ def erase_with(**settings):
         begin = time.perf_counter()
         model, adapter = node(
             "MembraneErase", model=demo[0], clip=demo[1], concepts="\n".join(map(" -> ".join, pairs)),
-            **{"preserve": "\n".join(preserve), **values},
+            **{"preserve": "\n".join(preserve), "templates": "{}", **values},
         )  # fmt: skip
         return {"model": model, "adapter": adapter, "seconds": time.perf_counter() - begin}
 

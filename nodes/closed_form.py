@@ -16,7 +16,6 @@ NONE = "none"
 BOTH, LEAVE, EDIT, AUTOMATIC = "keys and values", "leave", "edit", "as the model needs"
 POOLED = {LEAVE: False, EDIT: True, AUTOMATIC: None}
 LAYERS = {BOTH: "", "keys": ".key", "values": ".value"}  # role of the layers
-TEMPLATES = "{}\na photo of {}\na picture of a {}"
 EVERY_PROMPT = (
     "The erasure is on the weights, which are the same for every prompt: it acts on prompts that do not ask for it too."
 )
@@ -27,7 +26,8 @@ def method():
         "method": inputs.choice(
             METHODS, "UCE", "UCE: one edit, gentle. RECE: adds rounds that look for text vectors which "
             "still bring the concept back and erases those too; harder on the rest. SPEED, Double Projections: "
-            "protect what you preserve and edit in the space beside it.",
+            "protect what you preserve and edit in the space beside it. RECE, regularised: its rounds leave what UCE "
+            "erased as it is.",
         ),
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ from ..core.erasers.closed_form.presets import CUSTOM, KINDS, chosen, surrogate_
 from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.host.page.progress import Progress
 from ..core.host.runs.erasing import TEXT, erasure_of, put_on
+from ..core.text.captions import AUTOMATIC as CAPTIONS
 from ..core.text.concepts import parse_preserved
 from . import inputs
 from .closed_form import (
@@ -15,7 +16,6 @@ from .closed_form import (
     LAYERS,
     NONE,
     POOLED,
-    TEMPLATES,
     apply_to,
     editions,
     method,
@@ -94,9 +94,9 @@ class MembraneErase:
             ),
         }  # fmt: skip
         templates = inputs.text(
-            TEMPLATES, "Captions in which the concept is erased, one per line, {} is its place. Captions like the ones "
-            "you will write make the erasure much more thorough.", placeholder="Captions, one per line, {} is the "
-            "concept: a photo of {}",
+            CAPTIONS, "Captions in which the concept is erased, one per line, {} is its place; what you preserve is "
+            "put into them too. automatic: 24 built-in ones. Captions like the ones you will write are best. {} alone "
+            "is the bare word, as published.", placeholder="Captions, one per line, {} is the concept: a photo of {}",
         )  # fmt: skip
         preset = inputs.choice(
             KINDS, CUSTOM, "custom: the widgets count. object, style, person, nudity: the published numbers of the "
@@ -123,7 +123,7 @@ class MembraneErase:
 
     def erase(
         self, model, clip, concepts, replace_with, preserve, method, strength,
-        templates="{}", erase_scale=1.0, preserve_scale=1.0, anchor=0.5, epochs=1, penalty=0.1,
+        templates=CAPTIONS, erase_scale=1.0, preserve_scale=1.0, anchor=0.5, epochs=1, penalty=0.1,
         tau=0.1, rho=1.0, tokens=TOKENS[0], preset=CUSTOM, preserve_file=NONE, penalty_on=PENALTIES[0], layers=BOTH,
         pooled=AUTOMATIC, rows=ROWS[0], apply_to=TEXT, replacements=PRESERVED, edition=EDITIONS[0], lam=0.0,
         prior_filter=True,

@@ -3,13 +3,15 @@
 An erasure reaches the words as they are written in its captions: on the demo U-Net UCE with the bare word leaves 9
 stars in 64 pictures, and with captions like the prompts none while all 96 other shapes stay right
 (benchmarks/results/erasure_quality.md). A text encoder mixes each word with those before it, T5 and language models
-with those behind it too, so a set varies what stands on both sides of the concept: the medium, a colour or another
-adjective, an action, a place, a time of day.
+with those behind it too, so a set varies what stands on both sides of the concept: the medium, a colour or a
+pattern, a noun behind an adjective, an action, a place. What is to be kept is put into the same captions. In styles
+that no set has, those for anything leave no star in 48 pictures of either demo model (erasure_wording.md, there).
 """
 
 from dataclasses import dataclass
 
 from ..errors import ErasureError
+from .concepts import parse_templates
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,26 @@ _OBJECT = (
     "a {}",
     "a photo of a {}",
     "a painting of a {}",
-    "a drawing of a {} on white paper",
-    "a close-up of a {}",
-    "a big red {}",
-    "a small blue {} on grass",
+    "a red {}",
+    "a blue {} on snow",
+    "a striped green {} on sand",
+    "a dotted yellow {} on stone",
+    "a small black {} on coal",
+    "a checkered pink {} on snow",
+    "a plain white {} on stone",
+    "a big orange {} on a table",
+    "a drawing of a purple {}",
+    "a picture of a striped {} on stone",
+    "a {} on sand",
+    "a dotted {} on snow",
     "an old {} in the snow",
-    "a shiny black {} on a wooden table",
-    "a white {} in a forest",
-    "a striped yellow {} on a street at night",
-    "a {} in front of a house",
-    "a {} and a tree by the sea",
-    "a man with a {} in his hands",
-    "many {} in a room",
+    "a {} with a pink background",
+    "two red and blue {} on coal",
+    "a striped cyan {} on coal",
+    "a checkered green {} on sand",
+    "a plain yellow {} on snow",
+    "a dotted red {} on stone",
+    "a photo of a plain purple {} on coal",
 )
 _STYLE = (
     "{}",
@@ -82,18 +92,26 @@ _ANYTHING = (
     "{}",
     "a {}",
     "a photo of {}",
-    "a photo of a {}",
-    "a painting of {}",
-    "a picture with {}",
-    "a drawing of a {} on white paper",
-    "a close-up of {}",
-    "a big red {}",
-    "a small blue {} on grass",
-    "{} in the snow",
-    "{} in a room, film still",
-    "a woman and {} on a street at night",
+    "a painting of a {}",
+    "a red {}",
+    "a blue {} on snow",
+    "a striped green {} on sand",
+    "a dotted yellow {} on stone",
+    "a small black {} in front of a house",
+    "a checkered pink {} on snow",
+    "a plain white {} on coal",
+    "a big orange {} on a table",
+    "a drawing of a purple {}",
+    "a picture of a striped {} on stone",
+    "a {} on sand",
+    "an old {} in the snow",
+    "a {} circle on stone",
+    "a plain {} square in the snow",
+    "a striped {} triangle on sand",
+    "a dotted {} heart",
+    "a {} shape with a dark background",
+    "a woman and {} in a room",
     "a man with {} by the sea",
-    "a house and {} in a forest",
     "a picture in the style of {}",
 )
 # the surrogates of style and person are those of the published scripts of RECE and SPEED
@@ -110,3 +128,13 @@ def captions_of(kind):
     if kind not in KINDS:
         raise ErasureError(f'There is no kind of concept "{kind}"; choose one of: {", ".join(KINDS)}.')
     return KINDS[kind]
+
+
+AUTOMATIC = "automatic"
+
+
+def templates_of(text):
+    """Templates that a text names: those of any kind of concept for the one word "automatic", else its lines."""
+    if text.strip().lower() == AUTOMATIC:
+        return list(captions_of("anything").templates)
+    return parse_templates(text)

@@ -162,3 +162,20 @@ def test_a_replacement_stays_unless_it_is_erased_too():
     assert len(carrying(star(), encoded(star(), LATER)).replacing) == 2
     both = Job.of([Concept("star", "circle"), Concept("circle", "star")], (), ("{}",), "UCE")
     assert carrying(both, encoded(both, LATER)).replacing == []
+
+
+@pytest.mark.parametrize("times", [2, 5])
+def test_speed_erases_as_much_where_a_caption_has_more_rows(times):
+    """Rows that only repeat a caption's row change nothing: rho is a weight beside captions, not beside rows."""
+    plan = Job.of([Concept("star", "circle")], (), ("{}",), "SPEED", tau=100.0, rho=300.0)
+    once = {text: prompt(text, "w" * len(text.split())) for text in plan.prompts() if text}
+    entry = TextEntry("text", "cross_attn", "c_crossattn", reach=ALL)
+    empty = EncodedPrompt("", torch.ones(1, D), (2,), torch.tensor([END]))
+    found = []
+    for count in (1, times):
+        rows = {
+            text: EncodedPrompt(text, p.rows.repeat(count, 1), p.ids * count, p.roles.repeat(count))
+            for text, p in once.items()
+        }
+        found.append(solve(plan, Encoded([empty, *rows.values()], entry=entry)).matrix().double())
+    assert found[0].norm() > 0.01 and (found[0] - found[1]).norm() < 0.02 * found[0].norm()

@@ -351,9 +351,11 @@ def naive_derived(start, current, c, n, penalty, penalty_on, p):
     return (torch.linalg.inv(penalty * eye + a) @ right).T
 
 
-def naive_rece(start, c, n, full_c, full_n, r, h, epochs, penalty, penalty_on):
-    """The published loop on every layer; the edits vanish on h."""
+def naive_rece(start, c, n, full_c, full_n, r, h, epochs, penalty, penalty_on, hold=False):
+    """The published loop on every layer; the edits vanish on h. hold: the rounds also keep the concepts' rows, each at
+    the weight 1 of a target."""
     p = torch.eye(D, dtype=torch.float64) + constrained(c, n - c, r, h, 1.0, 0.7, 0.5)
+    r = torch.cat([r, full_c * 0.2**-0.5]) if hold else r
     for _ in range(epochs):
         current = [w @ p for w in start]
         derived = naive_derived(start, current, full_c, full_n, penalty, penalty_on, p)
@@ -388,6 +390,33 @@ def test_rece_is_the_loop_on_every_layer(penalty_on, epochs, fixed, rows):
     stored = found.a.double() @ found.b.double()
     assert difference(stored, expected) < 2e-6
     assert ((h @ stored.T).norm(dim=1) / h.norm(dim=1) < 1e-6).all()
+
+
+@pytest.mark.parametrize("penalty_on", PENALTIES)
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("rows", ["few", "few, whole matrix", "many"])
+def test_regularised_rece_keeps_the_erased_rows_in_its_rounds(penalty_on, epochs, rows):
+    full_c, full_n = draw(80 if rows == "many" else 9, 1), draw(80 if rows == "many" else 9, 2)
+    c, n, r, h, start = full_c[3:7], full_n[3:7], draw(M, 3), draw(3, 4), layers()
+    groups, full_groups = grouped(c, n, 2), grouped(full_c, full_n, 2)
+    weight_gram = LayerGram(start) if rows == "few" else sum(w.T @ w for w in start)
+    settings = {**RECE_SETTINGS, "epochs": epochs, "penalty_on": penalty_on, "hold": True}
+    expected = naive_rece(start, c, n, full_c, full_n, r, h, epochs, 0.3, penalty_on, hold=True)
+    found = rece_of(groups, full_groups, r, weight_gram, fixed=h, **settings)
+    assert difference(found.a.double() @ found.b.double(), expected) < 2e-6
+    published = rece_of(groups, full_groups, r, weight_gram, fixed=h, **{**settings, "hold": False})
+    assert difference(published.a.double() @ published.b.double(), expected) > 1e-2
+
+
+def test_regularised_rece_brings_less_of_the_concept_back():
+    """What the rounds do to the concepts' own rows, beside what they do as published."""
+    c, n, r, weights = draw(9, 1), draw(9, 2), draw(M, 3), LayerGram(layers())
+    after_uce = c @ uce_of(grouped(c, n), r).matrix().double().T
+    moved = [
+        (c @ rece_of(grouped(c, n), grouped(c, n), r, weights, hold=hold).matrix().double().T - after_uce).norm()
+        for hold in (True, False)
+    ]
+    assert 0 < moved[0] < 0.5 * moved[1]
 
 
 def test_rece_by_layers_with_more_rows_than_the_width_is_that_of_the_whole_matrix():

@@ -6,7 +6,7 @@ between families, which rows of a prompt carry a concept and whether the pooled 
 family themselves.
 """
 
-from ...text.captions import captions_of
+from ...text.captions import AUTOMATIC, captions_of
 from ...text.concepts import parse_templates
 from .job import Job
 
@@ -17,10 +17,11 @@ MOST_NAMED = 5  # concepts in a receipt
 def daily_job(remove, preserved, kind, method=METHOD, replace_with="", templates="", **settings):
     """Job to remove what a text names, one concept per line, and to keep the prompts in `preserved`.
 
-    kind: one of the captions' KINDS, whose captions and replacement count where templates and replace_with are empty.
+    kind: one of the captions' KINDS, whose captions and replacement count where templates and replace_with are empty;
+    so do its captions for the templates "automatic".
     """
     captions = captions_of(kind)
-    shapes = parse_templates(templates) if templates.strip() else captions.templates
+    shapes = captions.templates if templates.strip().lower() in ("", AUTOMATIC) else parse_templates(templates)
     surrogate = replace_with.strip() or captions.surrogate
     return Job.from_text(remove, surrogate, preserved, method=method, templates=shapes, **settings)
 

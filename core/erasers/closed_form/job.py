@@ -9,13 +9,13 @@ from ...text.concepts import Concept, fill, mentions, parse_concepts, same, up_t
 from .double_projection import DOUBLE_PROJECTIONS
 from .groups import FIRST, NEEDED, SUBJECT
 from .method import METHODS, register
-from .rece import RECE
+from .rece import RECE, REGULARISED
 from .speed import SPEED
 from .uce import UCE
 
 PRESERVED, ONLY_LISTED = REPLACEMENTS = ("preserve", "as published")
 
-for _method in (UCE, RECE, SPEED, DOUBLE_PROJECTIONS):
+for _method in (UCE, RECE, SPEED, DOUBLE_PROJECTIONS, REGULARISED):
     register(_method)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ...text.concepts import parse_templates
+from ...text.captions import templates_of
 from .method import METHODS
 
 CUSTOM = "custom"
@@ -43,7 +43,7 @@ def published(kind, method, preserved):
 def chosen(kind, method, preserved, given):
     """Settings and templates of a job: for "custom" the given ones, whose templates are lines, else those published."""
     if kind == CUSTOM:
-        return given | {"templates": tuple(parse_templates(given["templates"]))}
+        return given | {"templates": tuple(templates_of(given["templates"]))}
     return {"templates": PRESETS[kind].templates, **published(kind, method, preserved)}
 
 

@@ -4,7 +4,8 @@ The published loop edits every cross-attention matrix; with W_l -> W_l P for all
 needs P and the Gram matrix S of the original weights.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -31,6 +32,7 @@ from .solver import (
 from .uce import PRESET, Scales, target_rows, uce_of, uce_row_terms, uce_solver, uce_terms
 
 PENALTIES = ("length", "outputs", "distance", "both", "replacement")  # what the penalty is on, see Derivation
+EDIT_SCALE = 0.1  # weight of a preserved row in the rounds, of the published code
 
 
 class Derivation:
@@ -245,6 +247,16 @@ class MomentsEpoch:
         return list(zip(changes.split(sizes, 1), rows.split(sizes)))
 
 
+def held_rows(groups, preserve_scale):
+    """Blocks of the concepts' own rows c, which the rounds are to leave where UCE's edit took them.
+
+    A derived embedding c' lies where that edit does not reach, or beyond: what tells it from the preserved rows is then
+    the opposite of what tells c from them, and the round that takes c' to the replacement takes c back to the concept.
+    Kept at the weight of a target, c stays erased. preserve_scale: weight of a preserved row in the rounds.
+    """
+    return [rows * preserve_scale**-0.5 for rows in target_rows(groups)]
+
+
 def rece_terms(
     groups,
     full_groups,
@@ -255,10 +267,11 @@ def rece_terms(
     penalty=0.1,
     penalty_on="length",
     edit_anchor=0.1,
-    edit_preserve_scale=0.1,
+    edit_preserve_scale=EDIT_SCALE,
     on_epoch=None,
     erase_scale=1.0,
     fixed=None,
+    held=(),
     **uce_scales,
 ):
     """For each concept factors A (d, n), B (n, d), float64, of UCE followed by RECE; see rece_of()."""
@@ -272,6 +285,8 @@ def rece_terms(
     p.diagonal().add_(1.0)
     count, basis = sum(group_sizes(full_groups)), fixed_basis(fixed)
     moments = Moments(full_groups, penalty_on == "replacement") if count > len(p) else None
+    if held:
+        preserve_gram = preserve_gram + gram(held)
     rounds = Rounds(preserve_gram, weight_gram, count, edit_preserve_scale, edit_anchor, penalty, penalty_on, basis)
     for number in range(1, epochs + 1):
         last = number == epochs
@@ -295,18 +310,21 @@ def rece_row_terms(
     layers,
     basis=None,
     *,
+    kept=None,
     epochs=1,
     penalty=0.1,
     penalty_on="length",
     edit_anchor=0.1,
-    edit_preserve_scale=0.1,
+    edit_preserve_scale=EDIT_SCALE,
     on_epoch=None,
     **uce_scales,
 ):
     """The same where the rows, and the outputs of the layers, are fewer than the text is wide, without (d, d) matrices.
 
     preserved: Rows or None, outside of basis; layers: LayerGram; basis: orthonormal (d, h) of the fixed rows or None.
+    kept: Rows that the rounds preserve, None for the same.
     """
+    kept = preserved if kept is None else kept
     parts = [list(uce_row_terms(groups, preserved, basis, **uce_scales))]
     p = LowRankMap(layers)
     targets, replacements, sizes = stacked(full_groups)
@@ -314,7 +332,7 @@ def rece_row_terms(
         p.add(*(torch.cat(factors, dim) for factors, dim in zip(zip(*parts[-1]), (1, 0))))
         derived = derived_by_rows(targets, replacements, p, penalty, penalty_on)
         try:
-            rows = row_ridge(Rows([derived], basis), preserved, 1.0, edit_preserve_scale, edit_anchor)
+            rows = row_ridge(Rows([derived], basis), kept, 1.0, edit_preserve_scale, edit_anchor)
         except torch.linalg.LinAlgError:
             raise unstable(edit_anchor) from None
         changes = p.of(replacements - derived).T
@@ -335,6 +353,7 @@ def rece_of(
     anchor=0.5,
     edit_anchor=0.1,
     fixed=None,
+    hold=False,
     **settings,
 ):
     """TextMap of UCE followed by `epochs` rounds of RECE.
@@ -343,18 +362,19 @@ def rece_of(
     replacements at the same places (no slicing at the last subject token here, as published). weight_gram:
     S of the unedited layers that read the text, (d, d) or LayerGram. settings: penalty, penalty_on (one of PENALTIES),
     edit_preserve_scale, those of UCE, and on_epoch, which is called with the number of finished epochs.
-    fixed: as for uce_of().
+    fixed: as for uce_of(). hold: whether the rounds leave the erased rows where they are, see held_rows().
     """
     width, first, full = len(weight_gram), group_sizes(groups), group_sizes(full_groups)
     settings.update(epochs=epochs, anchor=anchor, edit_anchor=edit_anchor)
+    held = held_rows(full_groups, settings.get("edit_preserve_scale", EDIT_SCALE)) if hold else []
     by_layers = isinstance(weight_gram, LayerGram)
-    if by_layers and max(sum(first), sum(full)) + count_of(preserve) < width:
+    if by_layers and max(sum(first), sum(full)) + count_of(preserve) + count_of(held) < width:
         basis, blocks = fixed_basis(fixed), as_blocks(preserve)
-        preserved = Rows(blocks, basis) if blocks else None
-        terms = rece_row_terms(groups, full_groups, preserved, weight_gram, basis, **settings)
+        preserved, kept = (Rows(rows, basis) if rows else None for rows in (blocks, [*blocks, *held]))
+        terms = rece_row_terms(groups, full_groups, preserved, weight_gram, basis, kept=kept, **settings)
     else:
         weight_gram = weight_gram.dense() if by_layers else weight_gram.to(torch.float64)
-        terms = rece_terms(groups, full_groups, gram(preserve), weight_gram, fixed=fixed, **settings)
+        terms = rece_terms(groups, full_groups, gram(preserve), weight_gram, fixed=fixed, held=held, **settings)
     return text_map(terms, [n + epochs * m for n, m in zip(first, full)], width)
 
 
@@ -368,7 +388,7 @@ class Settings(Scales):
     penalty_on: str = PENALTIES[0]
 
 
-def solve(job, encoded, weight_gram=None, on_round=None):
+def solve(job, encoded, weight_gram=None, on_round=None, hold=False):
     """TextMap of a job, see Method; without a weight_gram, which embeddings are derived from, its UCE part."""
     settings = asdict(job.settings)
     if spreads(job, encoded):
@@ -380,9 +400,10 @@ def solve(job, encoded, weight_gram=None, on_round=None):
         preserve = [encoded[p].rows for p in job.preserved()]
     if weight_gram is None:
         return uce_of(groups, preserve, **{k: v for k, v in settings.items() if k in (*asdict(Scales()), "fixed")})
-    return rece_of(groups, full, preserve, weight_gram, on_epoch=on_round, **settings)
+    return rece_of(groups, full, preserve, weight_gram, on_epoch=on_round, hold=hold, **settings)
 
 
 OBJECT = PRESET | {"penalty_on": PENALTIES[0], "epochs": 1, "penalty": 0.1}  # of the published scripts
 PRESETS = {"object": OBJECT, "style": OBJECT | {"penalty": 0.001}, "person": OBJECT, "nudity": OBJECT | {"epochs": 3}}
 RECE = Method("RECE", Settings, solve, True, PRESETS, by_preserved=True, rounds=lambda settings: settings.epochs)
+REGULARISED = replace(RECE, name="RECE, regularised", solve=partial(solve, hold=True))

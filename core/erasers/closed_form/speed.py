@@ -190,6 +190,13 @@ class Settings:
     tokens: str = SUBJECT
 
 
+def by_captions(carrying, settings):
+    """{"rho"} for rows that share a caption's weight: rho is published for means over captions of one row each, and
+    the solution takes its means over rows, which are so many times as many and so much shorter together."""
+    pairs = [pair for group in carrying.groups for pair in group]
+    return {"rho": settings["rho"] * len(pairs) / max(1, sum(len(targets) for targets, _ in pairs))}
+
+
 def solve(job, encoded, weight_gram=None, on_round=None):
     """TextMap of a job, see Method.
 
@@ -201,6 +208,7 @@ def solve(job, encoded, weight_gram=None, on_round=None):
     if spreads(job, encoded):
         found = carrying(job, encoded, job.retained_captions())
         retained = torch.cat([*found.preserved.values(), *found.replacing, found.empty[:0]])
+        settings |= by_captions(found, settings)
         return speed_of(found.groups, retained, found.empty, fixed=found.fixed, every=False, **settings)
     tokens = job.settings.tokens
     groups, retained = token_groups(job, encoded, tokens), preserved_rows(job, encoded, job.retained_captions(), tokens)

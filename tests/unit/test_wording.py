@@ -1,0 +1,57 @@
+"""Wording: built-in captions by a word, and the demo world's styles that no template of the pack has."""
+
+import pytest
+from membrane.core.erasers.closed_form.daily import daily_job
+from membrane.core.erasers.closed_form.presets import PRESETS
+from membrane.core.text.captions import KINDS, captions_of, templates_of
+from membrane.core.text.concepts import fill
+from membrane.tools.pixel_world import world
+from membrane.tools.pixel_world.styles import IN_STYLE, captions_in, styles_of
+
+
+@pytest.mark.parametrize("text", ["automatic", " Automatic\n"])
+def test_one_word_stands_for_the_built_in_captions(text):
+    assert templates_of(text) == list(captions_of("anything").templates)
+    assert len(templates_of(text)) == 24
+
+
+def test_own_captions_and_the_bare_word_are_taken_as_they_are():
+    assert templates_of("{}\na photo of {}") == ["{}", "a photo of {}"]
+    assert templates_of("{}") == templates_of("") == ["{}"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kind_says_what_the_word_stands_for(kind):
+    assert daily_job("star", (), kind, templates="automatic") == daily_job("star", (), kind)
+    assert daily_job("star", (), kind, templates="{}").templates != captions_of(kind).templates
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_stands_in_every_caption(kind):
+    job = daily_job("star -> circle", ("heart",), kind)
+    assert {fill(template, "heart") for template in captions_of(kind).templates} <= set(job.captions())
+
+
+@pytest.mark.parametrize("attribute", ["shape", "colour", "texture"])
+def test_no_template_of_the_pack_writes_a_held_out_style(attribute):
+    sprites = world.from_index(range(0, 1024, 37))
+    names = [world.NAMES[attribute][i] for i in getattr(sprites, attribute)]
+    names += [world.SYNONYMS[name] for name in names] if attribute == "shape" else []
+    templates = {t for kind in KINDS for t in captions_of(kind).templates} | {
+        t for p in PRESETS.values() for t in p.templates
+    }
+    ours = {fill(template, name).lower() for template in templates for name in names}
+    for style in styles_of(attribute):
+        captions = captions_in(style, attribute, sprites)
+        assert len(set(captions)) > 1
+        if style not in (IN_STYLE, "bare word"):  # the bare word is in every set of templates
+            assert not ours & {caption.lower() for caption in captions}, style
+
+
+@pytest.mark.parametrize("attribute", ["shape", "colour", "texture"])
+def test_every_style_names_the_value_once(attribute):
+    sprites = world.from_index([700])
+    value = world.NAMES[attribute][getattr(sprites, attribute)[0]]
+    for style in styles_of(attribute):
+        name = world.SYNONYMS[value] if style == "synonym" else value
+        assert captions_in(style, attribute, sprites)[0].lower().count(name) == 1
