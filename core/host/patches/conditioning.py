@@ -4,6 +4,7 @@ import contextlib
 import weakref
 
 import comfy.conds
+import comfy.utils
 import torch
 
 from ...adapters.gates import gate_values, of_negative, stronger
@@ -41,6 +42,15 @@ class Runs:
         return tuple(sorted(set().union(*(s["active"] for s in states)))) if states else tuple(range(count))
 
 
+class Gates(comfy.conds.CONDRegular):
+    """Values (rows, K) that travel with a conditioning on the processor: a step compares them with those of the step
+    before, which on a graphics card it would have to wait for."""
+
+    def process_cond(self, batch_size, **kwargs):
+        """The values for a batch, as the host asks for them."""
+        return self._copy_with(comfy.utils.repeat_to_batch_size(self.cond, batch_size))
+
+
 class ErasedConditioning(Patch):
     """Stands in for the base model's `extra_conds`: erases from each conditioning's text once, and sets its gates.
 
@@ -75,7 +85,7 @@ class ErasedConditioning(Patch):
             if entry.result in out:
                 out[entry.result] = self._prepared(entry, out[entry.result], gates)
         if self.travels:
-            out[GATES] = comfy.conds.CONDRegular(gates.to(kwargs.get("device", "cpu")))
+            out[GATES] = Gates(gates.cpu())
         return out
 
     @contextlib.contextmanager

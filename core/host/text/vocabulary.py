@@ -49,8 +49,11 @@ def words_near(clip, concept, count):
 def spelled_words(clip, texts):
     """Words of texts, in lower case, that every tokenizer of a CLIP takes apart into pieces of one or two letters.
 
-    Only words in letters with spaces between them count; Han, kana and Hangul are always taken apart.
+    Only words in letters with spaces between them count; Han, kana and Hangul are always taken apart. None of a CLIP
+    that shows no tokenizer, as those of other packs may.
     """
+    if getattr(clip, "tokenizer", None) is None:
+        return []
     words = dict.fromkeys(word for text in texts for word in plain_words(text) if len(word) > 2 and word.isascii())
     return [word for word in words if word.isalpha() and _is_spelled(clip, word)]
 
