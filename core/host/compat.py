@@ -107,18 +107,33 @@ def calculate_weight(model, patches, weight, key):
     return model.calculate_weight(patches, weight, key)
 
 
-def stored_weight(weight):
-    """The number tensor of a stored weight; newer hosts give it together with how to turn it into numbers."""
+def stored_weight(weight, layer=None):
+    """The number tensor of a stored weight; newer hosts give it together with how to turn it into numbers.
+
+    layer: the module that it belongs to; of loaders of GGUF files it alone can do so.
+    """
     if isinstance(weight, tuple):
         stored, convert = weight
         weight = convert(stored, inplace=False) if callable(convert) else stored
-    return plain_numbers(weight)
+    if _is_plain(weight) or not hasattr(layer, "get_weight"):
+        return plain_numbers(weight)
+    patches = getattr(weight, "patches", None)  # which get_weight() would add, once more than the caller
+    if patches:
+        weight.patches = []
+    try:
+        return layer.get_weight(weight, torch.float32)
+    finally:
+        if patches:
+            weight.patches = patches
+
+
+def _is_plain(weight):
+    return type(weight) in (torch.Tensor, torch.nn.Parameter)
 
 
 def plain_numbers(weight):
     """A weight as a plain tensor; hosts of 2026 and loaders of GGUF files have tensors that stand for others."""
-    plain = not hasattr(weight, "dequantize") or type(weight) in (torch.Tensor, torch.nn.Parameter)
-    return weight if plain else weight.dequantize()
+    return weight if _is_plain(weight) or not hasattr(weight, "dequantize") else weight.dequantize()
 
 
 def patcher_class(dynamic):

@@ -18,7 +18,8 @@ from .layers import NETWORK, WEIGHT, family, layer_keys, plain_key, readers, tex
 def effective_weight(model, key, patches):
     """Weight of one layer with its patches applied, float32 on the CPU; patches: get_key_patches()[key]."""
     weight, *rest = patches
-    weight = stored_weight(weight).detach().to("cpu", torch.float32, copy=True)
+    layer = model.model.get_submodule(key.rpartition(".")[0])
+    weight = stored_weight(weight, layer).detach().to("cpu", torch.float32, copy=True)
     return calculate_weight(model, rest, weight, key) if rest else weight
 
 
