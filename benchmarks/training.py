@@ -192,6 +192,13 @@ def published(denoiser, texts, settings, x, k, alphas):
     (erase + settings.lam * (on - off).square().mean()).backward()
 
 
+def without_checkpoints(model):
+    """Takes away what computes a block twice, from a network that a HostDenoiser has made ready."""
+    for module in model.model.diffusion_model.modules():
+        if type(module.__dict__.get("forward")).__name__ == "_Checkpointed":
+            del module.forward
+
+
 def cost(way, full, size):
     """Prints seconds of each of 3 iterations and the peak of memory above the loaded model; in a process of its own."""
     torch.set_num_threads(1)
@@ -206,10 +213,8 @@ def cost(way, full, size):
     settings, alphas = Settings(size=(size, size)), alphas_cumprod()
     step = {"ours": ours, "published": published}[way]
     with HostDenoiser(model, trainable_sites(model)) as denoiser:
-        if way == "published":  # without the blocks computed twice
-            for module in model.model.diffusion_model.modules():
-                if type(module.__dict__.get("forward")).__name__ == "_Checkpointed":
-                    del module.forward
+        if way == "published":
+            without_checkpoints(model)
         with torch.no_grad():
             denoiser.predict(torch.randn(2, 4, size, size), torch.tensor([5, 5]), torch.stack([texts.empty] * 2), True)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,6 +10,7 @@ from ..core.host.patches.on_weights import apply_to_weights
 from ..core.host.patches.origin import origin_warnings
 from ..core.host.patches.stack import apply_stack
 from . import inputs
+from .shown import part, shown
 
 MODE_TOOLTIP = (
     "How far an adapter opens. automatic: as its method was published. fixed: always fully. facilitated transport: "
@@ -64,13 +65,19 @@ class MembraneStackEditor:
     TITLE = "Erasure Stack Editor"
     DESCRIPTION = (
         "A whole stack of erasure adapters as one text, to edit, copy and share. Files are those in "
-        "models/erasure_adapters; a LORA_STACK of other packs can be added."
+        "models/erasure_adapters; a LORA_STACK of other packs can be added. With model and clip connected it "
+        "applies the stack itself, and can be bypassed."
     )
     SEARCH_ALIASES = ["stack json", "erasure list", "lora stack", "multi lora"]
     CATEGORY = "membrane"
-    RETURN_TYPES = ("ERASURE_STACK", "STRING")
-    RETURN_NAMES = ("stack", "concepts")
-    OUTPUT_TOOLTIPS = ("The stack.", "What it erases, one concept per line; those switched off are not listed.")
+    RETURN_TYPES = ("ERASURE_STACK", "STRING", "MODEL", "CLIP")
+    RETURN_NAMES = ("stack", "concepts", "model", "clip")
+    OUTPUT_TOOLTIPS = (
+        "The stack.",
+        "What it erases, one concept per line; those switched off are not listed.",
+        "The model that came in, with the stack on it.",
+        "The text encoder as it came in.",
+    )
     FUNCTION = "build"
 
     @classmethod
@@ -89,20 +96,33 @@ class MembraneStackEditor:
                     "LORA_STACK",
                     {"tooltip": "LoRAs from another pack's stack node, added with their model strength."},
                 ),
+                "model": inputs.model("Optional: the model to erase from. It comes out with the stack on it."),
+                "clip": ("CLIP", {"tooltip": "The text encoder whose words the model reads, when model is connected."}),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
-    def IS_CHANGED(cls, stack_json, stack=None, lora_stack=None, unique_id=None):
+    def IS_CHANGED(cls, stack_json, stack=None, lora_stack=None, model=None, clip=None, unique_id=None):
         return [signature(adapter_path(name)) for name in names(stack_json)]
 
-    def build(self, stack_json, stack=None, lora_stack=None, unique_id=None):
+    def build(self, stack_json, stack=None, lora_stack=None, model=None, clip=None, unique_id=None):
         whole = (stack or ErasureStack()) + from_json(stack_json, load_adapter, unique_id)
         for row in lora_stack or ():
             whole = whole.with_entry(_lora_entry(row))
         concepts = dict.fromkeys(c for entry in whole.entries if entry.acts for c in entry.adapter.card.concepts)
-        return whole, "\n".join(concepts)
+        said = []
+        if model is not None:
+            said = _origin(model, clip, whole)
+            model = apply_stack(model, whole, clip)
+        result = whole, "\n".join(concepts), model, clip
+        return shown(result, *said) if said else result
+
+
+def _origin(model, clip, stack):
+    """What the page says of adapters that were made elsewhere: no part, or one."""
+    said = [] if clip is None else origin_warnings(model, clip, stack)
+    return [part("Made elsewhere", said, warning=True)] if said else []
 
 
 def _lora_entry(row):
@@ -180,9 +200,9 @@ class MembraneApply:
             "required": {
                 "model": inputs.model("The model to erase from."),
                 "clip": inputs.CLIP,
-                "stack": inputs.stack("The adapters to apply."),
             },
             "optional": {
+                "stack": inputs.stack("The adapters to apply; without any the model stays as it is."),
                 "apply_to": inputs.choice(
                     ["text", "weights"],
                     "text",
@@ -190,13 +210,17 @@ class MembraneApply:
                     "ranges and permeability. weights: can be saved with CheckpointSave and merged; LoRAs go before "
                     "it.",
                 ),
+                "adapter": ("ERASURE_ADAPTER", {"tooltip": "One adapter by itself, applied fully beside the stack."}),
             },
         }
 
-    def apply(self, model, clip, stack, apply_to="text"):
-        said = origin_warnings(model, clip, stack)
+    def apply(self, model, clip, stack=None, apply_to="text", adapter=None):
+        stack = stack or ErasureStack()
+        if adapter is not None:
+            stack = stack.with_entry(Entry(adapter))
+        said = _origin(model, clip, stack)
         erased = apply_to_weights(model, stack) if apply_to == "weights" else apply_stack(model, stack, clip)
-        return {"ui": {"text": said}, "result": (erased,)} if said else (erased,)
+        return shown((erased,), *said, text=said[0]["lines"]) if said else (erased,)
 
 
 NODES = [MembraneStack, MembraneStackEditor, MembranePermeability, MembraneApply]

@@ -34,25 +34,82 @@ class Rows:
 
     def __init__(self):
         self.every, self.gates, self.active, self.texts, self.timed = None, None, (), {}, frozenset()
+        self.lending, self.places = None, None
         self.count, self.under_way = 0, lambda: False
 
     @contextlib.contextmanager
-    def lent(self, every, active, texts=None, timed=(), count=0):
-        """While it lasts, the rows are those of a call with these gates, (rows, all gates)."""
+    def lent(self, every, active, texts=None, timed=(), told=None, parts=(), count=0):
+        """While it lasts, the rows are those of a call with these gates, (rows, all gates).
+
+        told: the same gates on the processor, None where they are not known there. parts: Parts that get the gates of
+        their rows, each once for all layers.
+        """
         before = self.every, self.gates, self.active, self.texts, self.timed, self.count
-        gates = torch.cat([every[:, list(active)], every.new_ones(len(every), 1)], dim=1)
+        lending = self._lending(every, active, told)
         self.every, self.gates, self.active, self.texts, self.timed = (
             every,
-            gates,
+            lending.gates,
             active,
             texts or {},
             frozenset(timed),
         )
         self.count = count
+        lending.spread(parts)
         try:
             yield
         finally:
             self.every, self.gates, self.active, self.texts, self.timed, self.count = before
+            for part in parts:
+                part.columns = None
+
+    def alike(self, gates):
+        """Whether a call's gates, `every` or `gates`, are the same in all rows; waits for the device only where the
+        gates are not known on the processor."""
+        known = self.lending
+        if known is not None and (gates is known.every or gates is known.gates):
+            return known.alike(gates is known.every)
+        return _alike(gates)
+
+    def _lending(self, every, active, told):
+        known = self.lending
+        if known is None or known.every is not every or known.active != active:
+            if self.places is None or self.places[0] != (active, every.device):
+                places = torch.tensor(active, dtype=torch.long, device=every.device)
+                self.places = (active, every.device), places
+            known = self.lending = _Lending(every, active, self.places[1], told)
+        return known
+
+
+class _Lending:
+    """The gates of a call as layers use them, kept for as many calls as have the same."""
+
+    def __init__(self, every, active, places, told):
+        self.every, self.active, self.told = every, active, told
+        self.gates = torch.cat([every.index_select(1, places), every.new_ones(len(every), 1)], dim=1)
+        self.columns, self.found = {}, {}
+
+    def spread(self, parts):
+        """Gives Parts the gates of their rows, (rows, K), of the type of their factors."""
+        for part in parts:
+            if part.ready is None:
+                continue
+            dtype = part.wanted[2]
+            if (part.numbers, dtype) not in self.columns:
+                self.columns[part.numbers, dtype] = self.gates[:, part.ready.gate].to(dtype)
+            part.columns = self.columns[part.numbers, dtype]
+
+    def alike(self, of_all):
+        """Whether all rows of `every`, or of `gates`, are the same."""
+        if of_all not in self.found:
+            if self.told is None:
+                self.found[of_all] = _alike(self.every if of_all else self.gates)
+            else:
+                self.found[of_all] = _alike(self.told if of_all else self.told[:, list(self.active)])
+        return self.found[of_all]
+
+
+def _alike(rows):
+    return bool((rows == rows[:1]).all())
 
 
 class Changes:
@@ -119,7 +176,7 @@ class Bypass(Patch):
             return self._changed(x, ready)
         y = self.original(x, *args, **kwargs)
         for factors, part, where in ready:
-            y = self._added(x, y, factors, part.outputs, where)
+            y = self._added(x, y, factors, part, where)
         if self.changes is not None:  # what another pack does beside the weight stays
             y = y - self._changed(x, ready, removed=True).to(y.dtype)
         return y
@@ -184,15 +241,22 @@ class Bypass(Patch):
             rows.append(functional.linear(row, full - changed if removed else changed, shift))
         return torch.stack(rows)
 
-    def _added(self, x, y, factors, outputs, where):
+    def _added(self, x, y, factors, part, where):
         """y with a part's changes; row by row where the memory is too small for all rows at once."""
-        gates = self._for_rows(self.rows.gates, x)
+        gates, columns = self._for_rows(self.rows.gates, x), part.columns
+        if columns is None or columns.dtype != x.dtype:
+            columns = gates[:, factors.gate].to(x.dtype)
+        else:
+            columns = self._for_rows(columns, x)
         try:
-            return self._add(x, y, factors, outputs, where, gates)[0]
+            return self._add(x, y, factors, part.outputs, where, gates, columns)[0]
         except torch.cuda.OutOfMemoryError:  # nothing was written yet
-            rows = gates.expand(len(x), -1).split(1)
+            rows = (each.expand(len(x), -1).split(1) for each in (gates, columns))
         try:
-            found = [self._add(*row, factors, outputs, where, own) for *row, own in zip(x.split(1), y.split(1), rows)]
+            found = [
+                self._add(*row, factors, part.outputs, where, *own)
+                for *row, own in zip(x.split(1), y.split(1), zip(*rows))
+            ]
         except torch.cuda.OutOfMemoryError as error:
             # the host knows this kind of error and makes room
             raise torch.cuda.OutOfMemoryError(
@@ -201,11 +265,11 @@ class Bypass(Patch):
             ) from error
         return y if found[0][1] else torch.cat([row for row, _ in found])
 
-    def _add(self, x, y, factors, outputs, where, gates):
+    def _add(self, x, y, factors, outputs, where, gates, columns):
         """(output, whether it was written in place)."""
         whole = outputs is None and where is None
         x = x if where is None else x[:, where]
-        delta, in_place = factors.added(x, y, gates, self.owner, self.previous is None and whole)
+        delta, in_place = factors.added(x, y, gates, columns, self.owner, self.previous is None and whole)
         if in_place:
             return y, True
         if whole:
@@ -216,14 +280,15 @@ class Bypass(Patch):
         return y, False
 
     def _for_rows(self, gates, x):
-        """Gates (batch, K) or (1, K) of what the layer gets; one row for all where the gates of all are equal."""
+        """Gates (batch, K) or (1, K) of what the layer gets; one row for all where the gates of all are equal. gates:
+        those of the call, or columns of them."""
         rows, found = len(gates), len(x)
         added = self.order == WHOLE and self.rows.count and found != self.rows.count
         if (rows == 1 and not added) or (rows == found and self.order != MIXED):
             return gates
         if self.order == TILED and found % rows == 0:
             return gates.repeat_interleave(found // rows, dim=0)
-        if bool((gates == gates[:1]).all()) and not added:
+        if not added and self.rows.alike(gates):
             return gates[:1]
         if self.order in (TILED, WHOLE):
             raise ErasureError(

@@ -8,7 +8,7 @@ from ..errors import ErasureError
 from ..families.family import ALL
 from ..families.table import FAMILIES
 from ..text.similarity import Concepts
-from .deltas import low_rank, text_map
+from .deltas import low_rank, mask, text_map
 from .deltas.delta import OPEN, Term
 from .gates import gated, gates_of
 from .permeability import FIXED, REFERENCE
@@ -31,7 +31,7 @@ class LayerPlan:
         self._static = [term for term in whole if term.gate == OPEN]
         self._gated = [term for term in whole if term.gate != OPEN]
         others = [term for term, change in found if change is None]
-        self.on_weight = tuple(sorted(others, key=lambda term: term.delta.last))
+        self.on_weight = mask.joined(sorted(others, key=lambda term: term.delta.last))
 
     @cached_property
     def static(self):

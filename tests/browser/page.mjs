@@ -124,6 +124,38 @@ export async function fresh(page, { text = null, positive = "a red star on snow"
     if (files) await page.waitForTimeout(250);
 }
 
+/**
+ * A graph of some nodes, {name: [type, place, widgets]}, and links, [from, output, to, input]; how the page numbers each
+ * node, by name.
+ */
+export async function build(page, nodes, wires) {
+    const numbers = await api(
+        page,
+        async ([nodes, wires]) => {
+            const { graph } = app, made = {};
+            graph.clear();
+            for (const [name, [type, pos, widgets]] of Object.entries(nodes)) {
+                const node = (made[name] = LiteGraph.createNode(type));
+                node.pos = pos;
+                graph.add(node);
+                for (const [key, value] of Object.entries(widgets ?? {})) node.widgets.find((w) => w.name === key).value = value;
+            }
+            for (const [from, output, to, input] of wires) {
+                made[from].connect(output, made[to], made[to].inputs.findIndex((slot) => slot.name === input));
+            }
+            const numbers = Object.fromEntries(Object.entries(made).map(([name, node]) => [name, node.id]));
+            await app.loadGraphData(JSON.parse(JSON.stringify(graph.serialize())));
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [70, 90];
+            app.canvas.setDirty(true, true);
+            return numbers;
+        },
+        [nodes, wires],
+    );
+    await page.waitForTimeout(300);
+    return numbers;
+}
+
 /** The text of the n-th stack editor of the graph. */
 export const stackText = (page, n = 0) =>
     api(

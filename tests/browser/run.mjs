@@ -2,6 +2,7 @@
 
 import { Absent, launch, openPage } from "./page.mjs";
 import { SCENARIOS } from "./scenarios.mjs";
+import { PARTS } from "./scenarios_parts.mjs";
 
 const [url, ...wanted] = process.argv.slice(2);
 const browser = await launch();
@@ -11,7 +12,7 @@ try {
         let page, error = null, absent = null;
         try {
             page = await openPage(browser, url);
-            await SCENARIOS[name](page);
+            await { ...SCENARIOS, ...PARTS }[name](page);
             const problems = page.problems.filter((problem) => problem.includes("/extensions/membrane/"));
             if (problems.length) error = `scripts failed: ${problems.join("; ")}`;
         } catch (failure) {

@@ -7,7 +7,7 @@ import {
 const THREE = stack({ adapter: STAR }, { adapter: HEART, strength: 0.5 }, { adapter: STRIPED, enabled: false });
 const row = (page, n) => page.locator(".membrane-stack .membrane-row").nth(n);
 
-async function undo(page, keys = "Control+z") {
+export async function undo(page, keys = "Control+z") {
     await page.evaluate(() => document.activeElement?.blur());
     await page.waitForTimeout(3000); // the page takes a change down when it next draws, late on a busy machine
     await page.keyboard.press(keys, { delay: 50 }); // as long as a person holds it
@@ -15,7 +15,7 @@ async function undo(page, keys = "Control+z") {
 }
 
 /** Like same(), of what a page may need a moment for. */
-async function becomes(get, expected, what) {
+export async function becomes(get, expected, what) {
     const wanted = JSON.stringify(expected);
     let last;
     await until(async () => JSON.stringify((last = await get())) === wanted, what).catch(() => same(last, expected, what));
@@ -432,12 +432,12 @@ async function speaksChineseEverywhere(page) {
 }
 
 /** Leaves a scenario out where the page lacks what it is about. */
-async function needs(page, action, what) {
+export async function needs(page, action, what) {
     if (!(await api(page, action))) throw new Absent(`this ComfyUI's page has no ${what}`);
 }
 
 /** Leaves a scenario out where Nodes 2.0, as in its first versions, leave out what any extension draws. */
-async function drawsElementsOfExtensions(page) {
+export async function drawsElementsOfExtensions(page) {
     await api(page, () => {
         const node = LiteGraph.createNode("EmptyLatentImage"), probe = document.createElement("div");
         probe.className = "membrane-probe";
@@ -451,7 +451,7 @@ async function drawsElementsOfExtensions(page) {
 }
 
 /** Queues the workflow as a person would, by the page's button where there is one of a known name. */
-async function queue(page) {
+export async function queue(page) {
     const button = page.locator('#queue-button, [data-testid="queue-button"] button, button[data-testid="queue-button"], .queue-button-group button').first();
     if (await button.isVisible().catch(() => false)) await button.click();
     else await api(page, () => app.queuePrompt(0));

@@ -14,7 +14,7 @@ import inspect
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -36,7 +36,7 @@ class Network:
     weights is not the same as one of the text. width: of the text vectors; extra: what its encoders give beside them;
     padded: tokens of every prompt, None for as many as it has. settings: what its configuration gets after it was made;
     parameters: where the host lists the names of `unet` that it knows, (module, class); needs: those without which it
-    is another family.
+    is another family. longest: the most tokens of a prompt.
     """
 
     config: str
@@ -49,6 +49,7 @@ class Network:
     settings: dict = field(default_factory=dict)
     parameters: tuple = ()
     needs: tuple = ()
+    longest: int = words.LONGEST
 
 
 UNET = dict(
@@ -341,6 +342,37 @@ NETWORKS = {
 }  # fmt: skip
 
 
+def _full(name, latent, width, padded, extra=None, **sizes):
+    """A network of NETWORKS in the size of its checkpoints, with prompts of `padded` tokens."""
+    made = NETWORKS[name]
+    return replace(
+        made, unet={**made.unet, **sizes}, latent=latent, width=width, padded=padded, extra=extra, longest=padded
+    )
+
+
+# as the checkpoints have them: no tests build these, but what measures speed and memory does
+FULL = {
+    "sd15_full": _full(
+        "sd15", (4, 64, 64), 768, 77, model_channels=320, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4],
+        num_heads=8, transformer_depth=[1] * 6 + [0] * 2, transformer_depth_output=[1] * 9 + [0] * 3, context_dim=768,
+    ),
+    "sdxl_full": _full(
+        "sdxl", (4, 128, 128), 2048, 77, words.pooled(1280), model_channels=320, num_res_blocks=[2] * 3,
+        channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10], transformer_depth_middle=10,
+        transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], context_dim=2048, adm_in_channels=2816,
+    ),
+    "flux_full": _full(
+        "flux_dev", (16, 128, 128), 4096, 512, words.pooled(768), vec_in_dim=768, context_in_dim=4096,
+        hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56],
+    ),
+}  # fmt: skip
+
+
+def network(name):
+    """The Network of a name in NETWORKS or FULL."""
+    return NETWORKS.get(name) or FULL[name]
+
+
 # layers that bring the text to the picture; of random weights, text that is few rows among many would hardly be heard
 HEARD = re.compile(
     r"(txt_attn|context_block\.attn)\.qkv|attn\.txt_qkv|(add_v_proj|cross_attn\.v_proj|attn\.w1v|self_attention\.to_v)\."
@@ -349,16 +381,16 @@ HEARD = re.compile(
 LOUDER = 8
 
 
-def fill(module, seed=0):
-    """Gives every parameter numbers of a sensible size, always the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)
+def fill(module, seed=0, device=CPU):
+    """Gives every parameter numbers of a sensible size, always the same for a seed and the device that draws them."""
+    generator = torch.Generator(device).manual_seed(seed)
     stored = module.state_dict().keys()  # buffers that come from a checkpoint have no numbers of their own either
     buffers = [(name, b) for name, b in module.named_buffers() if name in stored and "inv_freq" not in name]
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *buffers]:
             if not tensor.is_floating_point():
                 continue
-            noise = torch.randn(tensor.shape, generator=generator)
+            noise = torch.randn(tensor.shape, generator=generator, device=device)
             if tensor.dim() >= 2 and name.endswith("weight"):
                 noise = noise / math.sqrt(max(1, tensor[0].numel())) * (LOUDER if HEARD.search(name) else 1)
             elif name.endswith(("weight", "scale", "gamma")):
@@ -388,12 +420,12 @@ def configuration(name, **sizes):
     import comfy.model_base
     import comfy.supported_models
 
-    network = NETWORKS[name]
-    kind = getattr(comfy.supported_models, network.config, None)
+    made = network(name)
+    kind = getattr(comfy.supported_models, made.config, None)
     if kind is None:
-        raise NotInThisHost(f"this host has no {network.config}")
-    config = kind({**_known(network), **sizes})
-    settings = dict(network.settings)
+        raise NotInThisHost(f"this host has no {made.config}")
+    config = kind({**_known(made), **sizes})
+    settings = dict(made.settings)
     if "model_type" in settings:
         found = comfy.model_base.ModelType[settings.pop("model_type")]
         config.model_type = lambda state, prefix="": found
@@ -416,13 +448,13 @@ def _small_adapter(width):
         anima.LLMAdapter = before
 
 
-def base_model(name, seed=0, dtype=torch.float32, manual_cast=None, **options):
+def base_model(name, seed=0, dtype=torch.float32, manual_cast=None, device=CPU, **options):
     """The host's BaseModel of a family with random weights.
 
     options: operations (a class of the host's), quant_config (of its mixed operations; weights are left empty then),
     and sizes of its unet_config.
     """
-    network = NETWORKS[name]
+    made = network(name)
     operations, quantised = options.pop("operations", None), options.pop("quant_config", None)
     config = configuration(name, **options)
     if hasattr(config, "set_inference_dtype"):
@@ -431,24 +463,25 @@ def base_model(name, seed=0, dtype=torch.float32, manual_cast=None, **options):
         config.custom_operations = operations
     if quantised is not None:
         config.quant_config = quantised
-    with _small_adapter(network.width) if network.config == "Anima" else contextlib.nullcontext():
-        model = config.get_model({}, "", device=CPU)
+    with _small_adapter(made.width) if made.config == "Anima" else contextlib.nullcontext():
+        model = config.get_model({}, "", device=device)
     if quantised is None:
-        fill(model.diffusion_model, seed)
+        fill(model.diffusion_model, seed, device)
     return model
 
 
-def build(name, seed=0, dynamic=True, **options):
-    """MODEL of a family. dynamic: the host's patcher as it would take it, else its plain one."""
-    return _patcher(base_model(name, seed, **options), dynamic)
+def build(name, seed=0, dynamic=True, device=CPU, **options):
+    """MODEL of a family. dynamic: the host's patcher as it would take it, else its plain one; device: where it is made
+    and runs."""
+    return _patcher(base_model(name, seed, device=device, **options), dynamic, device)
 
 
-def _patcher(model, dynamic=True):
+def _patcher(model, dynamic=True, device=CPU):
     import comfy.model_patcher
 
     plain = comfy.model_patcher.ModelPatcher
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", plain) if dynamic else plain
-    return kind(model, load_device=CPU, offload_device=CPU)
+    return kind(model, load_device=device, offload_device=CPU)
 
 
 def reading(model, name):
@@ -501,8 +534,8 @@ def quantised(name, kind, seed=0, dynamic=True):
 
 def text_encoder(name, padded="as the family"):
     """CLIP of words.py for a family. padded: tokens of every prompt, None for as many as it has."""
-    network = NETWORKS[name]
-    return words.clip(network.width, network.extra, network.padded if padded == "as the family" else padded)
+    made = network(name)
+    return words.clip(made.width, made.extra, made.padded if padded == "as the family" else padded, made.longest)
 
 
 @torch.no_grad()

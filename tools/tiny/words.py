@@ -19,12 +19,12 @@ LONGEST = 64
 class Tokenizer:
     """Words by their place in WORDS; `padded` tokens for every text, or as many as it has."""
 
-    def __init__(self, padded):
-        self.padded = padded
+    def __init__(self, padded, longest=LONGEST):
+        self.padded, self.longest = padded, longest
 
     def tokenize_with_weights(self, text, return_word_ids=False, **options):
         words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-        ids = [START, *map(_id, words[: LONGEST - 2]), END]
+        ids = [START, *map(_id, words[: self.longest - 2]), END]
         if self.padded:
             ids = (ids + [PAD] * self.padded)[: self.padded]
         return {"tiny": [[(i, 1.0) for i in ids]]}
@@ -40,17 +40,18 @@ def _id(word):
 class Encoder(torch.nn.Module):
     """Vectors (1, T, width) of T tokens.
 
-    extra(ids, generator): what it gives beside them, {name: tensor}; "pooled_output" is the pooled vector.
+    extra(ids, generator): what it gives beside them, {name: tensor}; "pooled_output" is the pooled vector. longest: the
+    most tokens of a prompt.
     """
 
-    def __init__(self, width, extra, device="cpu", dtype=None, model_options=None):
+    def __init__(self, width, extra, longest=LONGEST, device="cpu", dtype=None, model_options=None):
         super().__init__()
         self.extra, self.dtypes = extra, {torch.float32}
         generator = torch.Generator().manual_seed(7)
         vectors = torch.randn(len(WORDS), width, generator=generator)
         self.token_embedding = torch.nn.Embedding(len(WORDS), width)
         self.token_embedding.weight = torch.nn.Parameter(vectors, requires_grad=False)
-        self.places = torch.nn.Parameter(0.3 * torch.randn(LONGEST, width, generator=generator), requires_grad=False)
+        self.places = torch.nn.Parameter(0.3 * torch.randn(longest, width, generator=generator), requires_grad=False)
 
     def set_clip_options(self, options):
         pass
@@ -72,14 +73,14 @@ class Encoder(torch.nn.Module):
         return (*found, given) if given else found  # hosts before August 2024 take no more than two
 
 
-def clip(width, extra=None, padded=8):
+def clip(width, extra=None, padded=8, longest=LONGEST):
     """comfy.sd.CLIP of an Encoder."""
     import comfy.sd
     import comfy.supported_models_base
 
     target = comfy.supported_models_base.ClipTarget(
-        lambda embedding_directory=None, tokenizer_data=None: Tokenizer(padded),
-        functools.partial(Encoder, width, extra),
+        lambda embedding_directory=None, tokenizer_data=None: Tokenizer(padded, longest),
+        functools.partial(Encoder, width, extra, longest),
     )
     return comfy.sd.CLIP(target, embedding_directory=None)
 

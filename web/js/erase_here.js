@@ -1,11 +1,12 @@
 // @ts-check
-// "Erase a concept here": puts an Erase Concepts node into a MODEL link, already wired.
+// "Erase a concept here": puts an Erase Concepts node into a MODEL link, already wired, where there is room for it.
 
+import { freePlace } from "./free_place.js";
 import { linksIn, linksOut, links } from "./graph.js";
-import { app, asOneChange } from "./host.js";
+import { app, asOneChange, drawsNodesAsElements } from "./host.js";
 
 const TITLE = "Erase a concept here";
-const NODE = "MembraneErase";
+const NODES = ["MembraneForget", "MembraneErase"]; // the first of them that the host has
 const NEAR = 40; // graph units between the click and a link that is meant
 
 /** Where a link runs, as points of the graph. */
@@ -48,13 +49,40 @@ function clipFor(graph, origin) {
     return all.length === 1 ? all[0] : null;
 }
 
+const nodeType = () => NODES.find((type) => globalThis.LiteGraph.registered_node_types[type]);
+
+/** Whether an erasure that a node's model goes into would have all it needs. */
+const canErase = (graph, origin) => Boolean(origin && nodeType() && clipFor(graph, origin));
+
+/** The size that a node is going to have on the page. */
+function sizeOf(node) {
+    const [width, height] = node.computeSize();
+    return [Math.max(width, node.size[0]), Math.max(height, node.size[1]) * (drawsNodesAsElements() ? 1.3 : 1)];
+}
+
+/** Moves the canvas to a node that is not to be seen whole. */
+function bringIntoView(node) {
+    const { scale, offset } = app.canvas.ds, box = app.canvas.canvas.getBoundingClientRect();
+    const [x, y] = [0, 1].map((i) => (node.pos[i] + offset[i]) * scale);
+    const inside = x > 0 && y > 0 && x + node.size[0] * scale < box.width && y + node.size[1] * scale < box.height;
+    if (!inside) app.canvas.centerOnNode?.(node);
+}
+
+/** Puts the keyboard into the first text box of a node, as soon as the page has drawn it. */
+function focusWords(node, tries = 20) {
+    const own = node.widgets?.map((widget) => widget.inputEl ?? widget.element).find((box) => box?.tagName === "TEXTAREA");
+    const drawn = document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"] textarea`) ?? own;
+    if (drawn?.isConnected) drawn.focus();
+    if (document.activeElement !== drawn && tries) setTimeout(() => focusWords(node, tries - 1), 50);
+}
+
 /** Puts the node into all given links, which leave one output. */
 function insert(graph, through, place) {
     const [first] = through;
     const origin = graph.getNodeById(first.origin_id);
-    return asOneChange(graph, () => {
-        const node = globalThis.LiteGraph.createNode(NODE);
-        node.pos = place;
+    const inserted = asOneChange(graph, () => {
+        const node = globalThis.LiteGraph.createNode(nodeType());
+        node.pos = freePlace(graph._nodes ?? graph.nodes, place, sizeOf(node));
         graph.add(node);
         const targets = through.map((link) => [graph.getNodeById(link.target_id), link.target_slot]);
         const input = (name) => node.inputs.findIndex((slot) => slot.name === name);
@@ -66,6 +94,8 @@ function insert(graph, through, place) {
         app.canvas.selectNode?.(node);
         return node;
     });
+    bringIntoView(inserted);
+    focusWords(inserted);
 }
 
 const graphOf = (canvas) => canvas.graph ?? app.graph;
@@ -74,7 +104,7 @@ const graphOf = (canvas) => canvas.graph ?? app.graph;
 export function canvasItems(canvas = app.canvas) {
     const graph = graphOf(canvas), [x, y] = canvas.graph_mouse;
     const found = nearest(graph, [x, y]);
-    if (!found) return [];
+    if (!found || !canErase(graph, graph.getNodeById(found.link.origin_id))) return [];
     if (found.distance > NEAR && new Set(links(graph, "MODEL").map((link) => link.origin_id)).size > 1) return [];
     const through =
         found.distance > NEAR
@@ -84,29 +114,34 @@ export function canvasItems(canvas = app.canvas) {
 }
 
 /** Entries of the menu of a node whose model goes somewhere. */
-export function nodeItems(node) {
+function nodeItems(node) {
     const through = linksOut(node).filter((link) => link.type === "MODEL");
-    if (!through.length) return [];
+    if (!through.length || !canErase(node.graph, node)) return [];
     const same = through.filter((link) => link.origin_slot === through[0].origin_slot);
     const place = [node.pos[0] + node.size[0] + 60, node.pos[1]];
     return [{ content: TITLE, callback: () => void insert(node.graph, same, place) }];
 }
 
-/** Pages that do not ask extensions for menu entries have two methods to be extended instead. */
+/** Puts the entry into the menu of a node, above what the page adds last: Clone and Remove. */
+export function addToNodeMenu(node) {
+    if (!node.outputs?.some((output) => output.type === "MODEL")) return;
+    const before = node.getExtraMenuOptions;
+    node.getExtraMenuOptions = function (canvas, options) {
+        const found = before?.call(this, canvas, options);
+        const items = nodeItems(this);
+        if (items.length) options.push(...items);
+        return found;
+    };
+}
+
+/** Pages that do not ask extensions for entries of the canvas' menu have a method to be extended instead. */
 export function addToOldMenus() {
     if (app.collectCanvasMenuItems) return;
-    const extend = (prototype, name, items) => {
-        const before = prototype[name];
-        prototype[name] = function (...args) {
-            const options = before.apply(this, args);
-            const found = items(this);
-            if (found.length) options.push(null, ...found);
-            return options;
-        };
-    };
-    extend(globalThis.LGraphCanvas.prototype, "getCanvasMenuOptions", canvasItems);
-    const nodeMenu = globalThis.LGraphCanvas.prototype.getNodeMenuOptions;
-    globalThis.LGraphCanvas.prototype.getNodeMenuOptions = function (node) {
-        return [...nodeMenu.call(this, node), ...nodeItems(node)];
+    const before = globalThis.LGraphCanvas.prototype.getCanvasMenuOptions;
+    globalThis.LGraphCanvas.prototype.getCanvasMenuOptions = function (...args) {
+        const options = before.apply(this, args);
+        const found = canvasItems(this);
+        if (found.length) options.push(null, ...found);
+        return options;
     };
 }

@@ -78,3 +78,14 @@ export function executionIds(root, node) {
     visit(root, "");
     return found;
 }
+
+/** The node of the page that the host calls so, or the one it lies in; null when there is none. */
+export function nodeByExecutionId(root, id) {
+    let graph = root, found = null;
+    for (const number of String(id).split(":")) {
+        const node = graph?.getNodeById(Number(number)) ?? graph?.getNodeById(number);
+        if (!node) break;
+        [found, graph] = [node, node.subgraph];
+    }
+    return found;
+}

@@ -134,3 +134,37 @@ export function passCanvasGestures(element, scrolls) {
         });
     }
 }
+
+/** The route that gives a file of the output or temp folder, as the host names it. */
+export const fileAddress = (route, file) => `${route}?${new URLSearchParams(file)}`;
+
+/** A short message over the page, where it has such. */
+export function toast(severity, summary, detail) {
+    app.extensionManager?.toast?.add({ severity, summary, detail, life: 12000 });
+}
+
+/** Puts an element of so many pixels below a node's widgets, and makes room for it; it is in no workflow. */
+export function addPart(node, name, element, height) {
+    const widget = node.addDOMWidget(name, name, element, {
+        serialize: false,
+        hideOnZoom: true,
+        getValue: () => "",
+        setValue: () => {},
+        getMinHeight: () => height,
+        getHeight: () => height,
+        getMaxHeight: () => height,
+    });
+    widget.serialize = false;
+    node.setSize([node.size[0], node.size[1] + height]);
+    app.graph?.setDirtyCanvas(true, true);
+    return widget;
+}
+
+/** Takes such an element out again. */
+export function removePart(node, widget, height) {
+    widget.onRemove?.();
+    const place = node.widgets.indexOf(widget);
+    if (place >= 0) node.widgets.splice(place, 1);
+    node.setSize([node.size[0], Math.max(node.size[1] - height, node.computeSize()[1])]);
+    app.graph?.setDirtyCanvas(true, true);
+}

@@ -1,13 +1,15 @@
 // @ts-check
-// Membrane in the page: the stack editor, what adapters' files say, live permeability, "Erase a concept here".
+// Membrane in the page: the stack editor, what adapters' files say, live permeability, "Erase a concept here", and on
+// every node what its run did.
 
 import { addInfo } from "./adapter_info.js";
-import { canvasItems, nodeItems, addToOldMenus } from "./erase_here.js";
+import { addToNodeMenu, addToOldMenus, canvasItems } from "./erase_here.js";
 import { executionIds, promptTexts } from "./graph.js";
 import {
     adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, stayMounted, translations, undoRedo,
     whileInGraph,
 } from "./host.js";
+import { keepReport, listenForReports } from "./report.js";
 import { StackEditor } from "./stack_editor.js";
 import { speak } from "./strings.js";
 
@@ -94,6 +96,8 @@ app.registerExtension({
 
     nodeCreated(node) {
         if (node.comfyClass === "MembraneLoadAdapter") addInfo(node);
+        if (node.comfyClass?.startsWith("Membrane")) keepReport(node);
+        addToNodeMenu(node);
     },
 
     // before any node is made
@@ -108,10 +112,10 @@ app.registerExtension({
     },
 
     getCanvasMenuItems: canvasItems,
-    getNodeMenuItems: nodeItems,
 
     setup() {
         addToOldMenus();
+        listenForReports();
         api.addEventListener("membrane.gates", ({ detail }) => {
             for (const [node, editor] of editors) {
                 if (executionIds(app.rootGraph ?? app.graph, node).includes(detail.node)) editor.showGates(detail);

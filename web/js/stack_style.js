@@ -112,6 +112,25 @@ export const STYLE = `
 .membrane dt { color: var(--membrane-ink); opacity: .75; margin: 0; font-weight: 400; }
 .membrane dd { margin: 0; overflow-wrap: anywhere; }
 .membrane .membrane-spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.membrane.membrane-report { padding: 5px 8px; overflow-y: auto; cursor: auto; gap: 4px; }
+.membrane.membrane-report.membrane-stale { opacity: .5; }
+.membrane .membrane-said { display: flex; flex-direction: column; gap: 4px; min-height: 0; flex: 1 1 auto; }
+.membrane .membrane-words { flex: 1 1 auto; min-height: 17px; overflow-y: auto; white-space: pre-wrap;
+    overflow-wrap: anywhere; cursor: text; user-select: text; -webkit-user-select: text; }
+.membrane .membrane-error { color: var(--membrane-wrong); font-weight: 600; }
+.membrane .membrane-warning { color: color-mix(in srgb, #ffb020 55%, var(--membrane-ink)); }
+.membrane .membrane-bar a { color: var(--membrane-ink); text-decoration: underline; }
+.membrane .membrane-compare { flex: none; height: 292px; display: flex; flex-direction: column; gap: 4px; }
+.membrane .membrane-frame { position: relative; flex: 1 1 auto; min-height: 0; overflow: hidden; border-radius: 4px;
+    background: #0003; touch-action: none; }
+.membrane .membrane-frame img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; }
+.membrane .membrane-frame .membrane-over { clip-path: inset(0 0 0 var(--membrane-at)); }
+.membrane .membrane-divider { position: absolute; top: 0; bottom: 0; left: var(--membrane-at); width: 2px; margin-left: -1px;
+    background: #fff; box-shadow: 0 0 3px #000; pointer-events: none; }
+.membrane .membrane-frame input[type="range"] { position: absolute; inset: 0; width: 100%; height: 100%; opacity: 0;
+    margin: 0; padding: 0; cursor: ew-resize; }
+.membrane .membrane-frame:focus-within { outline: 2px solid var(--membrane-accent); }
+.membrane .membrane-sides { justify-content: space-between; }
 .membrane.membrane-info { padding: 5px 8px; min-height: 96px; overflow-y: auto; cursor: text; user-select: text; }
 `;
 

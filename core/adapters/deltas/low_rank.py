@@ -165,16 +165,17 @@ class Factors:
         again = summed.expand(*summed.shape[:-2], self.paired // self.rank, self.rank).flatten(-2)
         return torch.cat([inner[..., :first], again * gates[..., first:]], dim=-1)
 
-    def added(self, x, y, gates, module, fresh):
-        """(y, in place) of a layer's output y for its input x, with the changes; gates: (rows, active gates).
+    def added(self, x, y, gates, columns, module, fresh):
+        """(y, in place) of a layer's output y for its input x, with the changes; gates: (rows, active gates); columns:
+        (rows, K), of them the gate of each row of the factors, of the type of x.
 
         module: the layer; fresh: whether y may be written into.
         """
         convolution = hasattr(module, "kernel_size")
         if convolution:
-            delta = self._convolved(x, gates, module)
+            delta = self._convolved(x, columns, module)
         else:
-            row_gates = gates[:, self.gate].view(-1, *[1] * (x.dim() - 2), len(self.gate)).to(x.dtype)
+            row_gates = columns.view(-1, *[1] * (x.dim() - 2), len(self.gate))
             inner = self.scaled(functional.linear(x, self.down), row_gates)
             if fresh and self.bias is None and y.is_contiguous() and y.dtype == inner.dtype:
                 # one pass over y, and no tensor of its size is made
@@ -188,12 +189,11 @@ class Factors:
                              shift.view(len(shift), *[1] * after, -1))  # fmt: skip
         return delta.to(y.dtype), False
 
-    def _convolved(self, x, gates, module):
+    def _convolved(self, x, columns, module):
         places = len(module.kernel_size)
         down = self.down if self.down.dim() > 2 else self.down.view(*self.down.shape, *[1] * places)
         inner = CONVOLUTIONS[places](x, down, stride=module.stride, padding=module.padding)
-        row_gates = gates[:, self.gate].to(x.dtype)
-        scaled = self.scaled(inner.movedim(1, -1), row_gates.view(len(row_gates), *[1] * places, -1))
+        scaled = self.scaled(inner.movedim(1, -1), columns.view(len(columns), *[1] * places, -1))
         return (scaled @ self.up).movedim(-1, 1)
 
     def inside(self, weight, bias, gates, outputs=None):
@@ -243,12 +243,13 @@ class Part:
     """The Factors of a layer as its forward uses them: only the active rows, on the right device, of the right type.
 
     outputs: (start, length) of the outputs they change, where the host fuses layers; None for all. text_rows: TextRows
-    of the layer where they act on the text's rows alone; None for all rows.
+    of the layer where they act on the text's rows alone; None for all rows. numbers: places of the factors' gates among
+    the active ones; columns: those gates (rows, K) of the call that is under way, or None.
     """
 
     def __init__(self, factors, outputs=None, text_rows=None):
         self.every, self.outputs, self.text_rows = factors, outputs, text_rows
-        self.wanted, self.ready = None, None
+        self.wanted, self.ready, self.numbers, self.columns = None, None, (), None
 
     def factors(self, active, like):
         """Factors of the active gates for an input like this, or None when no row belongs to them."""
@@ -262,5 +263,6 @@ class Part:
     def _kept(self, wanted):
         if self.wanted != wanted:
             found = self.every.rows(wanted[0])
+            self.numbers = tuple(found.gate.tolist()) if found else ()
             self.wanted, self.ready = wanted, found and found.balanced().to(*wanted[1:])
         return self.ready

@@ -1,13 +1,14 @@
 """Marked weights of a layer: pruning and dampening. Its record, and its path on the weight."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar
 
 import numpy as np
 import torch
 
 from ...errors import ErasureError
-from .delta import Delta, register
+from .delta import OPEN, Delta, register
 
 
 @register
@@ -94,3 +95,18 @@ class _Marked:
         factor = 1.0 - strength * (1.0 if self.kept is None else 1.0 - self.kept)
         flat[self.places] = (flat[self.places] * factor).to(weight.dtype)
         return weight
+
+
+def joined(terms):
+    """The Terms of a layer, with one Mask for all that take their weights out entirely and are not gated: the same
+    weights, bit for bit, for the cost of one."""
+
+    def whole(term):
+        return term.gate == OPEN and term.factor == 1.0 and isinstance(term.delta, Mask) and term.delta.kept is None
+
+    found = [term for term in terms if whole(term)]
+    if len(found) < 2:
+        return tuple(terms)
+    bits = reduce(torch.bitwise_or, (term.delta.bits for term in found))
+    one = replace(found[0], delta=replace(found[0].delta, bits=bits))
+    return tuple(one if term is found[0] else term for term in terms if term is found[0] or not whole(term))

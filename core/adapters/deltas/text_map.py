@@ -69,6 +69,8 @@ class TextPart:
 
     def to(self, device):
         """The same part with its tensors on a device."""
+        if self.a.device == device:
+            return self
         return replace(self, a=self.a.to(device), b=self.b.to(device), gate=self.gate.to(device))
 
     def delta(self, context, gates=None):

@@ -4,11 +4,25 @@ import os
 
 import folder_paths
 
+from ...errors import ErasureError
 from ...files import write_whole
 from ...measures.record import Record
 from .folders import clean_prefix, not_saved
 
 LARGEST = 1 << 28  # bytes of a record that is read to go on from
+
+
+def report_path(filename, subfolder=""):
+    """Where the page of an evaluation lies, by the names the host has for it; raises ErasureError when there is none.
+
+    Only an .html that lies in the output folder, beside the .json it was written from, is one.
+    """
+    root = os.path.realpath(folder_paths.get_output_directory())
+    path = os.path.realpath(os.path.join(root, subfolder, filename)) if "\0" not in filename + subfolder else ""
+    inside = path.startswith(os.path.join(root, "")) and path.endswith(".html")
+    if not (inside and os.path.isfile(path) and os.path.isfile(f"{path.removesuffix('.html')}.json")):
+        raise ErasureError(f"There is no report {filename!r} in the output folder; run Evaluate Erasure again.")
+    return path
 
 
 class Place:

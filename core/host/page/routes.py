@@ -1,12 +1,14 @@
 """What the pack's page elements ask the host: read-only, answered from the headers of files in the model folder.
 
 GET /membrane/adapter?name=... says what an adapter's file is; POST /membrane/openings {"stack_json": ..., "text":
-...} says which rows of a stack open by the words of a prompt. No model is loaded and nothing outside the folder read.
+...} says which rows of a stack open by the words of a prompt; GET /membrane/report?filename=...&subfolder=... is the
+page of an evaluation in the output folder. No model is loaded and nothing outside these two folders read.
 """
 
 import asyncio
 import functools
 import json
+from pathlib import Path
 
 from server import PromptServer, web
 
@@ -16,9 +18,14 @@ from ...adapters.stack_json import from_json, names
 from ...errors import ErasureError
 from ...formats.labels import label
 from ..files.folders import adapter_path
+from ..files.reports import report_path
 
 LARGEST = 1 << 20  # bytes of a request
 MOST = 2000  # rows of a stack
+ALONE = {  # of a page that may show itself and nothing else: it runs no script and reads nothing of the host
+    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def register():
@@ -27,6 +34,7 @@ def register():
     if server is not None:
         server.routes.get("/membrane/adapter")(_answering(adapter))
         server.routes.post("/membrane/openings")(_answering(openings))
+        server.routes.get("/membrane/report")(report)
 
 
 async def adapter(request):
@@ -52,6 +60,16 @@ async def openings(request):
     if not isinstance(text, str) or not isinstance(stack_json, str):
         raise ErasureError('The request holds no text and stack; expected {"stack_json": "...", "text": "..."}.')
     return await asyncio.to_thread(_openings, stack_json, text)
+
+
+async def report(request):
+    """The page of an evaluation, as a page."""
+    try:
+        path = report_path(request.query.get("filename", ""), request.query.get("subfolder", ""))
+        text = await asyncio.to_thread(Path(path).read_text, encoding="utf-8", errors="replace")
+    except ErasureError as error:
+        return web.Response(text=str(error), status=404)
+    return web.Response(text=text, content_type="text/html", headers=ALONE)
 
 
 def _answering(ask):

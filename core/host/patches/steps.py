@@ -1,6 +1,13 @@
-"""Lends what is known of the rows in a batch to the layers, for the duration of one call of the network."""
+"""Lends what is known of the rows in a batch to the layers, for the duration of one call of the network.
 
+What a step needs on the device is kept there from the step before: nothing is copied to it, and nothing waits for it.
+"""
+
+import math
 from contextlib import nullcontext
+from functools import cached_property
+
+import torch
 
 from ...adapters.gates import gate_values
 from ...adapters.patch import Patch
@@ -34,27 +41,27 @@ class ErasedSteps(Patch):
         for entry in entries:
             self.texts.setdefault(entry.result, []).append(entry)
         self.maps = {entry.name: plan.maps[entry.name] for entry in entries}
-        self.timed = {}
-        for k, gate in enumerate(plan.gates):
-            if not gate.always:
-                self.timed.setdefault((gate.start_percent, gate.end_percent), []).append(k)
+        self.timed = not all(gate.always for gate in plan.gates)
+        self.lent, self.bounds, self.active = None, None, ()
 
     def __call__(self, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
         original, gates = self.original, kwargs.pop(GATES, None)
         if gates is None:  # not prepared by this model's extra_conds: only what needs no text can act
-            gates = self._without_text().to(x.device)
+            gates = self._without_text
+        told, gates = self._on(gates, x.device)
         if self.timed:
-            gates = self._in_range(gates, t)
+            told, gates = None, self._in_range(gates, t)
         raw = kwargs.pop(RAW, None)
         reading, c_crossattn = self._text(c_crossattn, raw, gates, t, kwargs.get("transformer_options") or {})
         kwargs |= {name: self._erased(name, kwargs[name], gates) for name in self.texts if name in kwargs}
-        count = len(self.plan.gates)
-        active = tuple(range(count)) if reading else self.conditioning.runs.active(count)
+        active = tuple(range(len(self.plan.gates))) if reading else self._active()
         dtype = getattr(self.owner, "manual_cast_dtype", None) or self.owner.get_dtype()
         for part in self.parts:
             part.prepare(active, x.device, dtype)
         texts = self._lengths({"c_crossattn": c_crossattn, **kwargs})
-        with patched_layers_called(), self.rows.lent(gates, active, texts, count=len(x)), reading or nullcontext():
+        parts = () if reading else self.parts  # else they would have the gates of rows that are not there
+        lent = self.rows.lent(gates, active, texts, told=told, parts=parts, count=len(x))
+        with patched_layers_called(), lent, reading or nullcontext():
             return original(x, t, c_concat, c_crossattn, *args, **kwargs)
 
     def _text(self, text, raw, gates, t, options):
@@ -64,12 +71,13 @@ class ErasedSteps(Patch):
         if brought is None or text is None or not brought.fits(text):
             return None, self._erased("c_crossattn", text, gates) if maps else text
         brings = brings_text(options)
-        if brings and (raw is None) and not self.late:
+        if brings and raw is None and not self.late:
             brought.say()
         elif brings:
-            text = raw if raw is not None and brought.is_mapped(text) else text
-            share = self._in_range(gates.new_ones(1, gates.shape[1]), t).amax(dim=0)
-            return brought.reading(text, gates, share), text
+            text = raw.to(text) if raw is not None and brought.is_mapped(text) else text
+            share = gates.new_ones(1, gates.shape[1])
+            share = self._in_range(share, t) if self.timed else share
+            return brought.reading(text, gates, share.amax(dim=0)), text
         return None, self._erased("c_crossattn", text, gates) if maps else brought.checked_text(text, raw)
 
     def _lengths(self, call):
@@ -82,6 +90,23 @@ class ErasedSteps(Patch):
                 )
         return {found: found.count(call) for found in self.text_rows}
 
+    def _on(self, gates, device):
+        """(gates on the processor, or None; the same on a device)."""
+        if gates.device.type != "cpu":  # somebody has moved them
+            return None, gates.to(device)
+        known = self.lent
+        if known is None or known[1].device != device or not torch.equal(known[0], gates):
+            known = self.lent = gates, gates.to(device)
+        return known
+
+    def _active(self):
+        """Numbers of the active gates; the same object while they are the same, so that parts need not compare them."""
+        found = self.conditioning.runs.active(len(self.plan.gates))
+        if found != self.active:
+            self.active = found
+        return self.active
+
+    @cached_property
     def _without_text(self):
         columns = [k for k, gate in enumerate(self.plan.gates) if not gate.reads_text]
         values = gate_values([self.plan.gates[k] for k in columns], None)
@@ -99,9 +124,21 @@ class ErasedSteps(Patch):
         return text
 
     def _in_range(self, gates, t):
-        sampling = self.owner.model_sampling
-        gates = gates.expand(max(len(gates), len(t)), -1).clone()
-        for (start, end), columns in self.timed.items():
-            on = (t <= sampling.percent_to_sigma(start)) & (t >= sampling.percent_to_sigma(end))  # stays on the device
-            gates[:, columns] *= on.to(gates).view(-1, 1)
-        return gates
+        """Gates (rows, K) with a 0 where the noise levels t (rows,) are out of the gate's range."""
+        first, last = self._bounds(t)
+        t = t.view(-1, 1)
+        return gates * ((t <= first) & (t >= last)).to(gates)
+
+    def _bounds(self, t):
+        """(first, last) noise level (K,) of each gate's range, on the device and of the type of t."""
+        sampling, wanted = self.owner.model_sampling, (t.device, t.dtype)
+        if self.bounds is None or self.bounds[0] is not sampling or self.bounds[1] != wanted:
+            ranges = [
+                (math.inf, -math.inf)
+                if gate.always
+                else [float(sampling.percent_to_sigma(p)) for p in (gate.start_percent, gate.end_percent)]
+                for gate in self.plan.gates
+            ]
+            first, last = (torch.tensor(levels, device=t.device, dtype=t.dtype) for levels in zip(*ranges))
+            self.bounds = sampling, wanted, (first, last)
+        return self.bounds[2]

@@ -71,6 +71,20 @@ def run(model, positive, negative, settings, seeds, listeners=Listeners(), steps
     )  # fmt: skip
 
 
+def sample_latent(model, positive, negative, settings, latent, seed, denoise=1.0, step=None):
+    """Latents (B, C, h, w) on the CPU that KSampler gives from a LATENT and one seed, bit by bit.
+
+    settings: Sampling, whose size does not count; latent: the host's LATENT, with its mask and the numbers of its
+    pictures where it has such; denoise: in (0, 1], how much of the schedule is run; step: as that of Listeners.
+    """
+    latents = fitted_latents(model, latent["samples"])
+    noise = comfy.sample.prepare_noise(latents, seed, latent.get("batch_index"))
+    return comfy.sample.sample(
+        model, noise, settings.steps, settings.cfg, settings.sampler, settings.scheduler, positive, negative, latents,
+        denoise=denoise, noise_mask=latent.get("noise_mask"), callback=step, disable_pbar=True, seed=seed,
+    )  # fmt: skip
+
+
 def _listening(model, listeners):
     """The MODEL, or a clone of it whose predictions are listened to."""
     if listeners.prediction is None:

@@ -20,7 +20,7 @@ from .gradients import Differentiable, refuse_pooled
 class TrainedLayer:
     """The factors of one layer while they are trained: down (r, in), up (out, r), float32; scale alpha / r."""
 
-    outputs, text_rows = None, None
+    outputs, text_rows, columns = None, None, None
 
     def __init__(self, module, rank, alpha, generator, start=None):
         self.module = module
