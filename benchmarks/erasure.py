@@ -136,7 +136,7 @@ def esd_x(rate):
     """
 
     def make(bench, attribute, pairs):
-        from membrane.core.erasers.spm import alphas_cumprod, ddim_step, rollout_timesteps
+        from membrane.core.erasers.paths import alphas_cumprod, ddim_step, rollout_timesteps
         from membrane.tools.pixel_world.evaluate import load_unet
 
         begin = time.process_time()

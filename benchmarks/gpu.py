@@ -206,7 +206,9 @@ def stacked(model, clip, adapters, **entry):
     from membrane.core.adapters.stack import Entry, ErasureStack
     from membrane.core.host.patches.stack import apply_stack
 
-    return apply_stack(model, ErasureStack(tuple(Entry(adapter, 0.5, **entry) for adapter in adapters)), clip)
+    return apply_stack(
+        model, ErasureStack(tuple(Entry(adapter, **{"strength": 0.5, **entry}) for adapter in adapters)), clip
+    )
 
 
 def loaded(model):
@@ -221,7 +223,6 @@ class Step:
     """A step of a MODEL with guidance for a prompt and a negative prompt; the model has to be loaded() to call it."""
 
     def __init__(self, run, model, clip, network):
-        from membrane.core.host.patches.conditioning import GATES
         from membrane.tools import launches
 
         self.model = loaded(model)
@@ -229,7 +230,7 @@ class Step:
             texts = [encoded(clip, prompt) for prompt in (CONCEPT, OTHER)]
             call = launches.sides(model, texts, device=run.device)
         self.latent = network.latent
-        self.call = {name: value if name == GATES else value.to(run.device) for name, value in call.items()}
+        self.call = launches.moved(call, run.device)
         self.x = torch.randn(2, *self.latent, generator=torch.Generator().manual_seed(1)).to(run.device)
         self.t = torch.full((2,), 0.5, device=run.device)
 
@@ -292,7 +293,7 @@ def variants(model, clip, network, ks):
         "entry_map": lambda: stacked(model, clip, [words], permeability=fixed),
         "text_map": lambda: stacked(model, clip, [words], permeability=opened),
         "timed_map": lambda: stacked(model, clip, [words], permeability=opened, end_percent=0.5),
-        "masks": lambda: stacked(model, clip, [masks(model)], permeability=fixed),
+        "masks": lambda: stacked(model, clip, [masks(model)], strength=1.0, permeability=fixed),
     }
 
 

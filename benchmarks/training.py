@@ -160,22 +160,23 @@ def measure(node, names, steps, sizes, store):
 # ---------------------------------------------------------------- cost of one iteration
 
 
-def ours(denoiser, texts, settings, x, k, alphas):
-    from membrane.core.erasers.spm import anchor_rows, losses, rollout, told_timestep
+def ours(denoiser, texts, settings, x, k, path):
+    from membrane.core.erasers.objectives import spm_losses
+    from membrane.core.erasers.spm import anchor_rows, rollout
 
     anchors, weights = anchor_rows(texts, settings, torch.Generator().manual_seed(0))
-    x = rollout(denoiser, x, k, texts, settings, alphas)
-    erase, anchor = losses(denoiser, x, told_timestep(k, settings), texts, anchors, weights, settings)
+    x = rollout(denoiser, x, k, texts, settings, path)
+    erase, anchor = spm_losses(denoiser, x, path.told(k), texts, anchors, weights, settings)
     (erase + settings.lam * anchor).backward()
 
 
-def published(denoiser, texts, settings, x, k, alphas):
+def published(denoiser, texts, settings, x, k, path):
     """The rows of the published loop: each prediction with its unconditional half, all eight anchor rows twice."""
-    from membrane.core.erasers.spm import noise_anchors, rollout, told_timestep
+    from membrane.core.erasers.spm import noise_anchors, rollout
 
     drawn = noise_anchors(settings.anchors, texts.concept, torch.Generator().manual_seed(0))
-    x = rollout(denoiser, x, k, texts, settings, alphas)
-    t = told_timestep(k, settings)
+    x = rollout(denoiser, x, k, texts, settings, path)
+    t = path.told(k)
 
     def predict(rows, on):
         found = denoiser.predict(x.expand(len(rows), -1, -1, -1), torch.full((len(rows),), t), rows, on)
@@ -203,14 +204,16 @@ def cost(way, full, size):
     """Prints seconds of each of 3 iterations and the peak of memory above the loaded model; in a process of its own."""
     torch.set_num_threads(1)
     node, tidy = start()
-    from membrane.core.erasers.spm import Settings, Texts, alphas_cumprod
+    from membrane.core.erasers.paths import NoiseSchedule
+    from membrane.core.erasers.spm import Settings, Texts
     from membrane.core.host.runs.training import HostDenoiser, trainable_sites
 
     model = sd15(FULL) if full else node("MembraneDemoModel", variant="day")[0]
     width = 768 if full else 128
     g = torch.Generator().manual_seed(0)
     texts = Texts(*(torch.randn(77, width, generator=g) for _ in range(3)))
-    settings, alphas = Settings(size=(size, size)), alphas_cumprod()
+    settings = Settings(size=(size, size))
+    path = NoiseSchedule(settings)
     step = {"ours": ours, "published": published}[way]
     with HostDenoiser(model, trainable_sites(model)) as denoiser:
         if way == "published":
@@ -222,7 +225,7 @@ def cost(way, full, size):
         for _ in range(3):
             begin = time.perf_counter()
             # 15 steps of the rollout are the mean; both ways spend the same on them, so the large network does fewer
-            step(denoiser, texts, settings, torch.randn(1, 4, size, size, generator=g), 4 if full else 15, alphas)
+            step(denoiser, texts, settings, torch.randn(1, 4, size, size, generator=g), 4 if full else 15, path)
             seconds.append(time.perf_counter() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tidy()

@@ -2,8 +2,8 @@
 
 import hashlib
 
-from ..core.erasers.closed_form.groups import ROWS, TOKENS
-from ..core.erasers.closed_form.job import METHODS
+from ..core.erasers.closed_form.groups import EDITIONS, ROWS, TOKENS
+from ..core.erasers.closed_form.job import METHODS, PRESERVED, REPLACEMENTS
 from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
 from ..core.host.files.folders import input_text_file, input_text_files
@@ -97,6 +97,29 @@ def more():
             ROWS, ROWS[0], "Models with T5 or a language model only: which of a prompt's vectors carry a "
             "concept. as the encoder needs: all that the words reach. as published: from the concept's last "
             "word on (UCE), that word alone (SPEED), as for CLIP.",
+        ),
+    }  # fmt: skip
+
+
+def editions():
+    """Which edition of a method is meant, and what else its script can be told."""
+    return {
+        "replacements": inputs.choice(
+            REPLACEMENTS, PRESERVED, "Where you preserve something: whether replacements are preserved, too. "
+            "preserve: yes, else their own prompts may draw what is erased. as published: only what you list.",
+        ),
+        "edition": inputs.choice(
+            EDITIONS, EDITIONS[0], "UCE and SPEED. first: as before. scripts of 2025: UCE edits and preserves "
+            "the last token of the concept alone, and no empty prompt; SPEED sums over all tokens and keeps "
+            "the best of 20 clusterings of the empty prompt.",
+        ),
+        "lam": inputs.number(
+            0.0, 0.0, 100.0, 0.0001, "SPEED: slack of what the start token and the empty prompt keep. 0 keeps "
+            "them exactly; 0.5 is published for nudity.", round=False,
+        ),
+        "prior_filter": inputs.switch(
+            True, "SPEED: protect only preserved prompts that the erasure would disturb more than the mean, as "
+            "published. Off: protect all of them.",
         ),
     }  # fmt: skip
 

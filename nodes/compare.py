@@ -5,6 +5,7 @@ from ..core.host.page.progress import Progress
 from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, Sampling, decode, sample_latent
 from ..core.measures.differences import changed_lines
 from . import inputs
+from .labels import labelled
 from .shown import part, shown
 
 
@@ -24,7 +25,7 @@ class MembraneCompare:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        types = {
             "required": {
                 "original": inputs.model("The model as it was, from its loader."),
                 "erased": inputs.model("The same model with the erasure on it."),
@@ -42,6 +43,7 @@ class MembraneCompare:
                 ),
             },
         }
+        return labelled(types)
 
     def compare(
         self, original, erased, positive, negative, latent_image, vae, seed, steps, cfg, sampler_name, scheduler,

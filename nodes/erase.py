@@ -1,13 +1,13 @@
 """Closed-form erasure as a node for experts: every setting of every method."""
 
 from ..core.erasers.closed_form.daily import receipt
-from ..core.erasers.closed_form.groups import ROWS, TOKENS
-from ..core.erasers.closed_form.job import Job
-from ..core.erasers.closed_form.presets import CUSTOM, KINDS, PRESETS, published, surrogate_of
+from ..core.erasers.closed_form.groups import EDITIONS, ROWS, TOKENS
+from ..core.erasers.closed_form.job import PRESERVED, Job
+from ..core.erasers.closed_form.presets import CUSTOM, KINDS, chosen, surrogate_of
 from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.host.page.progress import Progress
 from ..core.host.runs.erasing import TEXT, erasure_of, put_on
-from ..core.text.concepts import parse_preserved, parse_templates
+from ..core.text.concepts import parse_preserved
 from . import inputs
 from .closed_form import (
     AUTOMATIC,
@@ -17,6 +17,7 @@ from .closed_form import (
     POOLED,
     TEMPLATES,
     apply_to,
+    editions,
     method,
     more,
     numbers,
@@ -31,7 +32,8 @@ from .shown import part, shown
 
 RARELY_USED = (
     "erase_scale", "preserve_scale", "anchor", "epochs", "penalty", "tau", "rho", "tokens", "preserve_file",
-    "penalty_on", "layers", "pooled", "rows", "apply_to",
+    "penalty_on", "layers", "pooled", "rows", "apply_to", "replacements", "edition",
+    "lam", "prior_filter",
 )  # fmt: skip
 
 
@@ -100,7 +102,15 @@ class MembraneErase:
             KINDS, CUSTOM, "custom: the widgets count. object, style, person, nudity: the published numbers of the "
             "method for that kind count instead of the templates and all numbers here.",
         )  # fmt: skip
-        optional = {"templates": templates, **scales(), **numbers(), "preset": preset, **more(), **apply_to()}
+        optional = {
+            "templates": templates,
+            **scales(),
+            **numbers(),
+            "preset": preset,
+            **more(),
+            **apply_to(),
+            **editions(),
+        }
         return labelled({"required": required, "optional": optional}, RARELY_USED)
 
     @classmethod
@@ -115,19 +125,18 @@ class MembraneErase:
         self, model, clip, concepts, replace_with, preserve, method, strength,
         templates="{}", erase_scale=1.0, preserve_scale=1.0, anchor=0.5, epochs=1, penalty=0.1,
         tau=0.1, rho=1.0, tokens=TOKENS[0], preset=CUSTOM, preserve_file=NONE, penalty_on=PENALTIES[0], layers=BOTH,
-        pooled=AUTOMATIC, rows=ROWS[0], apply_to=TEXT,
+        pooled=AUTOMATIC, rows=ROWS[0], apply_to=TEXT, replacements=PRESERVED, edition=EDITIONS[0], lam=0.0,
+        prior_filter=True,
     ):  # fmt: skip
         preserved = tuple(parse_preserved(f"{preserve}\n{preserve_text(preserve_file)}"))
-        if preset == CUSTOM:
-            settings = {
-                "templates": tuple(parse_templates(templates)), "erase_scale": erase_scale,
-                "preserve_scale": preserve_scale, "anchor": anchor, "epochs": epochs, "penalty": penalty,
-                "penalty_on": penalty_on, "tau": tau, "rho": rho, "tokens": tokens,
-            }  # fmt: skip
-        else:
-            replace_with = replace_with.strip() or surrogate_of(preset, method)
-            settings = {"templates": PRESETS[preset].templates, **published(preset, method, len(preserved))}
-        job = Job.from_text(concepts, replace_with, preserved, method=method, rows=rows, **settings)
+        surrogate = replace_with.strip() or surrogate_of(preset, method)
+        settings = chosen(preset, method, len(preserved), {
+            "templates": templates, "erase_scale": erase_scale, "preserve_scale": preserve_scale, "anchor": anchor,
+            "epochs": epochs, "penalty": penalty, "penalty_on": penalty_on, "tau": tau, "rho": rho, "tokens": tokens,
+            "lam": lam, "prior_filter": prior_filter,
+        })  # fmt: skip
+        settings |= {"method": method, "rows": rows, "edition": edition, "replacements": replacements}
+        job = Job.from_text(concepts, surrogate, preserved, **settings)
         adapter = erasure_of(job, model, clip, Progress, POOLED[pooled], LAYERS[layers])
         remarks = taken(job, clip)
         erased = put_on(model, adapter, strength, apply_to)

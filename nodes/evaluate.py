@@ -47,15 +47,18 @@ class MembraneEvaluate:
             "required": {
                 **inputs.BOTH_MODELS,
                 "erase_prompts": inputs.text(
-                    "a star", "Prompts that ask for what was erased, one per line. With a classifier, 'a pentagram = "
+                    "", "Prompts that ask for what was erased, one per line. With a classifier, 'a pentagram = "
                     "star' asks for a class in other words.",
+                    placeholder="Prompts with what was erased, one per line",
                 ),
                 "neighbour_prompts": inputs.text(
-                    "a heart\na moon", "Close relatives that must stay, one per line."
+                    "", "Close relatives that must stay, one per line.",
+                    placeholder="Prompts with close relatives that must stay, one per line",
                 ),
                 "unrelated_prompts": inputs.text(
-                    "a red ring on snow", "Prompts that have nothing to do with it, one per line. 50 or more for "
+                    "", "Prompts that have nothing to do with it, one per line. 50 or more for "
                     "numbers to rely on. The empty prompt is always measured too.",
+                    placeholder="Prompts that have nothing to do with it, one per line",
                 ),
                 "seeds": inputs.whole(
                     2, 2, 64, "Pictures of each prompt. Two neighbouring ones tell how far apart two seeds are, which "

@@ -87,8 +87,9 @@ def sampling():
 
 
 PROMPTS = text(
-    "a star\na heart\na circle",
+    "",
     "Prompts to compare, one per line: with the concept, its relatives, and others.",
+    placeholder="Prompts, one per line: with the concept, its relatives, and others",
 )
 
 

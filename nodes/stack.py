@@ -10,6 +10,7 @@ from ..core.host.patches.on_weights import apply_to_weights
 from ..core.host.patches.origin import origin_warnings
 from ..core.host.patches.stack import apply_stack
 from . import inputs
+from .labels import labelled
 from .shown import part, shown
 
 MODE_TOOLTIP = (
@@ -24,7 +25,7 @@ class MembraneStack:
     TITLE = "Stack Erasure Adapters"
     DESCRIPTION = "Adds one erasure adapter to a stack. Chain several; their order does not matter."
     SEARCH_ALIASES = ["eraser stack", "lora stack", "combine erasures"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/adapters"
     RETURN_TYPES = ("ERASURE_STACK",)
     RETURN_NAMES = ("stack",)
     OUTPUT_TOOLTIPS = ("The stack with this adapter in it.",)
@@ -32,7 +33,7 @@ class MembraneStack:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        types = {
             "required": {
                 "adapter": ("ERASURE_ADAPTER", {"tooltip": "The adapter to add."}),
                 "strength": inputs.strength(
@@ -55,6 +56,7 @@ class MembraneStack:
                 "enabled": inputs.switch(True, "Off keeps the adapter in the stack without its effect."),
             },
         }
+        return labelled(types)
 
     def add(self, adapter, strength, start_percent, end_percent, stack=None, permeability=AUTOMATIC, enabled=True):
         entry = Entry(adapter, strength, start_percent, end_percent, Permeability(permeability), enabled)
@@ -69,7 +71,7 @@ class MembraneStackEditor:
         "applies the stack itself, and can be bypassed."
     )
     SEARCH_ALIASES = ["stack json", "erasure list", "lora stack", "multi lora"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/adapters"
     RETURN_TYPES = ("ERASURE_STACK", "STRING", "MODEL", "CLIP")
     RETURN_NAMES = ("stack", "concepts", "model", "clip")
     OUTPUT_TOOLTIPS = (
@@ -82,7 +84,7 @@ class MembraneStackEditor:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        types = {
             "required": {
                 "stack_json": inputs.text(
                     '{"membrane_stack": 1, "entries": []}',
@@ -101,6 +103,7 @@ class MembraneStackEditor:
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
+        return labelled(types)
 
     @classmethod
     def IS_CHANGED(cls, stack_json, stack=None, lora_stack=None, model=None, clip=None, unique_id=None):
@@ -142,7 +145,7 @@ class MembranePermeability:
         "settings. Look at the result with Preview Permeability."
     )
     SEARCH_ALIASES = ["facilitated transport", "gate", "spm", "adapter routing", "prompt dependent strength"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/adapters"
     RETURN_TYPES = ("ERASURE_STACK",)
     RETURN_NAMES = ("stack",)
     OUTPUT_TOOLTIPS = ("The stack, opening this way.",)
@@ -150,7 +153,7 @@ class MembranePermeability:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        types = {
             "required": {
                 "stack": inputs.stack("The adapters to tune."),
                 "mode": inputs.choice(MODES, AUTOMATIC, MODE_TOOLTIP),
@@ -176,6 +179,7 @@ class MembranePermeability:
                 ),
             },
         }
+        return labelled(types)
 
     def tune(self, stack, mode, factor, threshold, negative, top_k):
         return (stack.with_permeability(Permeability(mode, factor, threshold, negative, top_k)),)
@@ -188,7 +192,7 @@ class MembraneApply:
         "carries erasures keeps them."
     )
     SEARCH_ALIASES = ["apply eraser", "unlearn", "remove concept", "concept erasure"]
-    CATEGORY = "membrane"
+    CATEGORY = "membrane/adapters"
     RETURN_TYPES = ("MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The model with the stack on it.",)
@@ -196,7 +200,7 @@ class MembraneApply:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
+        types = {
             "required": {
                 "model": inputs.model("The model to erase from."),
                 "clip": inputs.CLIP,
@@ -213,6 +217,7 @@ class MembraneApply:
                 "adapter": ("ERASURE_ADAPTER", {"tooltip": "One adapter by itself, applied fully beside the stack."}),
             },
         }
+        return labelled(types)
 
     def apply(self, model, clip, stack=None, apply_to="text", adapter=None):
         stack = stack or ErasureStack()

@@ -40,7 +40,7 @@ class MembraneStressTest:
         return labelled({
             "required": {
                 **inputs.BOTH_MODELS,
-                "concept": inputs.line("star", "The word or words that were erased."),
+                "concept": inputs.line("", "The word or words that were erased."),
                 "captions": inputs.text(
                     "{}\na photo of {}", "Captions to attack with, one per line, {} is the place of the concept."
                 ),

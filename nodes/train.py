@@ -2,20 +2,20 @@
 
 from dataclasses import asdict
 
-import torch
-
 from ..core.adapters.adapter import Card
-from ..core.erasers.spm import NOISE, PUBLISHED, TEXTS, TIMESTEPS
-from ..core.erasers.spm_presets import CUSTOM, LAYERS, PRESETS, settings_of
-from ..core.erasers.spm_run import TrainingRun, steps_done, texts_of
+from ..core.erasers.objectives import METHODS, OBJECTIVES, SPM, require_surrogates
+from ..core.erasers.paths import PUBLISHED, TIMESTEPS
+from ..core.erasers.spm import TEXTS
+from ..core.erasers.spm_presets import AS_SET, CUSTOM, LAYERS, PRESETS, QUALITIES, settings_of
+from ..core.erasers.spm_run import TrainingRun, steps_done
 from ..core.formats import native
 from ..core.host.files.folders import new_adapter_path
 from ..core.host.model.layers import family_name
 from ..core.host.page.progress import Progress
-from ..core.host.runs.training import HostDenoiser, resumed, trainable_sites
+from ..core.host.runs.training import encoded_for, fitted, resumed, trainable_sites, trained
 from ..core.host.text.encode import fingerprint
-from ..core.host.text.entries import encode_for
-from ..core.text.concepts import fill, parse_concepts, parse_lines, parse_templates
+from ..core.text.concepts import fill, parse_concepts, parse_preserved, parse_templates
+from ..core.text.similarity import short_captions
 from . import inputs
 from .labels import labelled
 from .shown import part, shown
@@ -41,9 +41,10 @@ class MembraneTrain:
                 "model": inputs.model("The model to train against; it stays as it is."),
                 "clip": inputs.CLIP,
                 "concepts": inputs.text(
-                    "star",
+                    "",
                     "What to erase, one per line; a line may name its own surrogate: concept -> surrogate. All lines "
                     "share one adapter.",
+                    placeholder="What to erase, one per line: van gogh -> a painting",
                 ),
                 "surrogate": inputs.line("", "What the model should see instead. Empty is the empty prompt."),
                 "preset": inputs.choice(
@@ -66,7 +67,13 @@ class MembraneTrain:
                 "width": inputs.whole(512, 64, 4096, "Width in pixels of the pictures trained on.", step=8),
                 "height": inputs.whole(512, 64, 4096, "Height in pixels of the pictures trained on.", step=8),
                 "seed": inputs.whole(0, 0, 2**63 - 1, "Seed of everything that is drawn."),
-                "layers": inputs.choice(LAYERS, "all", "Which layers of the transformers get the adapter."),
+                "layers": inputs.choice(
+                    LAYERS,
+                    "all",
+                    "Which layers get the adapter. all: on U-Nets those of the transformers, as published; on "
+                    "transformers the text's queries, keys and values, where one layer serves text and picture for "
+                    "the text's rows alone.",
+                ),
                 "filename_prefix": inputs.line(
                     "spm",
                     "Name of the file in models/erasure_adapters; a number is added, nothing is overwritten. A "
@@ -78,7 +85,7 @@ class MembraneTrain:
                 "preserve": inputs.text(
                     "",
                     "Prompts to anchor, one per line, drawn by their distance to the concept. Empty: random texts, as "
-                    "in the published code.",
+                    "in the published code; on transformers captions of everyday subjects.",
                 ),
                 "adapter": ("ERASURE_ADAPTER", {"tooltip": "A trained adapter to go on from, with the same settings."}),
                 "preview_every": inputs.whole(
@@ -107,6 +114,19 @@ class MembraneTrain:
                     30, 2, 1000, "Steps of the noise schedule on which the pictures trained on are made. Published: "
                     "30; 10 is faster and on small models as good."
                 ),
+                "objective": inputs.choice(
+                    OBJECTIVES,
+                    SPM,
+                    "What is minimised. spm: the surrogate takes the concept's place, everything else is anchored. "
+                    "esd: the concept is pushed to the other side of the empty prompt. gem: it is drawn to the "
+                    "surrogate and away from where it was, along a roll-out. esd and gem have no anchors.",
+                ),
+                "quality": inputs.choice(
+                    QUALITIES,
+                    AS_SET,
+                    "How long to train: steps, learning rate, warm-up, cycles and rollout_steps, in place of those "
+                    "here. quick: 200 steps at 0.001; normal: 1000 at 0.0003; thorough: the published 3000 at 0.0001.",
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }, steps="Training steps")  # fmt: skip
@@ -114,29 +134,32 @@ class MembraneTrain:
     def train(
         self, model, clip, concepts, surrogate, preset, steps, learning_rate, eta, anchoring, rank, width, height,
         seed, layers, filename_prefix, save_every, preserve="", adapter=None, preview_every=100, timestep=PUBLISHED,
-        warmup=500, cycles=3, templates="", rollout_steps=30, unique_id=None,
+        warmup=500, cycles=3, templates="", rollout_steps=30, objective=SPM, quality=AS_SET, unique_id=None,
     ):  # fmt: skip
-        wanted, kept, shapes = parse_concepts(concepts, surrogate), parse_lines(preserve), parse_templates(templates)
-        settings = settings_of(
-            preset, steps=steps, lr=learning_rate, eta=eta, lam=anchoring, seed=seed, size=(height // 8, width // 8),
-            anchor_kind=TEXTS if kept else NOISE, timestep=timestep, warmup=warmup, cycles=cycles,
-            rollout_steps=rollout_steps,
-        )  # fmt: skip
+        wanted, kept = parse_concepts(concepts, surrogate), parse_preserved(preserve)
+        shapes = parse_templates(templates)
         sites = trainable_sites(model, LAYERS[layers])
+        settings = settings_of(
+            preset, quality, steps=steps, lr=learning_rate, eta=eta, lam=anchoring, seed=seed, timestep=timestep,
+            warmup=warmup, cycles=cycles, rollout_steps=rollout_steps, objective=objective,
+            **fitted(model, width, height, bool(kept)),
+        )  # fmt: skip
+        require_surrogates(objective, wanted)
         pairs = [(fill(t, c.text), fill(t, c.surrogate)) for c in wanted for t in shapes]
-        encoded = encode_for(model, clip, dict.fromkeys([*(text for pair in pairs for text in pair), "", *kept]))
-        said = {"size": list(settings.size), "rank": rank, "layers": layers, "preserve": kept, "templates": shapes}
+        anchors = kept or (short_captions() if settings.anchor_kind == TEXTS else [])
+        encoded = encoded_for(model, clip, [*(text for pair in pairs for text in pair), "", *anchors], width, height)
+        said = {"size": list(settings.size), "channels": list(settings.channels), "rank": rank, "layers": layers,
+                "preserve": kept, "templates": shapes}  # fmt: skip
         names, surrogates = zip(*((c.text, c.surrogate) for c in wanted))
-        card = Card("SPM", names, surrogates, family_name(model), fingerprint(clip), {**asdict(settings), **said})
+        card = Card(
+            METHODS[objective], names, surrogates, family_name(model), fingerprint(clip), {**asdict(settings), **said}
+        )
         path, name = new_adapter_path(filename_prefix)
         run = TrainingRun(card, settings, name, lambda found: native.save(found, path), save_every)
         run.start, run.preview_every = steps_done(adapter, settings) if adapter else 0, preview_every
         run.show, run.say = shown_on(Progress(settings.steps), model, unique_id)
         start = resumed(model, adapter, sites) if adapter else None
-        with torch.inference_mode(False), torch.enable_grad():
-            texts = texts_of(encoded, pairs, kept)
-            with HostDenoiser(model, sites, rank, 1.0, seed, start) as denoiser:
-                adapter, report = run(denoiser, texts)
+        adapter, report = trained(run, model, sites, rank, start, encoded, pairs, anchors)
         return shown((adapter, report), part(f"Trained: {name}", report))
 
 

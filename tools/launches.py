@@ -5,16 +5,18 @@ from the processor to a graphics card, or wait for one, can be told from what wo
 """
 
 import contextlib
+import sys
 from collections import Counter
 
 import torch
+from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique_dim", "_unique2")
-GATES = "membrane_gates"  # which a step gets on the processor
+GATES = "membrane_gates"
 NO_KERNEL = (
     "detach",
     "empty",
@@ -63,11 +65,11 @@ class _Operators(TorchDispatchMode):
         name, target = func.overloadpacket.__name__, torch.device(kwargs.get("device") or META)
         on = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and _stored(x)}
         if META.type not in on:
-            if "device" in kwargs and target == META and name == "_to_copy":
-                self.counted.copies[name] += 1
+            if "device" in kwargs and target == META and name not in NO_KERNEL:
+                (self.counted.copies if name == "_to_copy" else self.counted.kernels)[name] += 1
             return func(*args, **kwargs)
         back = target != META
-        if name in WAITS or back:
+        if name in WAITS or back or (name.startswith("index") and _by_mask(args)):
             self.counted.waits[name] += 1
         elif len(on) > 1:
             self.counted.copies[name] += 1
@@ -84,6 +86,11 @@ class _Operators(TorchDispatchMode):
 def _stored(x):
     """Whether a tensor is one that would be copied: a number of no dimensions on the processor is an argument."""
     return x.device != torch.device("cpu") or x.dim() > 0
+
+
+def _by_mask(args):
+    """Whether an index is a mask, of which the device has to say how many it marks."""
+    return any(x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor))
 
 
 class _Sequences(TorchFunctionMode):
@@ -121,16 +128,27 @@ def sides(model, texts, pictures=1, device=META):
     return found
 
 
+def moved(call, device):
+    """A call of sides() with its tensors on a device, but for the gates, which a step gets on the processor."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) and name != GATES else value
+        for name, value in call.items()
+    }
+
+
 def on_meta(model, latent, call):
-    """The Launches of the third step of a loaded MODEL, which is moved to the meta device for good: what is made once
-    is there by then. latent: (C, ...); call: see sides()."""
+    """The Launches of the third step of a loaded MODEL on the meta device: what is made once is there by then. Its
+    weights are lost. latent: (C, ...); call: see sides()."""
     model.model.to(META)
-    here = {name: value if name == GATES else value.to(META) for name, value in call.items()}
-    rows = len(next(iter(call.values())))
+    rows = max(len(value) for value in call.values() if isinstance(value, torch.Tensor))
     x, t = torch.zeros(rows, *latent, device=META), torch.full((rows,), 0.5, device=META)
-    for _ in range(3):
-        with Launches() as counted, torch.no_grad():
-            model.model.apply_model(x, t, transformer_options={}, **here)
+    try:
+        for _ in range(3):
+            # a mask marks everything: there are no numbers to tell how much
+            with Launches() as counted, torch.no_grad(), _config.patch(meta_nonzero_assume_all_nonzero=True):
+                model.model.apply_model(x, t, transformer_options={}, **moved(call, META))
+    finally:
+        model.model.to_empty(device="cpu")  # so that the host can unload it
     return counted
 
 
@@ -141,11 +159,12 @@ def plain_attention():
     import comfy.ldm.modules.attention as attention
 
     names = ("optimized_attention", "optimized_attention_masked")
-    before = {name: getattr(attention, name) for name in names}
+    networks = [module for name, module in sys.modules.items() if name.startswith("comfy.ldm.")]
+    before = [(module, name, getattr(module, name)) for module in networks for name in names if hasattr(module, name)]
     try:
-        for name in names:
-            setattr(attention, name, attention.attention_pytorch)
+        for module, name, _ in before:
+            setattr(module, name, attention.attention_pytorch)
         yield
     finally:
-        for name, function in before.items():
-            setattr(attention, name, function)
+        for module, name, function in before:
+            setattr(module, name, function)

@@ -1,10 +1,12 @@
-"""How one layer differs from what it was: by rounding only, by factors of low rank, or by what no factors express."""
+"""How one layer differs from what it was: by rounding only, by weights set to 0, by factors of low rank, or by what
+neither expresses."""
 
 from dataclasses import dataclass
 
 import torch
 
 from ..adapters.deltas.low_rank import LowRank
+from ..adapters.deltas.mask import Mask
 from ..errors import ErasureError
 from ..families.table import by_text_width, role
 from ..formats.factors import balanced
@@ -13,7 +15,12 @@ ROUNDING = 5e-4  # relative size of what storing a layer in float16 changes at m
 RMS = 0.25  # of rounding to nearest, relative, in units of the number type's eps: 0.21 and a margin
 MOST = 0.9  # share of a difference's squared norm whose rank tells whether it is of low rank
 SAME_MAP = 10  # times what rounding explains; a difference this near to one map of the text is a closed-form edit
-EXACT = 1e-10  # the same as a share of the weights, for numbers that were not rounded
+EXACT = (
+    1e-5  # share of a squared difference that one map leaves of an edit without rounding: UCE's script in float32 1e-6
+)
+ONE_MAP = (
+    0.1  # the same of one whose layers were each edited a little differently, as SPEED's 2e-3; another base model: 0.4
+)
 
 TEXT_READERS = ("cross_attention.key", "cross_attention.value")
 CHANGED, EQUAL, ROUNDED, OTHER = "changed", "equal", "rounding", "other"
@@ -24,20 +31,23 @@ class Difference:
     """How one layer differs.
 
     site: of the layer; state: CHANGED, EQUAL, ROUNDED (rounding explains it) or OTHER (no factors express it); size:
-    of the difference, relative to the weight. Of a changed layer also: change: the difference as a LowRank; energy:
-    its squared norm; discarded: how much of the energy the LowRank leaves out; truncated: whether for want of rank;
-    spread: share of the possible rank that holds MOST of the energy; kept: share of the weight's numbers that are as
+    of the difference, relative to the weight. Of a changed layer also: change: the difference as a LowRank, or as a
+    Mask where all that changed became 0; energy: its squared norm; discarded: how much of that a LowRank leaves out;
+    truncated: whether for want of rank;
+    spread: share of the possible rank that holds MOST of the energy; rank: share of it that the change has, 1 when that
+    was cut off; kept: share of the weight's numbers that are as
     they were.
     """
 
     site: str
     state: str
     size: float = 0.0
-    change: LowRank | None = None
+    change: LowRank | Mask | None = None
     energy: float = 0.0
     discarded: float = 0.0
     truncated: bool = False
     spread: float = 0.0
+    rank: float = 0.0
     kept: float = 0.0
 
 
@@ -50,7 +60,7 @@ class OneMap:
     def __init__(self):
         self.layers, self.others = 0, 0
         self.gram = self.product = None  # sums of W^T W and W^T D, (d, d) float64
-        self.size = self.noise = self.difference = 0.0
+        self.noise = self.difference = 0.0
 
     def add(self, site, weight, delta, noise):
         """Takes in a layer's weight W and difference D, both (out, d); noise: what of ||D||^2 rounding explains."""
@@ -60,19 +70,18 @@ class OneMap:
         weight, delta = weight.double(), delta.double()
         gram, product = weight.T @ weight, weight.T @ delta
         self.gram, self.product = (gram, product) if self.gram is None else (self.gram + gram, self.product + product)
-        self.size += weight.square().sum().item()
         self.difference += delta.square().sum().item()
         self.noise += noise
         self.layers += 1
 
-    def explains(self):
-        """True when one map leaves no more of the differences than rounding."""
+    def explains(self, roughly=False):
+        """True when one map leaves no more of the differences than rounding, or roughly when it leaves little."""
         if self.layers < 2 or self.others:
             return False
         ridge = 1e-9 * self.gram.diagonal().mean()
         e = torch.linalg.solve(self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64), self.product)
         rest = self.difference - 2 * (e * self.product).sum().item() + (e * (self.gram @ e)).sum().item()
-        return rest <= max(SAME_MAP * self.noise, EXACT * self.size)
+        return rest <= max(SAME_MAP * self.noise, (ONE_MAP if roughly else EXACT) * self.difference)
 
 
 def compare(layer, edited, name, energy, max_rank, text):
@@ -95,11 +104,15 @@ def compare(layer, edited, name, energy, max_rank, text):
     if delta is None:
         delta, new_weight = torch.zeros(weight.shape), weight
     touched = delta != 0
+    if bias_delta is None and _pruned(touched, new_weight):
+        found = Mask.of(touched)
+        return Difference(layer.site, CHANGED, size, found, delta.square().sum().item(), kept=1 - found.density)
     eps = max(torch.finfo(_stored_as(tensor)).eps for tensor in (weight, new_weight))
     noise = (RMS * eps) ** 2 * (weight.float() * touched).square().sum().item()
     text.add(layer.site, weight, delta, noise)
     change, energies = _factors(delta, energy, noise, max_rank, bias_delta)
     total, discarded = energies.sum().item(), energies[change.rank :].sum().item()
+    truncated = discarded > max((1 - energy) * total, noise)
     return Difference(
         layer.site,
         CHANGED,
@@ -107,10 +120,16 @@ def compare(layer, edited, name, energy, max_rank, text):
         change=change,
         energy=total,
         discarded=discarded,
-        truncated=discarded > max((1 - energy) * total, noise),
+        truncated=truncated,
         spread=_rank_within((1 - MOST) * total, energies) / len(energies),
+        rank=1.0 if truncated else change.rank / len(energies),
         kept=1 - touched.float().mean().item(),
     )
+
+
+def _pruned(touched, weight):
+    """Whether a linear layer's weight is 0 wherever it was touched: ConceptPrune (Chavhan et al. 2024)."""
+    return weight.dim() == 2 and touched.dim() == 2 and not weight[touched].any()
 
 
 def _require_fit(name, layer, old, new):

@@ -1,7 +1,7 @@
 """From whole weights to an adapter: what an edit changed in each layer, as factors of low rank.
 
 Closed-form edits (UCE, RECE, SPEED) are of low rank by construction; for others the truncated singular value
-decomposition is the closest change of its rank (Eckart and Young 1936).
+decomposition is the closest change of its rank (Eckart and Young 1936). Weights that were set to 0 become masks.
 """
 
 from collections.abc import Callable
@@ -47,8 +47,8 @@ def extract(base, edited, concepts=(), family="", energy=0.999, max_rank=128, on
         found.append(compare(base[layer], edited, layer, energy, max_rank, text))
         if on_progress:
             on_progress(i + 1)
-    changes = {d.site: d.change for d in found if d.state == CHANGED}
-    if not changes:
+    changed = [d for d in found if d.state == CHANGED]
+    if not changed:
         raise ErasureError(
             f'"{edited.name}" has no change that an adapter can hold: of the {len(found)} layers compared with the '
             f"connected model, {sum(d.state == OTHER for d in found)} differ by more than rounding; connect the "
@@ -57,4 +57,5 @@ def extract(base, edited, concepts=(), family="", energy=0.999, max_rank=128, on
     settings = {"extracted_from": edited.name, "energy": energy, "max_rank": max_rank}
     card = Card(edited.source, tuple(concepts), family=family, settings=settings)
     unknown = [layer for layer in layers if layer not in base]
-    return ErasureAdapter(card, {"low_rank": changes}), report(edited, found, unknown, max_rank, text)
+    deltas = {kind: {d.site: d.change for d in changed if d.change.kind == kind} for kind in ("low_rank", "mask")}
+    return ErasureAdapter(card, deltas), report(edited, found, unknown, max_rank, text)

@@ -2,6 +2,7 @@
 
 from statistics import median
 
+from ..adapters.deltas.mask import Mask
 from .difference import CHANGED, EQUAL, MOST, OTHER, ROUNDED, ROUNDING
 
 FULL_RANK = 0.3  # share of the possible rank that holds MOST of a difference; above, it is of no low rank
@@ -35,11 +36,18 @@ def report(edited, found, unknown, max_rank, text):
 
 
 def _sizes(changed):
-    """Ranks, what they leave out, and how large the factors are."""
-    ranks, energy = [d.change.rank for d in changed], sum(d.energy for d in changed)
-    worst = max(changed, key=lambda d: d.discarded / d.energy if d.energy else 0.0)
-    lost = sum(d.discarded for d in changed) / energy if energy else 0.0
-    factors = [t for d in changed for t in (d.change.up, d.change.down, d.change.bias) if t is not None]
+    """Ranks, what they leave out, and how large the factors are; shares of the weights that were set to 0."""
+    masks = [d for d in changed if isinstance(d.change, Mask)]
+    if masks:
+        shares = [d.change.density for d in masks]
+        yield f"{len(masks)} layers have {min(shares):.2%} to {max(shares):.2%} of their weights set to 0: a mask each."
+    factored = [d for d in changed if d not in masks]
+    if not factored:
+        return
+    ranks, energy = [d.change.rank for d in factored], sum(d.energy for d in factored)
+    worst = max(factored, key=lambda d: d.discarded / d.energy if d.energy else 0.0)
+    lost = sum(d.discarded for d in factored) / energy if energy else 0.0
+    factors = [t for d in factored for t in (d.change.up, d.change.down, d.change.bias) if t is not None]
     yield (
         f"Rank {min(ranks)} to {max(ranks)}; discarded {lost:.3%} of the squared change, at most "
         f"{worst.discarded / (worst.energy or 1):.3%} ({worst.site})."
@@ -68,7 +76,8 @@ def _of_whole(found, changed):
 def _of_some(changed, text):
     """The same for a file of the changed layers only; no line where nothing speaks for or against it."""
     spread, kept = median(d.spread for d in changed), median(d.kept for d in changed)
-    if text.explains():
+    low = median(d.rank for d in changed) <= FULL_RANK
+    if text.explains(roughly=low):
         yield (
             f"Base model: the differences of all {text.layers} layers are one map of the text, as of an edit of this "
             "very model."

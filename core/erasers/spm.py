@@ -11,18 +11,20 @@ from typing import Protocol
 import torch
 
 from ..errors import ErasureError
+from .conditions import Conditions, likeness, together
+from .objectives import LOSSES, OBJECTIVES, SPM, places, predicted
+from .paths import PUBLISHED, TIMESTEPS, NoiseSchedule
 
-BETA_START, BETA_END, LEVELS = 0.00085, 0.012, 1000
 NOISE, TEXTS = ANCHORS = ("noise", "texts")
-PUBLISHED, MATCHING = TIMESTEPS = ("published", "matching")
 
 
 class Denoiser(Protocol):
     """The network that is trained against.
 
-    predict(x, t, text, on): noise (rows, 4, h, w) that the network sees in latents x at timesteps t (rows,), 0 to
-    999, for text (rows, T, d), all on the CPU; x = sqrt(a_t) clean + sqrt(1 - a_t) noise. on: with the adapter,
-    with gradients where they are enabled; otherwise without it.
+    predict(x, t, text, on): what the network predicts for latents x (rows, C, h, w) at levels t (rows,) and a text for
+    each row, all on the CPU. Of Stable Diffusion's kind: noise, timesteps 0 to 999, and x = sqrt(a_t) clean + sqrt(1 -
+    a_t) noise; of models trained by flow matching: velocities, and sigmas. text: (rows, T, d), or as many Conditions.
+    on: with the adapter, with gradients where they are enabled; otherwise without it.
     """
 
     def predict(self, x, t, text, on): ...
@@ -37,7 +39,8 @@ class Settings:
     drawn a step; anchor_kind: "noise" (published) or "texts", preserved prompts drawn by their distance to the
     concept, eq. 6 with `alpha_sampling`; rollout_steps: of the noise schedule on which latents are made;
     rollout_cfg: guidance there; timestep: the one the network is told, "published" (up to 42 too high) or
-    "matching" the latents; size: height and width of latents; weight_decay: of AdamW; seed: of all draws.
+    "matching" the latents; size: height and width of latents; weight_decay: of AdamW; seed: of all draws; objective:
+    one of OBJECTIVES, those other than "spm" have no anchors; channels: of latents, (C,) or, of videos, (C, frames).
     """
 
     steps: int = 3000
@@ -55,6 +58,8 @@ class Settings:
     size: tuple[int, int] = (64, 64)
     weight_decay: float = 0.01
     seed: int = 0
+    objective: str = SPM
+    channels: tuple[int, ...] = (4,)
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("warmup", 0), ("cycles", 1), ("anchors", 1), ("rollout_steps", 2)):
@@ -62,19 +67,20 @@ class Settings:
                 raise ErasureError(f"Training has {name} {getattr(self, name)}; expected at least {least}.")
         if not 0 < self.lr < math.inf:
             raise ErasureError(f"Training has the learning rate {self.lr}; expected a positive number, such as 1e-4.")
-        for name, known in (("anchor_kind", ANCHORS), ("timestep", TIMESTEPS)):
+        for name, known in (("anchor_kind", ANCHORS), ("timestep", TIMESTEPS), ("objective", OBJECTIVES)):
             if getattr(self, name) not in known:
                 raise ErasureError(f'Training has {name} "{getattr(self, name)}"; expected {" or ".join(known)}.')
 
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """Text vectors (T, d) of the concept, its surrogate and the empty prompt, and of preserved prompts (n, T, d)."""
+    """Text vectors (T, d) of the concept, its surrogate and the empty prompt, and of preserved prompts (n, T, d); or
+    the Conditions of each."""
 
-    concept: torch.Tensor
-    surrogate: torch.Tensor
-    empty: torch.Tensor
-    preserved: torch.Tensor | None = None
+    concept: torch.Tensor | Conditions
+    surrogate: torch.Tensor | Conditions
+    empty: torch.Tensor | Conditions
+    preserved: torch.Tensor | list | None = None
 
 
 @dataclass(frozen=True)
@@ -91,88 +97,68 @@ class Report:
         return self.erase + self.anchor
 
 
-def alphas_cumprod():
-    """Stable Diffusion's noise schedule: (1000,) float64, betas linear in their square roots."""
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, LEVELS, dtype=torch.float64) ** 2
-    return (1 - betas).cumprod(0)
+def walk(denoiser, x, k, texts, settings, path):
+    """Latents of a roll-out from noise x (1, C, h, w) for the concept, with the adapter and guidance: after 0, 1, ... k
+    steps, one after the other."""
+    guided = settings.rollout_cfg != 1
+    x = path.beginning(x)
+    yield x
+    for i in range(k):
+        with torch.no_grad():
+            found = predicted(denoiser, x, path.levels[i], [texts.empty] * guided + [texts.concept], on=True)
+            empty, concept = found.chunk(2) if guided else (0.0, found)
+            x = path.after(x, empty + settings.rollout_cfg * (concept - empty), i)
+        yield x
 
 
-def rollout_timesteps(steps):
-    """DDIM timesteps with leading spacing, falling: steps of them, the last one 0."""
-    spacing = LEVELS // steps
-    return [spacing * i for i in reversed(range(steps))]
-
-
-def told_timestep(k, settings):
-    """The timestep the network is told for latents after k steps of the rollout.
-
-    Published: 999 - floor(1000 k / steps), as in LECO, which is 33 to 42 more than the latents have for 30 steps.
-    """
-    if settings.timestep == MATCHING:
-        return rollout_timesteps(settings.rollout_steps)[k]
-    return LEVELS - 1 - LEVELS * k // settings.rollout_steps
-
-
-def ddim_step(x, noise, t, before, alphas):
-    """Latents at timestep `before` from those at t and their noise (DDIM, Song et al. 2021, eq. 12 with sigma 0)."""
-    a, b = alphas[t].item(), alphas[before].item()
-    clean = (x - (1 - a) ** 0.5 * noise) / a**0.5
-    return b**0.5 * clean + (1 - b) ** 0.5 * noise
-
-
-def rollout(denoiser, x, k, texts, settings, alphas):
-    """Latents after k DDIM steps from noise x (1, 4, h, w) for the concept, with the adapter and guidance."""
-    timesteps = rollout_timesteps(settings.rollout_steps)
-    text = torch.stack([texts.empty, texts.concept])
-    with torch.no_grad():
-        for i in range(k):
-            t = torch.full((2,), timesteps[i])
-            empty, concept = denoiser.predict(x.expand(2, -1, -1, -1), t, text, on=True).chunk(2)
-            noise = empty + settings.rollout_cfg * (concept - empty)
-            x = ddim_step(x, noise, timesteps[i], timesteps[i + 1], alphas)
+def rollout(denoiser, x, k, texts, settings, path):
+    """Latents after k steps, see walk()."""
+    *_, x = walk(denoiser, x, k, texts, settings, path)
     return x
 
 
-def preview(denoiser, texts, settings):
-    """A picture of the concept as the adapter makes it now, latents (1, 4, h, w), always from the same noise."""
-    alphas = alphas_cumprod()
+def preview(denoiser, texts, settings, path=None):
+    """A picture of the concept as the adapter makes it now, latents (1, C, h, w), always from the same noise."""
+    path = path or NoiseSchedule(settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    x = torch.randn(1, 4, *settings.size, generator=generator)
-    x = rollout(denoiser, x, settings.rollout_steps - 1, texts, settings, alphas)
+    x = torch.randn(1, *settings.channels, *settings.size, generator=generator)
+    x = rollout(denoiser, x, settings.rollout_steps - 1, texts, settings, path)
     with torch.no_grad():
-        noise = denoiser.predict(x, torch.zeros(1, dtype=torch.long), texts.concept[None], on=True)
-    a = alphas[0].item()
-    return (x - (1 - a) ** 0.5 * noise) / a**0.5
+        return path.clean(x, predicted(denoiser, x, path.levels[-1], [texts.concept], on=True))
 
 
 def noise_anchors(count, concept, generator):
-    """Anchors (count, T, d) as the published code draws them: isotropic noise with 0.8 to 1.2 of the concept's norm.
+    """Anchors [(T, d)] as the published code draws them: isotropic noise with 0.8 to 1.2 of the concept's norm.
 
-    A draw is kept with probability 1 - its cosine with the concept, which is about 1 for all of them.
+    A draw is kept with probability 1 - its cosine with the concept, which is about 1 for all of them. Of Conditions,
+    the rows and each pooled vector are drawn so, as the published code does for SDXL.
     """
-    kept = []
-    while len(kept) < count:
+    if isinstance(concept, Conditions):
+        return [concept.noised(lambda vectors: _noise(vectors, generator)) for _ in range(count)]
+    return torch.stack([_noise(concept, generator) for _ in range(count)])
+
+
+def _noise(concept, generator):
+    while True:
         z = torch.randn(concept.shape, generator=generator)
         z = z / z.norm()
         cosine = (z * concept).sum() / concept.norm()
         if torch.rand((), generator=generator) < 1 - cosine:
-            kept.append(z * concept.norm() * (0.8 + 0.4 * torch.rand((), generator=generator)))
-    return torch.stack(kept)
+            return z * concept.norm() * (0.8 + 0.4 * torch.rand((), generator=generator))
 
 
 def text_anchors(count, texts, alpha, generator):
-    """Anchors (count, T, d) among preserved prompts, by chance as (1 - |cos(anchor, concept)|)^alpha, eq. 6."""
-    flat, concept = texts.preserved.flatten(1), texts.concept.flatten()
-    cosine = torch.nn.functional.cosine_similarity(flat, concept[None], dim=1)
-    distance = 1 - cosine.abs()
+    """Anchors [count] among preserved prompts, by chance as (1 - |cos(anchor, concept)|)^alpha, eq. 6."""
+    distance = 1 - likeness(texts.preserved, texts.concept).abs()
     weight = torch.where(distance > 1e-6, distance, 0.0) ** alpha
     if not weight.any():
         raise ErasureError("All preserved prompts equal the concept; preserve something else.")
-    return texts.preserved[torch.multinomial(weight, count, replacement=True, generator=generator)]
+    drawn = torch.multinomial(weight, count, replacement=True, generator=generator)
+    return together([texts.preserved[i] for i in drawn.tolist()])
 
 
 def anchor_rows(texts, settings, generator):
-    """(anchors (n, T, d), weights (n,) that add to 1): the empty prompt with half of the weight and drawn ones.
+    """(anchors [n], weights (n,) that add to 1): the empty prompt with half of the weight and drawn ones.
 
     In the published code half of the drawn anchors only cost time: its helper compares the second half of a batch
     laid out as empty, 1st, empty, 2nd ... The others and the empty prompt are what counts, and each is computed once.
@@ -181,26 +167,7 @@ def anchor_rows(texts, settings, generator):
         drawn = text_anchors(settings.anchors, texts, settings.alpha_sampling, generator)
     else:
         drawn = noise_anchors(settings.anchors, texts.concept, generator)[settings.anchors // 2 :]
-    rows = torch.cat([texts.empty[None], drawn])
-    return rows, torch.tensor([0.5, *[0.5 / len(drawn)] * len(drawn)])
-
-
-def losses(denoiser, x, t, texts, anchors, weights, settings):
-    """(erase loss, anchor loss) for latents x (1, 4, h, w) at a timestep.
-
-    erase, eq. 4: mean square of e_on(concept) - (e(surrogate) - eta (e(concept) - e(surrogate))), e without the
-    adapter. anchor, eq. 7: weighted mean over the anchors of the mean square of e_on(a) - e(a).
-    """
-    fixed = torch.cat([torch.stack([texts.concept, texts.surrogate]), anchors])
-    with torch.no_grad():
-        still = denoiser.predict(x.expand(len(fixed), -1, -1, -1), torch.full((len(fixed),), t), fixed, on=False)
-    concept, surrogate = still[:2]
-    goal = surrogate - settings.eta * (concept - surrogate)
-    moving = torch.cat([texts.concept[None], anchors])
-    found = denoiser.predict(x.expand(len(moving), -1, -1, -1), torch.full((len(moving),), t), moving, on=True)
-    erase = (found[0] - goal).square().mean()
-    each = (found[1:] - still[2:]).square().flatten(1).mean(dim=1)
-    return erase, (weights.to(each) * each).sum()
+    return together([texts.empty, *drawn]), torch.tensor([0.5, *[0.5 / len(drawn)] * len(drawn)])
 
 
 def learning_rate(step, settings):
@@ -211,34 +178,41 @@ def learning_rate(step, settings):
     return settings.lr * 0.5 * (1 + math.cos(math.pi * ((settings.cycles * progress) % 1)))
 
 
-def train(denoiser, parameters, texts, settings, on_step=lambda report: None, start=0, optimizer=None):
+def train(denoiser, parameters, texts, settings, on_step=lambda report: None, start=0, optimizer=None, path=None):
     """Trains the parameters on Texts, one of them drawn for each step; on_step(Report) may end it by an exception.
 
-    Deterministic for a seed on one device: each step draws from a generator of its own, so that a run that is
-    resumed at step `start` draws what an uninterrupted one would. Raises ErasureError when a loss is not finite;
-    the parameters are then those from before that step.
+    path: of the roll-outs; None for Stable Diffusion's noise schedule. Deterministic for a seed on one device: each
+    step draws from a generator of its own, so that a run that is resumed at step `start` draws what an uninterrupted
+    one would. Raises ErasureError when a loss is not finite; the parameters are then those from before that step.
     """
-    parameters = list(parameters)
+    parameters, path = list(parameters), path or NoiseSchedule(settings)
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    alphas = alphas_cumprod()
     for step in range(start, settings.steps):
         generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) % 2**63)
         which = texts[int(torch.randint(len(texts), (), generator=generator))]
         k = int(torch.randint(1, settings.rollout_steps, (), generator=generator))
-        x = torch.randn(1, 4, *settings.size, generator=generator)
-        anchors, weights = anchor_rows(which, settings, generator)
-        x = rollout(denoiser, x, k, which, settings, alphas)
-        t = told_timestep(k, settings)
+        x = torch.randn(1, *settings.channels, *settings.size, generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.zero_grad(set_to_none=True)
-        erase, anchor = losses(denoiser, x, t, which, anchors, weights, settings)
-        total = erase + settings.lam * anchor
+        anchors = anchor_rows(which, settings, generator) if settings.objective == SPM else ((), torch.zeros(0))
+        on_step(_step(denoiser, which, x, places(settings, k), anchors, settings, path, optimizer, step))
+
+
+def _step(denoiser, texts, x, after, anchors, settings, path, optimizer, step):
+    """Report of one step of the optimiser, with the loss taken after some numbers of steps of a roll-out from noise."""
+    erased = held = 0.0
+    for k, latents in enumerate(walk(denoiser, x, max(after), texts, settings, path)):
+        if k not in after:
+            continue
+        erase, anchor = LOSSES[settings.objective](denoiser, latents, path.told(k), texts, *anchors, settings)
+        total = (erase + settings.lam * anchor) / len(after)
         if not torch.isfinite(total):
             raise ErasureError(
                 f"The loss is not finite in step {step + 1} (erase {erase.item()}, anchor {anchor.item()}); "
                 "lower the learning rate."
             )
         total.backward()
-        optimizer.step()
-        on_step(Report(step + 1, erase.item(), anchor.item()))
+        erased, held = erased + erase.item() / len(after), held + anchor.item() / len(after)
+    optimizer.step()
+    return Report(step + 1, erased, held)

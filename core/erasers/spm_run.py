@@ -7,32 +7,35 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from ..adapters.adapter import Card, ErasureAdapter
+from ..adapters.deltas.text_rows import TextLowRank
 from ..errors import ErasureError
+from .conditions import Conditions, together
+from .paths import Flow
 from .spm import Settings, Texts, preview, train
 
 log = logging.getLogger("membrane")
 
-TOLD_EVERY = 50  # steps
+TOLD_EVERY, TOLD_AFTER = 50, 5.0  # steps, or seconds where these take longer
 
 
 def texts_of(encoded, pairs, preserved):
-    """[Texts] of pairs (prompt with the concept, with its surrogate) that are all among the encoded prompts, with the
-    preserved prompts; their tensors are not inference tensors if this is called outside inference mode."""
+    """[Texts] of pairs (prompt with the concept, with its surrogate) that are all among the encoded prompts, Conditions
+    or rows, with the preserved prompts; their tensors are not inference tensors if this is called outside inference
+    mode."""
 
     def row(prompt):
-        return encoded[prompt].rows.clone()
+        found = encoded[prompt]
+        return found if isinstance(found, Conditions) else found.rows.clone()
 
-    anchors = torch.stack([row(prompt) for prompt in preserved]) if preserved else None
+    anchors = together([row(prompt) for prompt in preserved]) if preserved else None
     return [Texts(row(text), row(other), row(""), anchors) for text, other in pairs]
 
 
 def steps_done(adapter, settings):
     """How many steps an adapter to go on from was trained; raises ErasureError when there is nothing to go on with."""
     done = int(adapter.card.settings.get("trained_steps", 0))
-    if not adapter.low_rank:
+    if not adapter.low_rank and not adapter.deltas.get(TextLowRank.kind):
         raise ErasureError(f"The adapter {adapter.describe()} has no trained layers to go on from; leave it out.")
     if done >= settings.steps:
         raise ErasureError(
@@ -48,7 +51,8 @@ class TrainingRun:
     card: what the adapter says of itself; name: of its file; save(adapter): writes that file, may raise OSError;
     save_every: steps after which it is written anew; start: steps that are done already; preview_every: steps after
     which a picture of the first concept is shown, 0 for none; show(step, latents): called after each step, latents (1,
-    4, h, w) or None, may raise to stop; say(text): called with a line on how it goes.
+    4, h, w) or None, may raise to stop; say(text): called with a line on how it goes; path: of the roll-outs,
+    None for Stable Diffusion's noise schedule.
     """
 
     card: Card
@@ -60,25 +64,30 @@ class TrainingRun:
     preview_every: int = 0
     show: Callable = lambda step, latents: None
     say: Callable = lambda text: None
+    path: Flow | None = None
     reports: list = field(default_factory=list)
     saved: str = ""
 
     def __call__(self, denoiser, texts):
         """(ErasureAdapter, report as text). An exception, such as Cancel, leaves a file of what was trained."""
-        begin = time.monotonic()
+        begin, told = time.monotonic(), None
 
         def on_step(report):
+            nonlocal told
             self.reports.append(report)
             shown = self.preview_every and report.step % self.preview_every == 0
-            latents = preview(denoiser, texts[0], self.settings) if shown else None
-            if report.step % TOLD_EVERY == 0 or report.step == self.settings.steps:
-                self._tell(report.step, time.monotonic() - begin)
+            latents = preview(denoiser, texts[0], self.settings, self.path) if shown else None
+            now, last = time.monotonic(), report.step == self.settings.steps
+            told = told or now
+            if report.step % TOLD_EVERY == 0 or last or now - told >= TOLD_AFTER:
+                self._tell(report.step, now - begin)
+                told = now
             if report.step % self.save_every == 0 and report.step < self.settings.steps:
                 self._keep(denoiser, report.step)
             self.show(report.step, latents)
 
         try:
-            train(denoiser, denoiser.parameters(), texts, self.settings, on_step, self.start)
+            train(denoiser, denoiser.parameters(), texts, self.settings, on_step, self.start, path=self.path)
         except BaseException:
             if self.reports:  # Cancel, out of memory, a loss that is not finite: what was trained stays
                 self._keep(denoiser, self.reports[-1].step)
@@ -95,7 +104,10 @@ class TrainingRun:
     def _keep(self, denoiser, step):
         """The adapter as trained so far, saved where that can be done."""
         card = replace(self.card, settings={**self.card.settings, "trained_steps": step})
-        adapter = ErasureAdapter(card, {"low_rank": denoiser.trained()})
+        deltas = {}
+        for site, change in denoiser.trained().items():
+            deltas.setdefault(change.kind, {})[site] = change
+        adapter = ErasureAdapter(card, deltas)
         try:
             self.save(adapter)
         except OSError as error:  # the adapter goes on through the graph

@@ -27,10 +27,12 @@ LTX_ROLES = (
     (r"^transformer_blocks_\d+_ff_net_0_proj$", "feed_forward.up"),
     (r"^transformer_blocks_\d+_ff_net_2$", "feed_forward.down"),
 )
+WAN_TRAINED, COSMOS_TRAINED = r"^blocks_\d+_cross_attn_[kv]$", r"^blocks_\d+_cross_attn_[kv]_proj$"
 READERS = (r"^blocks\.\d+\.cross_attn\.k_proj$", r"^blocks\.\d+\.cross_attn\.v_proj$")
 
 WAN = Family(
-    "WAN21", "Wan 2.1 and 2.2", ("WAN21_T2V",), (sentence(UMT5, r"^text_embedding\.0$"),), WAN_ROLES, joint=joint.WAN,
+    "WAN21", "Wan 2.1 and 2.2", ("WAN21_T2V",), (sentence(UMT5, r"^text_embedding\.0$"),), WAN_ROLES, WAN_TRAINED,
+    joint=joint.WAN,
     note="Wan 2.2 with 14 billion weights is two models, for high and for low noise: erase from both.",
 )  # fmt: skip
 COSMOS1 = Family("Cosmos", "Cosmos 1", ("CosmosT2V",), (sentence("T5-11B", r"\.blocks\.1\.block\.attn\.to_[kv]\.0$"),))
@@ -40,6 +42,7 @@ COSMOS2 = Family(
     ("CosmosT2IPredict2",),
     (sentence("T5-11B", *READERS),),
     COSMOS_ROLES,
+    COSMOS_TRAINED,
     joint=joint.COSMOS,
 )
 # an adapter inside `extra_conds` reads a language model by the tokens of T5, and gives the rows
@@ -49,6 +52,7 @@ ANIMA = Family(
     ("Anima",),
     (sentence("Anima's adapter", *READERS, prepared=True, stream="t5xxl"),),
     COSMOS_ROLES,
+    COSMOS_TRAINED,
     joint=joint.COSMOS,
 )
 LTXV = Family("LTXV", "LTX-Video", ("LTXV",), (sentence(T5, r"^caption_projection\.linear_1$"),), LTX_ROLES)

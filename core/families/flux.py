@@ -20,19 +20,20 @@ BLOCKS = (
     (r"^single_blocks_\d+_linear1$", "joint_attention.qkv"),
     (r"^single_blocks_\d+_linear2$", "joint_attention.out"),
 )
+TRAINED = r"^double_blocks_\d+_txt_attn_qkv$"
 POOLED = pooled(r"^vector_in\.in_layer$")
 READER = r"^txt_in$"
 
 FLUX = Family(
-    "Flux", "Flux.1", ("Flux",), (sentence(T5, READER, pads=True), POOLED), BLOCKS, joint=joint.FLUX,
+    "Flux", "Flux.1", ("Flux",), (sentence(T5, READER, pads=True), POOLED), BLOCKS, TRAINED, joint=joint.FLUX,
     architectures=(("FluxSchnell", "flux1", "flux-1-schnell"), ("Flux2", "", "Flux2"), ("Flux", "flux1", "flux-1-dev")),
 )  # fmt: skip
-CHROMA = Family("Chroma", "Chroma", ("Chroma",), (sentence(T5, READER, pads=True),), BLOCKS, joint=joint.FLUX)
+CHROMA = Family("Chroma", "Chroma", ("Chroma",), (sentence(T5, READER, pads=True),), BLOCKS, TRAINED, joint=joint.FLUX)
 # the rows are those of three layers of a language model side by side; the host fills up with zero rows on the left.
 # dev and klein have different language models, of different width
-FLUX2 = Family("Flux2", "Flux.2", ("Flux2",), (words("", READER),), BLOCKS, joint=joint.FLUX)
+FLUX2 = Family("Flux2", "Flux.2", ("Flux2",), (words("", READER),), BLOCKS, TRAINED, joint=joint.FLUX)
 LONGCAT = Family(
-    "LongCat", "LongCat-Image", ("LongCatImage",), (words("Qwen2.5-VL-7B", READER),), BLOCKS, joint=joint.FLUX
+    "LongCat", "LongCat-Image", ("LongCatImage",), (words("Qwen2.5-VL-7B", READER),), BLOCKS, TRAINED, joint=joint.FLUX
 )
 OVIS = Family(
     "Ovis",
@@ -40,6 +41,7 @@ OVIS = Family(
     ("Flux",),
     (words("Ovis2.5", READER, norm="txt_norm"),),
     BLOCKS,
+    TRAINED,
     marks=("txt_norm",),
     joint=joint.FLUX,
 )

@@ -6,7 +6,7 @@ HiDream-I1, Cai et al. 2025 (arXiv 2505.22705); HunyuanVideo, Kong et al. 2024 (
 
 from . import joint
 from .family import LATER, Family, TextEntry
-from .flux import BLOCKS, POOLED
+from .flux import BLOCKS, POOLED, TRAINED
 from .transformers import T5, pooled, sentence, text, words
 
 LLAMA_LAYERS = 32
@@ -49,11 +49,12 @@ HUNYUAN_VIDEO = Family(
     ("HunyuanVideo",),
     (words("Llama-3-8B", *REFINER), POOLED),
     BLOCKS,
+    TRAINED,
     joint=joint.HUNYUAN,
 )
 HUNYUAN_IMAGE = Family(
     "HunyuanImage21", "HunyuanImage 2.1 and HunyuanVideo 1.5", ("HunyuanImage21", "HunyuanImage21Refiner",
-    "HunyuanVideo15", "HunyuanVideo15_SR_Distilled"), (words("Qwen2.5-VL-7B", *REFINER), GLYPHS), BLOCKS,
+    "HunyuanVideo15", "HunyuanVideo15_SR_Distilled"), (words("Qwen2.5-VL-7B", *REFINER), GLYPHS), BLOCKS, TRAINED,
     joint=joint.HUNYUAN,
 )  # fmt: skip
 KANDINSKY5 = Family(

@@ -22,6 +22,7 @@ BLOCKS = (
     (r"^transformer_blocks_\d+_img_mlp_net_0_proj$", "feed_forward.up"),
     (r"^transformer_blocks_\d+_img_mlp_net_2$", "feed_forward.down"),
 )
+TRAINED = r"_attn_add_[qkv]_proj$"
 QWEN_VL = "Qwen2.5-VL-7B"
 
 QWEN_IMAGE = Family(
@@ -30,6 +31,7 @@ QWEN_IMAGE = Family(
     ("QwenImage",),
     (words(QWEN_VL, r"^txt_in$", norm="txt_norm"),),
     BLOCKS,
+    TRAINED,
     joint=joint.QWEN_IMAGE,
 )
 # text rows are read at time 0 and do not change during a sampling; the host keeps them from the first step on

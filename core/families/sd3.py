@@ -23,5 +23,5 @@ ENCODER = "CLIP and T5-XXL of Stable Diffusion 3"
 SD3 = Family(
     "SD3", "Stable Diffusion 3", ("SD3",),
     (sentence(ENCODER, r"^context_embedder$", pads=True), pooled(r"^y_embedder\.mlp\.0$", encoder="CLIP-L and CLIP-G")),
-    BLOCKS, joint=joint.SD3,
+    BLOCKS, r"_context_block_attn_qkv$", joint=joint.SD3,
 )  # fmt: skip

@@ -20,10 +20,19 @@ LAYERS = tuple(
         ("feed_forward_w2", "feed_forward.down"),
     )
 )
+TRAINED = r"^layers_\d+_attention_qkv$"  # one stream: the text's rows in it
 
-Z_IMAGE = Family("ZImage", "Z-Image", ("ZImage",), (words("Qwen3-4B", READER, norm=NORM),), LAYERS, joint=joint.Z_IMAGE)
+Z_IMAGE = Family(
+    "ZImage", "Z-Image", ("ZImage",), (words("Qwen3-4B", READER, norm=NORM),), LAYERS, TRAINED, joint=joint.Z_IMAGE
+)
 LUMINA2 = Family(
-    "Lumina2", "Lumina Image 2", ("Lumina2",), (words("Gemma2-2B", READER, norm=NORM),), LAYERS, joint=joint.LUMINA
+    "Lumina2",
+    "Lumina Image 2",
+    ("Lumina2",),
+    (words("Gemma2-2B", READER, norm=NORM),),
+    LAYERS,
+    TRAINED,
+    joint=joint.LUMINA,
 )
 NEWBIE = Family(
     "NewBie", "NewBie", ("Lumina2",),
@@ -31,5 +40,5 @@ NEWBIE = Family(
         words("Gemma3-4B", READER, norm=NORM),
         pooled(r"^clip_text_pooled_proj\.1$", "clip_text_pooled", "Jina CLIP 2", norm="clip_text_pooled_proj.0"),
     ),
-    LAYERS, marks=("clip_text_pooled_proj",), joint=joint.LUMINA,
+    LAYERS, TRAINED, marks=("clip_text_pooled_proj",), joint=joint.LUMINA,
 )  # fmt: skip

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from importlib.util import find_spec
 
+import comfy.ldm.modules.attention
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
@@ -192,6 +193,15 @@ def fitted_latents(model, latents):
     """Empty latents with as many channels and dimensions as a MODEL works on, where the host can tell."""
     fix = getattr(comfy.sample, "fix_empty_latent_channels", None)
     return latents if fix is None else fix(model, latents)
+
+
+def attention_with_gradients():
+    """{transformer option} that makes a network compute attention as PyTorch does, which has a gradient whatever way
+    the user chose; none on hosts before September 2025, which have no such option."""
+    module = comfy.ldm.modules.attention
+    if not hasattr(module, "wrap_attn"):
+        return {}
+    return {"optimized_attention_override": lambda own, *args, **kwargs: module.attention_pytorch(*args, **kwargs)}
 
 
 def scheduled(clip, tokens):

@@ -8,6 +8,7 @@ from . import svg
 from .record import EMPTY, ERASE, NEIGHBOUR, TITLES, UNRELATED, encoded_picture
 from .render_grid import pair_of
 from .render_text import number, percent
+from .verdict import verdict
 
 WORST = 20  # prompts listed on the page
 SCORES = {
@@ -15,40 +16,60 @@ SCORES = {
     "synonym": "the same, asked for in other words",
     "kept": "other classes right",
 }
-COLOURS = {ERASE: "#c2543d", NEIGHBOUR: "#3f7d58", UNRELATED: "#4a6fa5", EMPTY: "#888888"}
+COLOURS = {ERASE: "#d0604a", NEIGHBOUR: "#4a9a6c", UNRELATED: "#5a86c8", EMPTY: "#888888"}  # seen on light and dark
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; margin: 2em auto; max-width: 1180px;
-  padding: 0 1em }
+:root { color-scheme: light dark; --ink: #222; --quiet: #5c5c5c; --paper: #fff; --line: #ddd; --panel: #f5f5f5 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --quiet: #a8a8a8; --paper: #17181a; --line: #3a3c40; --panel: #222428 } }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2em auto;
+  max-width: 1180px; padding: 0 1em }
 h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em }
+.verdict { font-size: 1.15em; background: var(--panel); border-left: 4px solid #d0604a; padding: .7em 1em;
+  margin: 1em 0 }
+.verdict p { margin: .15em 0 } summary { cursor: pointer; font-size: 1.2em; font-weight: 600; margin-top: 1.6em }
+.wide { overflow-x: auto }
 table { border-collapse: collapse; margin: .6em 0 } th, td { padding: .25em .8em; text-align: left;
-  border-bottom: 1px solid #ddd } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-.pairs { display: flex; flex-wrap: wrap; gap: 14px } figure { margin: 0; width: 160px }
-figure img { width: 160px; image-rendering: pixelated; display: block; margin-bottom: 4px; border-radius: 3px }
-figcaption { font-size: 12px; color: #555 } .note { color: #666; max-width: 70ch }
-.lines { display: flex; flex-wrap: wrap; gap: 28px } svg text { font: 12px system-ui, sans-serif; fill: #444 }
-pre { background: #f6f6f6; padding: .8em; overflow-x: auto; font-size: 12.5px }
+  border-bottom: 1px solid var(--line) } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 18px }
+figure { margin: 0; display: grid; grid-template-columns: repeat(3, 1fr); gap: 4px }
+figure img { width: 100%; image-rendering: pixelated; display: block; border-radius: 3px }
+figure span { font-size: 12px; color: var(--quiet) } figcaption { grid-column: 1 / -1; order: -1; font-size: 14px;
+  overflow-wrap: anywhere } .note { color: var(--quiet); max-width: 70ch }
+.lines { display: flex; flex-wrap: wrap; gap: 28px } svg { max-width: 100%; height: auto }
+svg text { font: 12px system-ui, sans-serif; fill: var(--quiet) } svg line { stroke: var(--line) }
+svg line.other { stroke: var(--ink) }
+pre { background: var(--panel); padding: .8em; overflow-x: auto; font-size: 12.5px }
+@media (max-width: 600px) { body { margin: 1em auto; padding: 0 .7em } th, td { padding: .25em .5em } }
 """
 
 
 def page(record, summary):
     """A Record and its Summary as HTML."""
     names, strata = summary.distance_names(), summary.strata
-    parts = ["<h1>Erasure, measured</h1>"]
+    parts = ["<h1>Erasure, measured</h1>", _verdict(record, summary)]
     if not record.finished:
         parts.append('<p class="note"><b>Not finished.</b> Queue the node again with the same inputs to go on.</p>')
-    parts.append(_scores_table(summary.classified))
-    parts += [_distance_table(name, strata) for name in names]
-    parts += ['<div class="lines">', _drift_chart(strata)]
-    parts += [_spread_chart(record, name) for name in names[:1]]
-    parts.append("</div>")
     parts += [_pairs(record, stratum) for stratum in strata]
-    parts += [_worst(record, name) for name in names[:1]]
-    parts.append(f"<h2>Settings</h2>{_settings(record.configuration)}")
+    tables = [_scores_table(summary.classified), *(_distance_table(name, strata) for name in names)]
+    charts = [_drift_chart(strata), *(_spread_chart(record, name) for name in names[:1])]
+    parts.append(_folded("The numbers", *tables, *(_worst(record, name) for name in names[:1])))
+    parts.append(_folded("Charts", '<div class="lines">', *charts, "</div>"))
+    parts.append(_folded("Settings", _settings(record.configuration)))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        'content="width=device-width"><title>Erasure, measured</title>'
+        'content="width=device-width, initial-scale=1"><title>Erasure, measured</title>'
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
+
+
+def _verdict(record, summary):
+    lines = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in verdict(record, summary))
+    return f'<div class="verdict">{lines}</div>' if lines else ""
+
+
+def _folded(title, *parts):
+    """Something that is opened by a click on its title."""
+    return f"<details><summary>{title}</summary>{''.join(parts)}</details>" if any(parts) else ""
 
 
 # ---------------------------------------------------------------- tables
@@ -59,7 +80,8 @@ def _table(head, rows):
         return "".join(f"<{kind}{' class=n' if i else ''}>{html.escape(v)}</{kind}>" for i, v in enumerate(values))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _scores_table(classified):
@@ -149,7 +171,7 @@ def _spread_chart(record, name):
     title = f"Distance of every prompt ({name})"
     parts = svg.axes(title, "prompts, the least changed first", [(0, ""), (1, "")], svg.ticks(largest))
     (x1, y), (x2, _) = svg.place(0, ceiling / largest), svg.place(1, ceiling / largest)
-    parts.append(f'<line x1="{x1}" y1="{y}" x2="{x2}" y2="{y}" stroke="#222" stroke-dasharray="5 4"/>')
+    parts.append(f'<line x1="{x1}" y1="{y}" x2="{x2}" y2="{y}" class="other" stroke-dasharray="5 4"/>')
     parts.append(f'<text x="{x2}" y="{y - 5}" text-anchor="end">another seed</text>')
     for stratum, values in curves.items():
         for i, value in enumerate(values):
@@ -165,7 +187,7 @@ def _pairs(record, stratum):
     figures = [_figure(shown) for shown in record.pictures if shown["stratum"] == stratum]
     if not figures:
         return ""
-    note = "original, erased, and where they differ (bright: much)"
+    note = "The third picture shows where the other two differ (bright: much)."
     return f'<h2>Pictures: {TITLES[stratum]}</h2><p class="note">{note}</p><div class="pairs">{"".join(figures)}</div>'
 
 
@@ -176,6 +198,6 @@ def _figure(shown):
         "difference": encoded_picture(pair_of(shown)["difference"]),
     }
     images = "".join(
-        f'<img alt="{name}" title="{name}" src="data:image/png;base64,{data}">' for name, data in pictures.items()
+        f'<span><img alt="{name}" src="data:image/png;base64,{data}">{name}</span>' for name, data in pictures.items()
     )
     return f"<figure>{images}<figcaption>{html.escape(shown['prompt'] or '(empty)')}</figcaption></figure>"

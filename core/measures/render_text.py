@@ -1,6 +1,7 @@
 """An evaluation's numbers as text."""
 
 from .record import TITLES
+from .verdict import verdict
 
 SCORES = {
     "erased": "still recognised",
@@ -21,7 +22,7 @@ def number(found, digits=3):
 
 def report(record, summary):
     """A Record and its Summary as text."""
-    lines = []
+    lines = [" ".join(verdict(record, summary)), ""] if record.rows else []
     for name in summary.distance_names():
         lines += _distance_lines(name, summary.strata)
     lines += _drift_lines(summary.strata)

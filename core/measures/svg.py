@@ -30,11 +30,11 @@ def axes(title, x_title, ticks_x, ticks_y):
     parts = [f'<text x="{LEFT}" y="16" style="font-weight:600">{html.escape(title)}</text>']
     for x, label in ticks_x:
         px, py = place(x, 0)
-        parts.append(f'<line x1="{px}" y1="{py}" x2="{px}" y2="{py + 4}" stroke="#999"/>')
+        parts.append(f'<line x1="{px}" y1="{py}" x2="{px}" y2="{py + 4}"/>')
         parts.append(f'<text x="{px}" y="{py + 17}" text-anchor="middle">{label}</text>')
     for y, label in ticks_y:
         px, py = place(0, y)
-        parts.append(f'<line x1="{px}" y1="{py}" x2="{place(1, y)[0]}" y2="{py}" stroke="#e4e4e4"/>')
+        parts.append(f'<line x1="{px}" y1="{py}" x2="{place(1, y)[0]}" y2="{py}"/>')
         parts.append(f'<text x="{px - 6}" y="{py + 4}" text-anchor="end">{label}</text>')
     middle = place(0.5, 0)[0]
     parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(x_title)}</text>')
@@ -52,4 +52,4 @@ def legend(entries):
 
 def chart(parts):
     """The parts as one picture."""
-    return f'<svg width="{WIDTH}" height="{HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img">{"".join(parts)}</svg>'

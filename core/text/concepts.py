@@ -10,7 +10,8 @@ ARROW = "->"
 ARROWS = re.compile(
     r"[-=\u2010-\u2015\u2212]+>|[\u2192\u21a6\u21d2\u21e8\u21fe\u2794\u2799-\u279e\u27a1\u27f6\u27f9]\ufe0f?"
 )
-BULLET = re.compile(r"\s*(?:[-*+]\s+|[\u00b7\u2013\u2014\u2022\u2023\u2043\u2219\u25aa\u25cf\u25e6]\s*)(?![-=]*>)")
+BULLET = re.compile(r"\s*(?:[-*+]\s+|[\u00b7\u2013\u2014\u2022\u2023\u2043\u2219\u25aa\u25cf\u25e6]\s*)(?!>)")
+INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff]")  # spaces without width, marks of direction and of a file's start
 COMMAS = re.compile(r"[,;\u3001\uff0c\uff1b]")
 LOOKS_LIKE_ARROW = re.compile(r"\s[=~>|/]\s|:\s|\s:|\uff1a")
 
@@ -26,22 +27,28 @@ class Concept:
 def parse_concepts(text, surrogate=""):
     """Concepts from lines ``concept`` or ``concept -> replacement``; `surrogate` fills in where a line has none.
 
-    A line may begin with a bullet, and any usual spelling of the arrow is taken for it.
+    A line may begin with a bullet, and any usual spelling of the arrow is taken for it. A concept is written as plain()
+    writes it.
     """
     concepts = []
-    for line in _lines(text):
-        word, arrow, other = (part.strip() for part in ARROWS.sub(ARROW, without_bullet(line)).partition(ARROW))
-        concept = Concept(word, other if arrow else surrogate.strip())
+    for line in filter(str.strip, (without_bullet(INVISIBLE.sub("", line)) for line in _lines(text))):
+        word, *others = map(plain, ARROWS.split(line))
+        if len(others) > 1:
+            raise ErasureError(
+                f'The line "{plain(line)}" has {len(others)} arrows; write "concept {ARROW} replacement" with one, and '
+                "another line for another concept."
+            )
+        concept = Concept(word, others[0] if others else plain(surrogate))
         if not word:
             raise ErasureError(
                 f'The line "{line.strip()}" names no concept before "{ARROW}"; write "concept {ARROW} replacement".'
             )
-        if concept.text.lower() == concept.surrogate.lower():
+        if same(concept.text, concept.surrogate):
             raise ErasureError(
                 f'The concept "{word}" is to be replaced by itself, which erases nothing; '
                 "give it another replacement or leave the replacement empty."
             )
-        if concept.text.lower() in (c.text.lower() for c in concepts):
+        if any(same(concept.text, known.text) for known in concepts):
             raise ErasureError(f'The concept "{word}" is listed twice; keep one of the two lines.')
         concepts.append(concept)
     if not concepts:
@@ -90,6 +97,22 @@ def _count(number):
     return {2: "both", 3: "all three"}.get(number, f"all {number}")
 
 
+def plain(text):
+    """A text without characters that show nothing, and with one space where it has some."""
+    return " ".join(INVISIBLE.sub("", text).split())
+
+
+def same(text, other):
+    """Whether two texts name one thing: case, spaces and invisible characters do not count."""
+    return plain(text).casefold() == plain(other).casefold()
+
+
+def mentions(text, word):
+    """Whether a text has a word, or several in a row, as words and not as part of longer ones."""
+    word = plain(word).casefold()
+    return bool(word) and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", plain(text).casefold()) is not None
+
+
 def parse_lines(text):
     """The non-empty lines, stripped, without repeats."""
     return list(dict.fromkeys(line.strip() for line in _lines(text)))
@@ -121,6 +144,24 @@ def parse_templates(text):
                 'write "{}" exactly once where the concept belongs, as in "a photo of {}".'
             )
     return templates
+
+
+def up_to(template, word):
+    """The template filled up to the end of the word, where a search for its tokens may miss it, else None.
+
+    That is where letters or signs touch it with which a tokenizer may make one token of its beginning or end, as of 's
+    or of ), and where what stands behind it has the word again.
+    """
+    before, _, after = template.partition("{}")
+    if not word or not after.strip():
+        return None
+    merged = _merge(before[-1:], word[0]) or _merge(word[-1], after[0]) or before.endswith("'")
+    return fill(f"{before}{{}}", word) if merged or mentions(after, word) else None
+
+
+def _merge(left, right):
+    """Whether two characters side by side may be of one token: two of a word, or two signs."""
+    return bool(left.strip() and right.strip()) and left.isalnum() == right.isalnum()
 
 
 def fill(template, word):

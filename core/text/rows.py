@@ -36,6 +36,13 @@ def subject(prompt, word):
     return max(found, default=_last_word(roles))
 
 
+def last_of(prompt, head):
+    """Index of the last row of a prompt's words that another one, head, has as well: where the head ends in it."""
+    words = [i for i, role in enumerate(prompt.roles.tolist()) if role == WORD]
+    count = head.roles.tolist().count(WORD)
+    return words[count - 1] if 0 < count <= len(words) else _last_word(prompt.roles.tolist())
+
+
 def _last_word(roles):
     """Index of the last word, or of what stands before the place of the words where there is none."""
     if WORD in roles:

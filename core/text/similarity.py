@@ -277,6 +277,11 @@ def neutral_captions():
     return tuple(CAPTIONS.read_text(encoding="ascii").splitlines())
 
 
+def short_captions():
+    """The first sentence of each of neutral_captions()."""
+    return [f"{caption.split('. ')[0].removesuffix('.')}." for caption in neutral_captions()]
+
+
 def word_rows(rows, heard=None):
     """Those of rows (T, d) that stand for words; all that are not zero where that is not known."""
     places = _places(heard)

@@ -1,10 +1,11 @@
 // The scenarios about what nodes say and show after a run, by name.
 
-import { STAR, api, build, check, fresh, same, setting, stack, until } from "./page.mjs";
+import { HEART, STAR, api, build, check, fresh, same, setting, stack, until } from "./page.mjs";
 import { becomes, drawsElementsOfExtensions, needs, queue, undo } from "./scenarios.mjs";
 
 const MODEL = ["MembraneDemoModel", [20, 40]];
-const report = (page) => page.locator(".membrane-report:visible");
+/** What the node says that shows a pair, or that links to a page. */
+const report = (page, has = ".membrane-compare") => page.locator(".membrane-report:visible", { has: page.locator(has) });
 const widget = (page, id, name, value) =>
     api(page, ([id, name, value]) => void (app.graph.getNodeById(id).widgets.find((w) => w.name === name).value = value), [id, name, value]);
 
@@ -100,17 +101,13 @@ export const PARTS = {
         await aPairUnderOneDivider(page);
     },
 
-    async the_divider_in_nodes_2(page) {
-        await inNodes2(page, () => aPairUnderOneDivider(page));
-    },
-
     async what_a_run_said_fades_while_the_next_one_runs_and_is_replaced(page) {
         const { erase, yes } = await comparing(page, "a red star on snow");
         await queue(page);
         await until(async () => /differs in/.test(await report(page).innerText()), "the first report", 60000);
         await api(page, async () => {
             const { api } = await import("/scripts/api.js");
-            api.addEventListener("execution_start", () => setTimeout(() => (globalThis.faded = document.querySelector(".membrane-report.membrane-stale") !== null)), { once: true });
+            api.addEventListener("execution_start", () => setTimeout(() => (globalThis.faded = [...document.querySelectorAll(".membrane-report.membrane-stale")].some((part) => part.querySelector(".membrane-compare")))), { once: true });
         });
         await widget(page, yes, "text", "a blue star");
         await widget(page, erase, "strength", 0);
@@ -194,7 +191,7 @@ export const PARTS = {
         };
         await build(page, nodes, [["model", 0, "erase", "model"], ["model", 1, "erase", "clip"], ["model", 0, "evaluate", "original"], ["erase", 0, "evaluate", "erased"], ["model", 1, "evaluate", "clip"]]);
         await queue(page);
-        const link = report(page).locator("a", { hasText: "Open the report" });
+        const link = report(page, "a").locator("a", { hasText: "Open the report" });
         await link.waitFor({ state: "attached", timeout: 90000 });
         const href = await link.getAttribute("href");
         const answer = await page.request.get(new URL(href, page.url()).href);
@@ -205,9 +202,27 @@ export const PARTS = {
             const refused = await page.request.get(new URL(href.replace(/\?.*/, `?filename=${encodeURIComponent(wrong)}`), page.url()).href);
             same(refused.status(), 404, `the answer for ${wrong}`);
         }
-        await report(page).locator("button", { hasText: "Copy" }).dispatchEvent("click"); // far below
+        await report(page, "a").locator("button", { hasText: "Copy" }).dispatchEvent("click"); // far below
         const copied = await until(() => api(page, () => navigator.clipboard.readText()), "the copy");
         check(/integrity/.test(copied), `copied: ${copied.slice(0, 80)}`);
+    },
+
+    async rows_take_one_line_each_and_begin_with_what_they_erase(page) {
+        const entries = Array.from({ length: 8 }, (_, i) => ({ adapter: [STAR, HEART][i % 2] }));
+        await fresh(page, { text: stack(...entries) });
+        const rows = page.locator(".membrane-stack .membrane-row");
+        await becomes(async () => (await rows.locator(".membrane-concept").allInnerTexts()).slice(0, 2), ["star \u2192 circle", "heart \u2192 square"], "what the rows erase");
+        const heights = await rows.evaluateAll((all) => all.map((row) => row.offsetHeight));
+        check(heights.every((height) => height <= 36), `heights of the rows: ${heights}`);
+        const list = await page.locator(".membrane-stack .membrane-list").evaluate((element) => [element.scrollHeight, element.clientHeight]);
+        check(list[1] >= 6 * heights[0], `six rows fit: ${list}`);
+        await rows.nth(0).locator('[data-do="more"]').click();
+        check(await rows.nth(0).locator('[data-field="permeability.mode"]').isVisible(), "the rest opens");
+        await rows.nth(0).locator('[data-do="more"]').click();
+        check(!(await rows.nth(0).locator('[data-field="permeability.mode"]').isVisible()), "and folds");
+        await fresh(page, { text: stack() });
+        const empty = await page.locator(".membrane-stack .membrane-empty").innerText();
+        check(empty.includes("+ Add adapter") && empty.includes("models/erasure_adapters"), `an empty stack says what to do: ${empty}`);
     },
 
     async a_stack_is_applied_by_its_editor_and_can_be_bypassed(page) {

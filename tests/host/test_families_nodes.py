@@ -60,11 +60,17 @@ def test_memorised_pictures_are_not_told(subject):
                      scheduler="normal", **SAMPLING, **subject.both)  # fmt: skip
 
 
-def test_training_says_what_else_to_do(subject):
-    with pytest.raises(ErasureError, match=f"this is {subject.title} .*erase in closed form"):
-        subject.node("MembraneTrain", concepts="star", surrogate="circle", preset="custom", steps=2, eta=1.0, rank=1,
-                     learning_rate=1e-3, anchoring=1.0, width=64, height=64, seed=0, layers="all", save_every=0,
-                     filename_prefix="families/none", **subject.both)  # fmt: skip
+def test_training_works_or_says_what_else_to_do(subject):
+    def train():
+        return subject.node("MembraneTrain", concepts="star", surrogate="circle", preset="custom", steps=2, eta=1.0,
+                            rank=1, learning_rate=1e-3, anchoring=1.0, width=64, height=64, seed=0, layers="all",
+                            save_every=5, filename_prefix="families/none", **subject.both)  # fmt: skip
+
+    if subject.name == "hidream":
+        with pytest.raises(ErasureError, match=f"Which layers of {subject.title} models .*erase in closed form"):
+            train()
+    elif subject.name != "anima":  # test_train_families.py knows on which hosts that one has a gradient
+        assert train()[0].sites
 
 
 def test_mitigation(subject):

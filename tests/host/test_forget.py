@@ -58,10 +58,10 @@ def test_nothing_to_remove_is_one_sentence(forget):
 
 def test_it_says_what_it_did_and_how_words_were_taken(forget):
     found = forget()
-    title = f"Erased: star -> circle. Kept: 2. Captions: {len(captions_of('object').templates)}."
+    title = f"Erased: star -> circle. Kept: 2 and what comes instead (circle). Captions: {len(captions_of('object').templates)}."
     assert found.ui == {"membrane": [{"title": title, "level": "info", "lines": [], "links": []}]} and found[3] == title
     told = forget(remove="* star => circle\nmoon, ring\ndragon", keep="- star\n- heart").ui["membrane"][0]
-    assert told["title"].startswith("Erased: star -> circle, moon, ring, dragon. Kept: 1.")
+    assert told["title"].startswith("Erased: star -> circle, moon, ring, dragon. Kept: 1 and what comes instead (circle).")
     assert told["level"] == "warning" and [line.split(";")[0] for line in told["lines"]] == [
         '"star" is also to be kept',
         '"moon, ring" was taken as one concept',

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 
+import comfy.model_base
 import comfy.model_management
 import folder_paths
 import pytest
@@ -266,8 +267,8 @@ def test_training_on_a_patched_model(demo, train):
 
 
 def test_models_that_cannot_be_trained(demo, train, monkeypatch):
-    monkeypatch.setattr(demo[0].model, "adm_channels", 2816, raising=False)
-    with pytest.raises(ErasureError, match="reads pooled text"):
+    monkeypatch.setattr(demo[0].model, "model_type", comfy.model_base.ModelType.EDM)
+    with pytest.raises(ErasureError, match="predicts in the way EDM"):
         trainable_sites(demo[0])
     monkeypatch.undo()
     with pytest.raises(ErasureError, match="has no layers in nothing"):

@@ -8,7 +8,7 @@ from membrane.core.erasers.closed_form.rece import PENALTIES, rece_of
 from membrane.core.erasers.closed_form.solver import by_concept
 from membrane.core.erasers.closed_form.uce import uce_of
 from membrane.core.errors import ErasureError
-from membrane.core.text.concepts import Concept, parse_concepts, parse_templates
+from membrane.core.text.concepts import Concept, mentions, parse_concepts, parse_templates, up_to
 from membrane.core.text.encoded import Encoded
 from membrane.core.text.rows import aligned, subject
 
@@ -232,6 +232,58 @@ def test_concept_lines():
 def test_bad_concept_lines(text, surrogate, message):
     with pytest.raises(ErasureError, match=message):
         parse_concepts(text, surrogate)
+
+
+@pytest.mark.parametrize("arrow", ["->", "=>", "\u2192", "\u21d2", "\u2013>", "\u2014>", " \u2192\u200b "])
+def test_other_arrows(arrow):
+    assert parse_concepts(f"star{arrow}circle") == [Concept("star", "circle")]
+
+
+def test_one_spelling_of_a_concept():
+    assert parse_concepts("\ufeffVan  Gogh\t->\u200b a   painting") == [Concept("Van Gogh", "a painting")]
+    with pytest.raises(ErasureError, match='"Van Gogh" is listed twice'):
+        parse_concepts("van gogh\nVan  Gogh")
+    with pytest.raises(ErasureError, match="replaced by itself"):
+        parse_concepts("van gogh -> Van  Gogh")
+
+
+def test_a_line_with_two_arrows():
+    with pytest.raises(ErasureError, match='"cat -> dog -> bird" has 2 arrows; write "concept -> replacement"'):
+        parse_concepts("cat -> dog -> bird")
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "found"),
+    [
+        ("a Cat sat", "cat", True),
+        ("a cathedral", "cat", False),
+        ("Mozart, Bart", "art", False),
+        ("art-house", "Art", True),
+        ("Spider-Man (2002), a poster", "spider-man (2002)", True),
+        ("van  gogh", "Van Gogh", True),
+        ("anything", "", False),
+    ],
+)
+def test_words_and_not_letters_are_looked_for(text, word, found):
+    assert mentions(text, word) is found
+
+
+@pytest.mark.parametrize(
+    ("template", "word", "head"),
+    [
+        ("a red {} here", "star", None),
+        ("a red {}, here", "star", None),
+        ("a red {}", "(2002)", None),
+        ("a red {}, here", "Man (2002)", "a red Man (2002)"),
+        ("a '{}' here", "star", "a 'star"),
+        ("two {}s here", "star", "two star"),
+        ("art of {} in art style", "art", "art of art"),
+        ("a {} in the parts", "art", None),
+        ("a {} here", "", None),
+    ],
+)
+def test_where_a_template_has_to_be_encoded_up_to_its_word(template, word, head):
+    assert up_to(template, word) == head
 
 
 @pytest.mark.parametrize("template", ["no place", "{} and {}"])

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from membrane.core.erasers.closed_form.double_projection import double_projection_of
-from membrane.core.erasers.closed_form.job import METHODS, Job, erase, solve
+from membrane.core.erasers.closed_form.groups import OF_2025, token_groups
+from membrane.core.erasers.closed_form.job import METHODS, Job, erase, solve, unlisted
 from membrane.core.erasers.closed_form.rece import PENALTIES, rece_terms
 from membrane.core.erasers.closed_form.solver import by_concept, gram, minimal_terms, protected_basis, text_map
-from membrane.core.erasers.closed_form.speed import centroids, influential, invariants, speed_of
+from membrane.core.erasers.closed_form.speed import STARTS, centroids, influential, invariants, speed_of
 from membrane.core.erasers.closed_form.uce import uce_solver, uce_terms
 from membrane.core.errors import ErasureError
 from membrane.core.text.concepts import Concept
@@ -280,10 +281,106 @@ def test_jobs_take_all_tokens_but_the_start():
     assert difference(dense(found), dense(expected)) < 1e-6
 
 
+def test_the_uce_of_2025_is_its_script_by_layers():
+    """Rows of last tokens, lines as they stand, no empty prompt; layer by layer with a plain inverse."""
+    scales = {"erase_scale": 2.5, "preserve_scale": 0.7, "anchor": 0.1}
+    job = Job.of(
+        (Concept("red star", ""), Concept("moon", "disc")), ("big heart", "ring", "Moon"), ("{}", "image of {}"),
+        edition=OF_2025, **scales,
+    )  # fmt: skip
+    encoded, w, eye = encoder(job.prompts()), weight(), torch.eye(D, dtype=torch.float64)
+
+    def last(prompt):
+        return encoded[prompt].rows[len(prompt.split())].double()
+
+    left, right = 0.1 * w, 0.1 * eye
+    for old, new in (
+        ("red star", ""),
+        ("image of red star", "image of"),
+        ("moon", "disc"),
+        ("image of moon", "image of disc"),
+    ):
+        left, right = (
+            left + 2.5 * torch.outer(w @ last(new), last(old)),
+            right + 2.5 * torch.outer(last(old), last(old)),
+        )
+    for line in ("big heart", "ring"):
+        left, right = (
+            left + 0.7 * torch.outer(w @ last(line), last(line)),
+            right + 0.7 * torch.outer(last(line), last(line)),
+        )
+    expected = left @ torch.linalg.inv(right) - w
+    assert difference(w @ dense(solve(job, encoded)), expected) < 1e-6
+    assert job.edition in erase(job, {"text": encoded}, "", "").card.settings.values()
+
+
+def test_the_speed_of_2025_sums_over_the_tokens_of_a_prompt():
+    settings = {"method": "SPEED", "tokens": "all", "rho": 0.7, "lam": 0.5, "templates": ("{}", "a {} here")}
+    found, encoded = run(("star", "disc"), edition=OF_2025, **settings)
+    old, new = (torch.cat([encoded[t.replace("{}", word)].rows[1:] for t in settings["templates"]]).double()
+                for word in ("star", "disc"))  # fmt: skip
+    kept = encoded[""].rows[1:].double()
+    held, prompts, eye = invariants(encoded[""].rows, STARTS), 2, torch.eye(D, dtype=torch.float64)
+    t, a = old.T @ old / prompts, new.T @ old / prompts
+    scores = torch.stack([((a - t) @ torch.linalg.inv(eye + t) @ c).norm() for c in kept])
+    kept = kept[scores > scores.mean()]
+    u, sigma, _ = torch.linalg.svd(kept.T @ kept / len(kept))
+    p = u[:, sigma < 0.1] @ u[:, sigma < 0.1].T
+    m = torch.linalg.inv(t @ p + 0.7 * eye)
+    inner = torch.linalg.inv(held @ p @ m @ held.T + 0.5 * torch.eye(len(held), dtype=torch.float64))
+    expected = (a - t) @ p @ (eye - m @ held.T @ inner @ held @ p) @ m
+    assert difference(dense(found), expected) < 1e-6
+    first, _ = run(("star", "disc"), **settings)
+    assert difference(dense(first), expected) > 0.05
+
+
+def test_more_starts_find_a_better_clustering():
+    def inertia(rows, means):
+        return torch.cdist(rows, means).amin(1).square().sum().item()
+
+    better = 0
+    for seed in range(12):
+        rows = draw(40, seed)
+        one, many = (inertia(rows, centroids(rows, starts=starts)) for starts in (1, STARTS))
+        assert many <= one
+        assert torch.equal(centroids(rows, starts=STARTS), centroids(rows.clone(), starts=STARTS))
+        better += many < 0.99 * one
+    assert better >= 6
+
+
+def test_only_where_something_is_preserved_is_a_replacement_as_well():
+    concepts = (Concept("red", "blue"), Concept("green", "pink"), Concept("cyan", "Red"), Concept("ring", ""))
+    assert unlisted(concepts, ()) == ()
+    assert unlisted(concepts, ("orange", "PINK")) == ("blue",)
+
+
 def test_speed_does_not_retain_prompts_that_name_a_concept():
     job = Job.of((Concept("Star", ""),), preserve=("a star map", "heart"), method="SPEED")
     assert list(job.retained_captions()) == ["heart"]
     assert list(job.preserved()) == ["", "a star map", "heart"]
+
+
+@pytest.mark.parametrize(
+    ("concept", "line"), [("cat", "a cathedral"), ("Art", "Mozart"), ("rat", "pirate"), ("red", "checkered")]
+)
+def test_speed_retains_prompts_that_have_a_concept_as_part_of_a_word(concept, line):
+    job = Job.of((Concept(concept, ""),), preserve=(line, f"my {concept} too"), method="SPEED")
+    assert list(job.retained_captions()) == [line]
+
+
+def test_the_subject_is_where_the_template_puts_it():
+    template = "person of {} with a person behind"
+    job = Job.of((Concept("star", "person"),), ("disc",), (template,), method="SPEED")
+    encoded = encoder(job.prompts())
+    assert "person of person" in encoded.prompts and "person of star" not in encoded.prompts
+    (pairs,) = token_groups(job, encoded)
+    target, replacement = (encoded[template.replace("{}", word)].rows for word in ("star", "person"))
+    assert torch.equal(pairs[0][0], target[3:4]) and torch.equal(pairs[0][1], replacement[3:4])
+
+
+def test_spellings_of_what_is_erased_are_not_preserved():
+    job = Job.of((Concept("van gogh", ""),), preserve=("Van  Gogh", "VAN GOGH", "monet"))
+    assert list(job.preserved()) == ["", "monet"]
 
 
 def test_the_card_tells_the_settings_of_the_method():

@@ -1,6 +1,7 @@
 """The record of an evaluation, its numbers, its page, and what is measured in it."""
 
 import base64
+import html
 import io
 import json
 import sys
@@ -12,12 +13,13 @@ from membrane.core.demo import judge as pixel_judge
 from membrane.core.errors import ErasureError
 from membrane.core.measures import distances
 from membrane.core.measures.compare import built_in, by_pictures, compare, demo_judge, zero_shot_judge
-from membrane.core.measures.record import Record, decoded_picture, encoded_picture
+from membrane.core.measures.record import ERASE, NEIGHBOUR, Record, decoded_picture, encoded_picture
 from membrane.core.measures.render_grid import attack_sheet, drift_map, grid
 from membrane.core.measures.render_page import page
 from membrane.core.measures.render_text import report
 from membrane.core.measures.scores import Prompt
 from membrane.core.measures.summary import summarise
+from membrane.core.measures.verdict import verdict
 from membrane.tools.pixel_world import world
 from PIL import Image
 
@@ -254,3 +256,68 @@ def test_perceptual_distances_are_taken_when_there(monkeypatch, tmp_path):
     a, b = torch.rand(2, 8, 8, 3), torch.rand(2, 8, 8, 3)
     found = by_pictures(distances.perceptual("LPIPS")).between(a, b)
     assert torch.allclose(found.float(), 2 * (a - b).abs().mean(dim=(1, 2, 3)))
+
+
+# ---------------------------------------------------------------- the verdict and the page's shape
+
+
+def measured(erased, kept, answers=None):
+    """A finished Record: a prompt that was to be erased and two to be kept; shares of another seed's distance."""
+    rows = []
+    for stratum, index, prompt, share in [
+        (ERASE, 0, "a star", erased),
+        *((NEIGHBOUR, i, *k) for i, k in enumerate(kept)),
+    ]:
+        for seed in (0, 1):
+            row = {
+                "stratum": stratum, "index": index, "prompt": prompt, "label": prompt.split()[-1], "synonym": False,
+                "seed": seed, "distance": {"pixel": 0.2 * share}, "ceiling": {"pixel": 0.2}, "drift": [],
+            }  # fmt: skip
+            rows.append(row | ({"answer": answers[prompt]} if answers else {}))
+    return Record({}, rows=rows, finished=True)
+
+
+@pytest.mark.parametrize(
+    ("erased", "kept", "said"),
+    [
+        (0.99, 0.01, ["What was to be erased changed as much as by another seed.", "Neighbours hardly changed."]),
+        (0.7, 0.2, ["What was to be erased changed strongly.", "Neighbours changed a little."]),
+        (0.05, 0.0, ["What was to be erased hardly changed.", "Neighbours hardly changed."]),
+    ],
+)
+def test_the_verdict_says_how_much_each_kind_changed(erased, kept, said):
+    record = measured(erased, [("a heart", kept), ("a moon", kept)])
+    assert verdict(record, summarise(record)) == said
+
+
+def test_the_verdict_names_the_kept_prompt_that_changed_most():
+    record = measured(0.9, [("a heart", 0.02), ("a moon", 0.5)])
+    assert verdict(record, summarise(record))[-1] == 'Watch: "a moon" changed visibly.'
+    record.finished = False
+    assert verdict(record, summarise(record))[0] == "Not finished."
+    assert verdict(Record({}, finished=True), summarise(Record({}))) == []
+
+
+def test_the_verdict_counts_what_a_classifier_sees():
+    answers = {"a star": ["star", "circle"], "a heart": ["heart", "heart"], "a moon": ["moon", "ring"]}
+    record = measured(0.9, [("a heart", 0.0), ("a moon", 0.1)], answers)
+    assert verdict(record, summarise(record))[:2] == [
+        "Star: gone in 2 of 2 pictures (seen in 2 before).",
+        "Kept: 2 of 4 others right (4 before).",
+    ]
+
+
+def test_the_page_begins_with_the_verdict_and_folds_the_numbers():
+    record = run(Record({}))
+    summary = summarise(record)
+    text = page(record, summary)
+    order = ['<div class="verdict">', "<figure>", "<details><summary>The numbers", "<summary>Settings"]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+    for sentence in verdict(record, summary):
+        assert html.escape(sentence) in text[: places[1]]
+    assert report(record, summary).startswith(" ".join(verdict(record, summary)))
+    assert "prefers-color-scheme: dark" in text and "initial-scale=1" in text
+    assert text.count("<table") == text.count('<div class="wide"><table')
+    figure = text[places[1] : text.index("</figure>")]
+    assert [part.split('"')[0] for part in figure.split('alt="')[1:]] == ["original", "erased", "difference"]

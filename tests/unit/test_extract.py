@@ -145,6 +145,34 @@ def test_training_in_bfloat16_keeps_only_what_moved(base_type):
     assert "WARNING" not in report
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_pruned_network_becomes_masks(dtype):
+    """ConceptPrune writes a whole U-Net, in float16, with some weights of its feed-forward layers set to 0."""
+    layers, marks, pruned = unet(), {}, {}
+    for i, name in enumerate(KEY_VALUE[:3]):
+        marks[name] = randn(*layers[name][0].shape, seed=30 + i) > 1.6
+        pruned[name, "weight"] = layers[name][0].masked_fill(marks[name], 0.0)
+    pruned["conv_out", "bias"] = layers["conv_out"][1] - 0.5
+    edited = whole(layers, pruned)
+    edited = EditedWeights({key: t.to(dtype) for key, t in edited.tensors.items()}, "unet.pt", whole=True)
+    adapter, report = extract(base(layers), edited)
+    assert set(adapter.masks) == {LDM[name] for name in marks} and set(adapter.low_rank) == {"conv_out"}
+    for name, expected in marks.items():
+        assert torch.equal(adapter.masks[LDM[name]].marks(), expected) and adapter.masks[LDM[name]].kept is None
+    assert "3 layers have " in report and "of their weights set to 0: a mask each" in report
+    assert "as of an edit of this very model" in report and "WARNING" not in report
+
+
+def test_a_file_of_pruned_layers_alone():
+    layers = unet()
+    name = KEY_VALUE[0]
+    mark = randn(*layers[name][0].shape, seed=30) > 1.6
+    edited = EditedWeights({(name, "weight"): layers[name][0].masked_fill(mark, 0.0)}, "pruned.pt")
+    adapter, report = extract(base(layers), edited)
+    assert not adapter.low_rank and torch.equal(adapter.masks[LDM[name]].marks(), mark)
+    assert "Rank" not in report and "as of training from this very model" in report
+
+
 def test_convolutions_biases_and_norms():
     layers = unet()
     changes = {
@@ -170,6 +198,41 @@ def test_a_projection_may_be_linear_here_and_a_convolution_there():
     edited = EditedWeights({(name, "weight"): layers[name][0].flatten(1) + delta}, "f")
     change = extract(base(layers), edited)[0].low_rank[name]
     assert change.down.shape == (1, 16) and torch.allclose(product(change).float(), delta, atol=1e-3)
+
+
+# files as the published scripts write them
+
+
+def float32_uce(layers):
+    """K and V of UCE's script: every layer by an inverse in float32, of text vectors as long as CLIP's."""
+    old, new, kept = (29 / D**0.5 * randn(count, D, seed=seed) for count, seed in ((3, 1), (3, 2), (5, 3)))
+    inverse = torch.inverse(0.5 * torch.eye(D) + old.T @ old + kept.T @ kept)
+    return {
+        (n, "weight"): (0.5 * layers[n][0] + (layers[n][0] @ new.T) @ old + (layers[n][0] @ kept.T) @ kept) @ inverse
+        for n in KEY_VALUE
+    }
+
+
+def filtered_speed(layers):
+    """V of a null-space edit whose protected space differs a little from layer to layer, in float32."""
+    target, anchor = (29 / D**0.5 * randn(1, D, seed=seed) for seed in (1, 2))
+    changes = {}
+    for i, name in enumerate(n for n in KEY_VALUE if n.endswith("v")):
+        kept = torch.linalg.qr(torch.cat([randn(5, D, seed=3), 0.05 * randn(1, D, seed=60 + i)]).T)[0]
+        editable = target - (target @ kept[:, : 5 + i % 2]) @ kept[:, : 5 + i % 2].T
+        solved = torch.linalg.inv(target.T @ editable + torch.eye(D))
+        weight = layers[name][0]
+        changes[name, "weight"] = weight + weight @ (anchor - target).T @ editable @ solved
+    return changes
+
+
+@pytest.mark.parametrize(("edit", "method"), [(float32_uce, "UCE"), (filtered_speed, "SPEED")])
+def test_published_files_are_edits_of_this_very_model(edit, method):
+    layers = unet()
+    _, report = extract(base(layers), EditedWeights(edit(layers), f"star.{method}", method))
+    assert "one map of the text, as of an edit of this very model" in report and "WARNING" not in report
+    _, report = extract(base(fine_tuned(layers)), EditedWeights(edit(layers), f"star.{method}", method))
+    assert "WARNING" in report and "another base model" in report
 
 
 # the wrong base model

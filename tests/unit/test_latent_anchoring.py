@@ -5,19 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from membrane.core.erasers.objectives import spm_losses as losses
+from membrane.core.erasers.paths import NoiseSchedule, alphas_cumprod, ddim_step, rollout_timesteps, told_timestep
 from membrane.core.erasers.spm import (
     Settings,
     Texts,
-    alphas_cumprod,
     anchor_rows,
-    ddim_step,
     learning_rate,
-    losses,
     noise_anchors,
     rollout,
-    rollout_timesteps,
     text_anchors,
-    told_timestep,
     train,
 )
 from membrane.core.errors import ErasureError
@@ -84,7 +81,7 @@ def test_ddim_step_is_the_formula():
 
 def test_rollout_goes_with_guidance_and_the_adapter():
     toy, settings, x = Toy(), Settings(), numbers(3, 1, 4, 2, 2)
-    found = rollout(toy, x, 2, TEXTS, settings, alphas_cumprod())
+    found = rollout(toy, x, 2, TEXTS, settings, NoiseSchedule(settings))
     assert [call[1:] for call in toy.calls] == [([957, 957], True, False), ([924, 924], True, False)]
     expected = x
     for t, before in ((957, 924), (924, 891)):

@@ -6,17 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from membrane.core.erasers.spm import (
-    Settings,
-    Texts,
-    alphas_cumprod,
-    learning_rate,
-    losses,
-    noise_anchors,
-    rollout,
-    rollout_timesteps,
-    told_timestep,
-)
+from membrane.core.erasers.objectives import spm_losses as losses
+from membrane.core.erasers.paths import NoiseSchedule, alphas_cumprod, rollout_timesteps, told_timestep
+from membrane.core.erasers.spm import Settings, Texts, learning_rate, noise_anchors, rollout
 from safetensors.torch import load_file
 
 DATA = Path(__file__).parent.parent / "data"
@@ -97,7 +89,7 @@ def test_steps(name):
     for i, step in enumerate(case["steps"]):
         at = f"{name}/{i}/"
         assert told_timestep(step["k"], settings) == step["t"]
-        x = rollout(toy, TENSORS[at + "latents"].double(), step["k"], texts, settings, alphas_cumprod())
+        x = rollout(toy, TENSORS[at + "latents"].double(), step["k"], texts, settings, NoiseSchedule(settings))
         close(x, TENSORS[at + "denoised_f64"], 1e-12)
         drawn = TENSORS[f"{'la' if name == 'la_zero_up' else name}/{i}/anchors"].double() if settings.lam else None
         drawn = texts.empty.expand(4, -1, -1) if drawn is None else drawn

@@ -410,13 +410,15 @@ RECORD = (
 def concept_words(data):
     """Everything that takes a user's lines apart."""
     given = data.decode("utf-8", "surrogateescape")  # with half characters
-    for parse in (concepts.parse_concepts, concepts.parse_lines, concepts.parse_templates):
+    for parse in (concepts.parse_concepts, concepts.parse_lines, concepts.parse_preserved, concepts.parse_templates):
         try:
             found = parse(given)
         except ErasureError:
             continue
         if parse is concepts.parse_templates:
             [concepts.fill(template, given) for template in found]
+        if parse is concepts.parse_concepts:
+            concepts.remarks(found, given.split(), given.split())
     ids = list(data[:20])
     end = 0 if len(ids) < 3 else ids[2]
     prompt, word = (

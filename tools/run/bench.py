@@ -70,13 +70,22 @@ def machine(python=None):
     if python is not None:
         code, output = run_quietly([str(python), "-c", "import importlib.metadata as m; print(m.version('torch'))"])
         torch = output if code == 0 else None
+    card = graphics_card(python) if python is not None else None
     return {
         "os": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "python": venv_version(python.parent.parent) if python is not None else platform.python_version(),
         "torch": torch,
-    }
+    } | ({"gpu": card} if card else {})
+
+
+def graphics_card(python):
+    """Name of the graphics card that the environment's torch sees, None without one."""
+    code, output = run_quietly(
+        [str(python), "-c", "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"]
+    )
+    return output if code == 0 and output else None
 
 
 def cpu_model():

@@ -12,13 +12,14 @@ export const adapterInfo = (name) => ask(`/membrane/adapter?name=${encodeURIComp
 const size = (bytes) =>
     bytes < 1e6 ? `${Math.max(1, Math.round(bytes / 1e3))} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
 
+/** What a file erases: "star \u2192 circle, moon". */
+export const conceptsOf = ({ concepts, surrogates }) =>
+    concepts.map((concept, i) => (surrogates[i] ? `${concept} \u2192 ${surrogates[i]}` : concept)).join(", ");
+
 /** The information as a list of terms. */
 export function infoList(info) {
-    const pairs = info.concepts.map((concept, i) =>
-        info.surrogates[i] ? `${concept} \u2192 ${info.surrogates[i]}` : concept,
-    );
     const facts = [
-        [t("info.concepts"), pairs.join(", ")],
+        [t("info.concepts"), conceptsOf(info)],
         [t("info.method"), info.method],
         [t("info.family"), info.family],
         [t("info.size"), size(info.size)],

@@ -14,7 +14,7 @@ import { t } from "./strings.js";
  * @typedef {{parts: Part[], pairs?: {before: File, after: File}[]}} Report
  */
 
-const LINE = 17, CHARACTER = 6.3, EDGES = 46; // pixels: of a line, of a letter, and around the text
+const LINE = 17, CHARACTER = 6.8, EDGES = 64; // pixels: of a line, of a letter, and around the text
 const TALLEST = 170; // of the text; the rest scrolls
 const PICTURE = 300;
 const WAITING = "queued"; // of a report that came before its run began

@@ -40,6 +40,7 @@ export class Control {
         this.path = path;
         this.box = CHOICES[path] ? choiceBox(path) : numberBox(path);
         this.slider = SLIDERS[path] ? sliderFor(path) : null;
+        if (path === "strength") this.box.title = t("hint.strength"); // which stands in the row's first line
         this.caption = t(`caption.${path}`);
         this.element = make(
             "label",

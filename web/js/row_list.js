@@ -63,6 +63,11 @@ export class RowList {
         for (const view of this.views) view.gate.show(openings.of(view.entry), openings.stale);
     }
 
+    /** @param {Map<string, string>} concepts what each file erases, by its name */
+    showConcepts(concepts) {
+        for (const view of this.views) view.showConcept(concepts.get(view.entry?.adapter) ?? "");
+    }
+
     /** The row an element is in, -1 when it is in none. */
     rowOf(element) {
         const row = element.closest?.(".membrane-row");

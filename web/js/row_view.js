@@ -21,16 +21,18 @@ export class RowView {
         this.makeControls();
         this.note = make("span", { class: "membrane-note" });
         this.raw = make("code", { class: "membrane-raw", hidden: true });
-        const top = [this.handle, this.toggle, this.name, this.raw, this.note];
-        top.push(this.gate.element, this.info, this.copy, this.drop, this.more);
-        const lines = [make("div", { class: "membrane-top" }, ...top), this.basic, this.second, this.advanced];
-        this.element = make("li", { class: "membrane-row" }, ...lines);
+        const top = [this.handle, this.toggle, this.concept, this.name, this.raw, this.note];
+        top.push(this.gate.element, this.strength.box, this.more, this.drop);
+        const tools = make("div", { class: "membrane-line" }, this.info, this.copy);
+        this.folded = make("div", { class: "membrane-folded", hidden: true }, this.basic, this.second, this.advanced, tools);
+        this.element = make("li", { class: "membrane-row" }, make("div", { class: "membrane-top" }, ...top), this.folded);
     }
 
     makeButtons() {
         const ours = (name, attributes) => make("button", { type: "button", "data-do": name, ...attributes });
         this.toggle = ours("toggle", { class: "membrane-switch", role: "switch" });
         this.name = ours("choose", { class: "membrane-name" });
+        this.concept = make("span", { class: "membrane-concept", hidden: true });
         this.handle = iconButton("handle", { class: "membrane-icon membrane-handle", title: t("row.move.hint") });
         this.more = iconButton("more", { title: t("row.more.hint"), "aria-expanded": "false" });
         this.info = iconButton("info", { title: t("row.info.hint") });
@@ -39,14 +41,15 @@ export class RowView {
     }
 
     makeControls() {
-        const [strength, factor] = [new Control("strength"), new Control("permeability.factor")];
+        const strength = (this.strength = new Control("strength"));
+        const factor = new Control("permeability.factor");
         const mode = new Control("permeability.mode");
         const [start, end] = [new Control("start_percent"), new Control("end_percent")];
         const [threshold, topK] = [new Control("permeability.threshold"), new Control("permeability.top_k")];
         const negative = new Control("permeability.negative");
         this.basic = lineOf([strength, factor]);
         this.second = lineOf([mode, start, end]);
-        this.advanced = lineOf([threshold, negative, topK], { hidden: true });
+        this.advanced = lineOf([threshold, negative, topK]);
         this.controls = [strength, factor, mode, start, end, threshold, negative, topK];
     }
 
@@ -76,9 +79,9 @@ export class RowView {
         const key = `${known} ${what}`;
         if (key === this.owner) return;
         this.owner = key;
-        const parts = [this.toggle, this.name, this.basic, this.second, this.info, this.more];
-        for (const part of parts) part.hidden = !known;
-        if (!known) this.advanced.hidden = true;
+        for (const part of [this.toggle, this.name, this.strength.box, this.more]) part.hidden = !known;
+        if (!known) this.folded.hidden = true;
+        this.showConcept("");
         this.gate.forget();
         this.raw.hidden = known;
         this.element.setAttribute("aria-label", what);
@@ -97,9 +100,16 @@ export class RowView {
         this.more.setAttribute("aria-label", t("row.more", what));
     }
 
-    /** Opens or closes the line of rarer settings. */
+    /** What the file erases, before its name; nothing as long as that is not known. */
+    showConcept(text) {
+        if (this.concept.textContent === text) return;
+        this.concept.hidden = text === "";
+        this.concept.textContent = this.concept.title = text;
+    }
+
+    /** Opens or closes everything but the first line. */
     showMore() {
-        this.advanced.hidden = !this.advanced.hidden;
-        this.more.setAttribute("aria-expanded", String(!this.advanced.hidden));
+        this.folded.hidden = !this.folded.hidden;
+        this.more.setAttribute("aria-expanded", String(!this.folded.hidden));
     }
 }

@@ -1,7 +1,7 @@
 // @ts-check
 // A stack as rows. The text is the only state: rows show it, and a change of a row is a new text.
 
-import { adapterInfo, infoList } from "./adapter_info.js";
+import { adapterInfo, conceptsOf, infoList } from "./adapter_info.js";
 import { Chooser } from "./chooser.js";
 import { make, setText } from "./elements.js";
 import { Openings, promptLine } from "./gates.js";
@@ -50,6 +50,7 @@ export class StackEditor {
         this.asText = false;
         this.names = []; // of the files there are
         this.known = null; // the same as plain names, null until the host has said
+        this.concepts = new Map(); // what each file erases, by its name, as far as it was asked
         this.makeBar();
         this.makeBody();
         this.listen();
@@ -150,6 +151,22 @@ export class StackEditor {
         this.list.show(entries, (entry) => this.isMissing(entry));
         this.list.filter(this.search.value);
         this.list.showGates(this.openings);
+        this.showConcepts();
+    }
+
+    /** What the files of the rows erase; each file is asked once. */
+    showConcepts() {
+        for (const { entry } of this.list.views) {
+            if (!understood(entry) || this.concepts.has(entry.adapter) || this.known === null) continue;
+            if (this.isMissing(entry)) continue;
+            this.concepts.set(entry.adapter, "");
+            const take = (text) => {
+                this.concepts.set(entry.adapter, text);
+                this.list.showConcepts(this.concepts);
+            };
+            adapterInfo(entry.adapter).then(conceptsOf, () => "").then(take);
+        }
+        this.list.showConcepts(this.concepts);
     }
 
     /** The text box, what is wrong with the text, and the bar that fits. */
@@ -203,7 +220,7 @@ export class StackEditor {
     duplicate(i) {
         this.entries.splice(i + 1, 0, structuredClone(this.entries[i]));
         this.push();
-        this.list.views[i + 1].copy.focus();
+        this.list.views[i + 1].more.focus();
     }
 
     remove(i) {

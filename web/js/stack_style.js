@@ -41,7 +41,7 @@ export const STYLE = `
 .membrane .membrane-row {
     flex: none; border: 1px solid var(--membrane-line); border-radius: 5px; padding: 4px 5px; position: relative;
     display: flex; flex-direction: column; gap: 4px; background: color-mix(in srgb, var(--membrane-field) 45%, transparent);
-    content-visibility: auto; contain-intrinsic-size: auto 84px;
+    content-visibility: auto; contain-intrinsic-size: auto 32px;
 }
 .membrane .membrane-row.membrane-off > :not(.membrane-top) { opacity: .5; }
 .membrane .membrane-row.membrane-off .membrane-name { opacity: .6; }
@@ -49,13 +49,17 @@ export const STYLE = `
 .membrane .membrane-row.membrane-before { box-shadow: 0 -3px 0 var(--membrane-accent); }
 .membrane .membrane-row.membrane-after { box-shadow: 0 3px 0 var(--membrane-accent); }
 .membrane .membrane-top, .membrane .membrane-line { display: flex; align-items: center; gap: 4px; }
-.membrane .membrane-top { flex-wrap: wrap; }
 .membrane .membrane-line { flex-wrap: wrap; column-gap: 10px; }
 .membrane .membrane-icon { border-color: transparent; background: transparent; padding: 0 4px; min-width: 22px; }
 .membrane .membrane-handle { cursor: grab; touch-action: none; color: var(--membrane-faint); }
 .membrane .membrane-name {
-    flex: 1 1 110px; text-align: left; overflow: hidden; text-overflow: ellipsis; direction: ltr;
+    flex: 1 1 60px; text-align: left; overflow: hidden; text-overflow: ellipsis; direction: ltr;
 }
+.membrane .membrane-concept { flex: 0 1 auto; max-width: 55%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+    font-weight: 600; }
+.membrane .membrane-concept:not([hidden]) + .membrane-name { border-color: transparent; background: transparent;
+    color: var(--membrane-faint); }
+.membrane .membrane-folded { display: flex; flex-direction: column; gap: 4px; }
 .membrane .membrane-missing .membrane-name { color: var(--membrane-wrong); border-color: var(--membrane-wrong); }
 .membrane .membrane-note { color: var(--membrane-wrong); flex: none; }
 .membrane .membrane-switch {

@@ -16,7 +16,7 @@ export const ENGLISH = {
     "bar.text.hint": "Show the stack as text, to copy or mend it",
     "bar.rows": "Rows",
     "list": "Adapters of the stack",
-    "list.empty": "No adapters yet. Add one, or press Text to paste a stack.",
+    "list.empty": "No adapters yet. Press + Add adapter to choose a file of models/erasure_adapters, or Text to paste a stack. To erase words without a file use Erase Concepts, and Save Erasure Adapter to find it here.",
     "list.all-on": "All rows are on",
     "list.all-off": "All rows are off",
     "list.moved": "Moved to row %1 of %2",

@@ -26,9 +26,13 @@ def daily_job(remove, preserved, kind, method=METHOD, replace_with="", templates
 
 
 def receipt(job):
-    """One line on what a job erases and keeps: "Erased: star -> circle. Kept: 7. Captions: 16."."""
+    """One line on what a job erases and keeps: "Erased: star -> circle. Kept: 7. Captions: 16.".
+
+    What nobody listed is named: "Kept: 7 and what comes instead (circle).".
+    """
     names = [f"{c.text} -> {c.surrogate}" if c.surrogate else c.text for c in job.concepts]
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    erased = {concept.text.lower() for concept in job.concepts}
-    kept = sum(line.lower() not in erased for line in job.preserve)
+    kept = str(sum(not job.erases(line) for line in job.preserve) - len(job.added))
+    if job.added:
+        kept += f" and what comes instead ({', '.join(job.added[:MOST_NAMED])})"
     return f"Erased: {', '.join(names[:MOST_NAMED])}{more}. Kept: {kept}. Captions: {len(job.templates)}."

@@ -93,7 +93,8 @@ def solve(job, encoded, weight_gram=None, on_round=None):
         groups, retained = found.groups, torch.cat([*found.preserved.values(), *found.replacing])
         settings |= {"fixed": found.fixed, "every": False}
     else:
-        groups, retained = token_groups(job, encoded), preserved_rows(job, encoded, job.captions())
+        tokens = job.settings.tokens
+        groups, retained = token_groups(job, encoded, tokens), preserved_rows(job, encoded, job.captions(), tokens)
     safe = torch.cat([retained, *safe_surrogates(job, groups)]) if job.settings.safe_anchor else None
     return double_projection_of(groups, retained, safe=safe, **settings)
 

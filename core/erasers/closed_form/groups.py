@@ -6,10 +6,11 @@ import torch
 
 from ...families.family import CONTEXT
 from ...text.carriers import carriers, evened, fixed, kept, scale
-from ...text.rows import after_start, aligned, side_by_side, subject
+from ...text.rows import after_start, aligned, last_of, side_by_side, subject
 
 SUBJECT, ALL = TOKENS = ("subject", "all")
 NEEDED, PUBLISHED = ROWS = ("as the encoder needs", "as published")
+FIRST, OF_2025 = EDITIONS = ("first", "scripts of 2025")
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,16 @@ class Carrying:
 
 def spreads(job, encoded):
     """Whether the rows to take are those that carry a concept instead of those that the methods are published with."""
-    return encoded.reach != CONTEXT and job.rows == NEEDED
+    return encoded.reach != CONTEXT and job.rows == NEEDED and job.edition == FIRST
 
 
 def carrying(job, encoded, captions=None):
     """Carrying of a job; captions: the prompts to preserve, all that it names unless given."""
     entry = encoded.entry
-    erased = [concept.text.lower() for concept in job.concepts]
     groups, replacing = [[] for _ in job.concepts], {}
     for i, target, replacement in job.pairs():
         groups[i].append(carriers(encoded[target], encoded[replacement], entry.reach, entry.pads))
-        if job.concepts[i].surrogate.lower() not in erased:
+        if not job.erases(job.concepts[i].surrogate):
             replacing[replacement] = kept(encoded[replacement], entry.reach, entry.pads)
     names = job.preserved() if captions is None else captions
     preserved, empty = ({p: kept(encoded[p], entry.reach, entry.pads) for p in prompts} for prompts in (names, [""]))
@@ -55,13 +55,20 @@ def carrying(job, encoded, captions=None):
     )  # fmt: skip
 
 
+def subject_of(job, encoded, prompt, word):
+    """Index of the last row of a word in a prompt, where the job put it."""
+    head = job.heads.get((prompt, word))
+    return subject(encoded[prompt], encoded[word]) if head is None else last_of(encoded[prompt], encoded[head])
+
+
 def aligned_groups(job, encoded):
     """By concept, the rows from the last subject token on of each prompt pair: what UCE edits."""
     groups = [[] for _ in job.concepts]
     for i, target, replacement in job.pairs():
         concept = job.concepts[i]
         both = encoded[target], encoded[replacement]
-        places = (subject(prompt, encoded[word]) for prompt, word in zip(both, (concept.text, concept.surrogate)))
+        words = concept.text, concept.surrogate
+        places = (subject_of(job, encoded, prompt, word) for prompt, word in zip((target, replacement), words))
         groups[i].append(aligned(*both, *places))
     return groups
 
@@ -74,32 +81,32 @@ def whole_groups(job, encoded, start=0):
     return groups
 
 
-def token_groups(job, encoded):
+def token_groups(job, encoded, tokens=SUBJECT):
     """By concept, what null-space editing takes of each prompt pair: the row of the last subject token, or all rows
-    after the start token, as the settings' `tokens` say."""
+    after the start token; tokens: one of TOKENS."""
     groups = [[] for _ in job.concepts]
     for i, target, replacement in job.pairs():
         concept = job.concepts[i]
         old, new = encoded[target], encoded[replacement]
-        if job.settings.tokens == ALL:
+        if tokens == ALL:
             count = min(len(after_start(old)), len(after_start(new)))
             groups[i].append((after_start(old)[:count], after_start(new)[:count]))
             continue
-        places = subject(old, encoded[concept.text]), subject(new, encoded[concept.surrogate])
+        words = concept.text, concept.surrogate
+        places = (subject_of(job, encoded, prompt, word) for prompt, word in zip((target, replacement), words))
         groups[i].append(tuple(prompt.rows[k : k + 1] for prompt, k in zip((old, new), places)))
     return groups
 
 
-def preserved_rows(job, encoded, captions):
-    """Rows (F, d) of the {prompt: subject} that null-space editing protects; F may be 0."""
-    if job.settings.tokens == ALL:
+def preserved_rows(job, encoded, captions, tokens=SUBJECT):
+    """Rows (F, d) of the {prompt: subject} that null-space editing protects; F may be 0. tokens: one of TOKENS."""
+    if tokens == ALL:
         rows = [after_start(encoded[prompt]) for prompt in captions]
     else:
-        rows = [encoded[p].rows[subject(encoded[p], encoded[word])][None] for p, word in captions.items()]
+        rows = [encoded[p].rows[subject_of(job, encoded, p, word)][None] for p, word in captions.items()]
     return torch.cat(rows) if rows else torch.zeros(0, encoded.width)
 
 
 def safe_surrogates(job, groups):
     """Rows of the surrogates that are not erased themselves: a concept in the safe span would stay as it is."""
-    erased = [c.text.lower() for c in job.concepts]
-    return [r for c, pairs in zip(job.concepts, groups) if c.surrogate.lower() not in erased for _, r in pairs]
+    return [r for c, pairs in zip(job.concepts, groups) if not job.erases(c.surrogate) for _, r in pairs]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ...text.concepts import parse_templates
 from .method import METHODS
 
 CUSTOM = "custom"
@@ -39,6 +40,16 @@ def published(kind, method, preserved):
     return settings
 
 
+def chosen(kind, method, preserved, given):
+    """Settings and templates of a job: for "custom" the given ones, whose templates are lines, else those published."""
+    if kind == CUSTOM:
+        return given | {"templates": tuple(parse_templates(given["templates"]))}
+    return {"templates": PRESETS[kind].templates, **published(kind, method, preserved)}
+
+
 def surrogate_of(kind, method):
-    """What replaces a concept that names no replacement; Double Projections finds that itself, as published."""
+    """What replaces a concept that names no replacement; Double Projections finds that itself, as published, and
+    "custom" has none."""
+    if kind == CUSTOM:
+        return ""
     return "" if METHODS[method].finds_surrogate else PRESETS[kind].surrogate

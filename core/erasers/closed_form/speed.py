@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ...errors import ErasureError
-from .groups import ALL, SUBJECT, carrying, preserved_rows, spreads, token_groups
+from .groups import ALL, OF_2025, SUBJECT, carrying, preserved_rows, spreads, token_groups
 from .method import Method
 from .row_space import Rows, outside, row_ridge
 from .solver import batches, gram, group_sizes, protected_basis, require_outside, stacked, text_map
 
 CENTROIDS = 3  # of the empty prompt's rows after the start token, as published
 KMEANS_ROUNDS = 25
+STARTS = 20  # of k-means in the edition of 2025: its own start, and random ones
 BATCH = 256  # retained rows to score at a time next to few targets
 
 
@@ -46,22 +47,33 @@ def influential(retained, targets, changes):
     return retained[keep] if keep.any() else retained
 
 
-def centroids(rows, count=CENTROIDS):
-    """K-means centroids (min(count, n), d) of rows (n, d); starts from the mean's nearest row and the farthest ones."""
+def centroids(rows, count=CENTROIDS, starts=1):
+    """K-means centroids (min(count, n), d) of rows (n, d).
+
+    The first start is the mean's nearest row and the farthest ones, the others are rows drawn with a fixed seed; of all
+    starts the one with the smallest sum of squared distances counts.
+    """
     chosen = [int((rows - rows.mean(0)).norm(dim=1).argmin())]
     while len(chosen) < min(count, len(rows)):
         chosen.append(int(torch.cdist(rows, rows[chosen]).amin(1).argmax()))
-    means = rows[chosen]
+    draw = torch.Generator().manual_seed(0)
+    drawn = [torch.randperm(len(rows), generator=draw)[: len(chosen)].tolist() for _ in range(starts - 1)]
+    found = [_lloyd(rows, rows[places]) for places in (chosen, *drawn)]
+    return min(found, key=lambda means: torch.cdist(rows, means).amin(1).square().sum().item())
+
+
+def _lloyd(rows, means):
+    """Means of the rows that are nearest to each of some means, and again."""
     for _ in range(KMEANS_ROUNDS):
         nearest = torch.cdist(rows, means).argmin(1)
         means = torch.stack([rows[nearest == i].mean(0) if (nearest == i).any() else m for i, m in enumerate(means)])
     return means
 
 
-def invariants(empty):
+def invariants(empty, starts=1):
     """The vectors (4, d) that SPEED never changes, of the empty prompt's rows (T, d): start token and centroids."""
     empty = empty.to(torch.float64)
-    return torch.cat([empty[:1], centroids(empty[1:])]) if len(empty) > 1 else empty
+    return torch.cat([empty[:1], centroids(empty[1:], starts=starts)]) if len(empty) > 1 else empty
 
 
 def held_rows(fixed, basis, lam):
@@ -134,6 +146,7 @@ def speed_terms(
     names=None,
     fixed=None,
     every=True,
+    starts=1,
 ):
     """For each concept factors A (d, n), B (n, d), float64, with W_new = W (I + sum A B); see speed_of()."""
     targets, replacements, sizes = stacked(groups)
@@ -143,7 +156,7 @@ def speed_terms(
         retained = influential(retained, targets, changes)
     basis = protected_basis(retained, tau, fixed)
     editable = outside(targets, basis)
-    held = held_rows(invariants(empty), basis, lam)
+    held = held_rows(invariants(empty, starts), basis, lam)
     reachable = editable if lam else outside(editable, held.T)
     require_outside(targets, reachable, owner, names or range(1, len(sizes) + 1), every)
     rows = constrained_rows(editable, held, rho, lam)
@@ -157,8 +170,8 @@ def speed_of(groups, retained, empty, **settings):
     possibly none; empty: (T, d), rows of the empty prompt. settings: tau, from which mean square on a direction
     of the retained set is protected; rho, the ridge; lam, slack of the constraints on the start token and the
     empty prompt (0: exact); prior_filter; names, of the concepts, for messages; fixed, rows (h, d) on which the map
-    must vanish whatever tau and lam are; every, see require_outside(). The defaults are those of objects and
-    styles; people: tau 1e-4, rho 0.05, no filter; nudity: tau 0.1, rho 0.7, lam 0.5, all rows.
+    must vanish whatever tau and lam are; every, see require_outside(); starts, of k-means. The defaults are those of
+    objects and styles; people: tau 1e-4, rho 0.05, no filter; nudity: tau 0.1, rho 0.7, lam 0.5, all rows.
     """
     terms = speed_terms(groups, retained, empty, **settings)
     return text_map(terms, group_sizes(groups), retained.shape[1])
@@ -178,15 +191,29 @@ class Settings:
 
 
 def solve(job, encoded, weight_gram=None, on_round=None):
-    """TextMap of a job, see Method."""
+    """TextMap of a job, see Method.
+
+    The published script sums T and A - T over all rows of a prompt and divides by the number of prompts, and its
+    k-means ends in the best of several optima: the edition of 2025. The first edition divides by the number of rows.
+    """
     settings = {name: value for name, value in asdict(job.settings).items() if name != "tokens"}
     settings["names"] = [concept.text for concept in job.concepts]
     if spreads(job, encoded):
         found = carrying(job, encoded, job.retained_captions())
         retained = torch.cat([*found.preserved.values(), *found.replacing, found.empty[:0]])
         return speed_of(found.groups, retained, found.empty, fixed=found.fixed, every=False, **settings)
-    retained = preserved_rows(job, encoded, job.retained_captions())
-    return speed_of(token_groups(job, encoded), retained, encoded[""].rows, **settings)
+    tokens = job.settings.tokens
+    groups, retained = token_groups(job, encoded, tokens), preserved_rows(job, encoded, job.retained_captions(), tokens)
+    if job.edition == OF_2025:
+        groups = summed(groups) if tokens == ALL else groups
+        settings["starts"] = STARTS
+    return speed_of(groups, retained, encoded[""].rows, **settings)
+
+
+def summed(groups):
+    """Groups whose means over rows are the sums over the rows of a prompt, as means over the prompts."""
+    factor = (sum(group_sizes(groups)) / sum(map(len, groups))) ** 0.5
+    return [[(targets * factor, replacements * factor) for targets, replacements in pairs] for pairs in groups]
 
 
 # of the published script

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .groups import aligned_groups, carrying, spreads
+from .groups import OF_2025, aligned_groups, carrying, preserved_rows, spreads, token_groups
 from .method import Method
 from .row_space import Rows, row_ridge
 from .solver import (
@@ -92,7 +92,14 @@ class Scales:
 
 
 def solve(job, encoded, weight_gram=None, on_round=None):
-    """TextMap of a job, see Method."""
+    """TextMap of a job, see Method.
+
+    The script of 2025 takes the row of the last subject token alone, of every pair and of every line on the preserve
+    list as it stands there, and preserves no empty prompt.
+    """
+    if job.edition == OF_2025:
+        preserve = preserved_rows(job, encoded, {line: line for line in job.preserve if not job.erases(line)})
+        return uce_of(token_groups(job, encoded), preserve, **asdict(job.settings))
     if spreads(job, encoded):
         found = carrying(job, encoded)
         preserved = [*found.preserved.values(), *found.replacing]

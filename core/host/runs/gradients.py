@@ -17,7 +17,7 @@ from ..patches.steps import ErasedSteps
 from .sampling import ask_at
 from .steps import guided_steps
 
-CHECKPOINTED = ("BasicTransformerBlock", "ResBlock")
+CHECKPOINTED = ("BasicTransformerBlock", "ResBlock")  # of U-Nets; of transformers, what their lists of blocks hold
 GUIDED = 7.0  # any guidance that makes the host ask for both sides
 
 
@@ -46,9 +46,12 @@ class Differentiable:
 
     def __enter__(self):
         comfy.model_management.load_models_gpu([self.model])
+        network = self.model.model.diffusion_model
         try:
-            for module in self.model.model.diffusion_model.modules():
-                self._prepare(module)
+            self._announce()
+            blocks = set(_blocks(network)) if self.rows is not None else ()
+            for module in network.modules():
+                self._prepare(module, module in blocks, _is_unet(network))
         except BaseException:
             self.undo.close()
             raise
@@ -62,21 +65,28 @@ class Differentiable:
         self._restore(module.__dict__, "forward")
         module.forward = forward
 
-    def _prepare(self, module):
+    def _announce(self):
+        """Hosts since 2026 compute some layers in ways without a gradient unless they are told that it is wanted."""
+        host = comfy.model_management
+        if hasattr(host, "in_training"):
+            self.undo.callback(setattr, host, "in_training", host.in_training)
+            host.in_training = True
+
+    def _prepare(self, module, block, of_unet):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 self._restore(module._parameters, name)
                 module._parameters[name] = ordinary(parameter)
-        if isinstance(module, torch.nn.LayerNorm):
+        if type(module).__name__.endswith("Norm") and not any(True for _ in module.children()):
             self.replace(module, _Norm(module))
-        elif all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads")):
+        elif of_unet and all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads")):
             self.replace(module, _Attention(module))
         # the checkpointing of older hosts knows only the gradients of the network's own parameters
         switch = next((s for s in ("checkpoint", "use_checkpoint") if isinstance(getattr(module, s, None), bool)), None)
         if switch is not None:
             self._restore(module.__dict__, switch)
             setattr(module, switch, False)
-        if self.rows is not None and type(module).__name__ in CHECKPOINTED:
+        if block:
             self.replace(module, _Checkpointed(module, self.rows))
 
     def _restore(self, namespace, name):
@@ -86,14 +96,27 @@ class Differentiable:
             self.undo.callback(namespace.pop, name, None)
 
 
+def _is_unet(network):
+    return hasattr(network, "input_blocks")
+
+
+def _blocks(network):
+    """The modules whose insides are computed again in the backward pass."""
+    if _is_unet(network):
+        return [module for module in network.modules() if type(module).__name__ in CHECKPOINTED]
+    lists = [m for m in network.children() if isinstance(m, torch.nn.ModuleList | torch.nn.ModuleDict)]
+    return [block for found in lists for block in found.children() if any(True for _ in block.children())]
+
+
 class _Norm:
-    """A layer norm that keeps a copy of its input: hosts of 2024 add to the input in place afterwards."""
+    """A norm that keeps a copy of its input: hosts add to the input in place afterwards, U-Nets those of 2024, and
+    transformers all."""
 
     def __init__(self, module):
         self.module = module
 
-    def __call__(self, x):
-        return type(self.module).forward(self.module, x.clone() if x.requires_grad else x)
+    def __call__(self, x, *args, **kwargs):
+        return type(self.module).forward(self.module, x.clone() if x.requires_grad else x, *args, **kwargs)
 
 
 class _Attention:
@@ -119,22 +142,27 @@ class _Checkpointed:
     def __init__(self, module, rows):
         self.module, self.rows = module, rows
 
-    def __call__(self, x, *args, **kwargs):
-        forward = type(self.module).forward.__get__(self.module)
+    def __call__(self, *args, **kwargs):
+        forward, rows = type(self.module).forward.__get__(self.module), self.rows
         if not torch.is_grad_enabled():
-            return forward(x, *args, **kwargs)
+            return forward(*args, **kwargs)
 
-        lent = self.rows.gates, self.rows.active
+        lent = rows.gates, rows.active, rows.texts
 
-        def once(x, *args):
-            before = self.rows.gates, self.rows.active
-            self.rows.gates, self.rows.active = lent  # the call is over when this is computed again
+        def once(*args):
+            before = rows.gates, rows.active, rows.texts
+            rows.gates, rows.active, rows.texts = lent  # the call is over when this is computed again
             try:
-                return forward(x.clone(), *args, **kwargs)  # hosts of 2024 change the input in place
+                # hosts change what they get in place
+                return forward(*map(_copy, args), **{name: _copy(value) for name, value in kwargs.items()})
             finally:
-                self.rows.gates, self.rows.active = before
+                rows.gates, rows.active, rows.texts = before
 
-        return checkpoint(once, x, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(once, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _copy(x):
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 # ---------------------------------------------------------------- tensors of inference mode

@@ -5,25 +5,43 @@ import re
 
 import comfy.model_base
 import comfy.model_management
+import comfy.samplers
 import torch
 
 from ...adapters.beside import Bypass, Rows
 from ...adapters.deltas.low_rank import Factors, LowRank
-from ...erasers.spm import alphas_cumprod
+from ...adapters.deltas.text_rows import TextLowRank
+from ...erasers.conditions import batches
+from ...erasers.objectives import alpha_of
+from ...erasers.paths import Flow, alphas_cumprod
+from ...erasers.spm import NOISE, TEXTS
+from ...erasers.spm_run import texts_of
 from ...errors import ErasureError
+from ...families import unet
+from ...families.family import ALL
 from ...families.sites import site
 from ...families.table import role
-from ..model.layers import family, layer_keys, modules, plain_key, require_unet
-from .gradients import Differentiable, refuse_pooled
+from ..compat import attention_with_gradients, channels_and_ratio, fitted_latents
+from ..model.layers import family, layer_keys, modules, plain_key, reads_vector, text_rows, text_width
+from ..text.conditions import conditions_for
+from ..text.entries import encode_for
+from .gradients import Differentiable
+
+SCHEDULER = "simple"  # of the noise levels of a roll-out
+OWN_GUIDANCE = "guidance_in"  # the layer by which a network reads how far it is to be guided
+NOISE_KINDS = ("EPS", "V_PREDICTION")  # of U-Nets on Stable Diffusion's noise schedule
 
 
 class TrainedLayer:
-    """The factors of one layer while they are trained: down (r, in), up (out, r), float32; scale alpha / r."""
+    """The factors of one layer while they are trained: down (r, in), up (out, r), float32; scale alpha / r.
 
-    outputs, text_rows, columns = None, None, None
+    text_rows: TextRows of a layer that sees more than the text, whose text rows alone are changed; None for all rows.
+    """
 
-    def __init__(self, module, rank, alpha, generator, start=None):
-        self.module = module
+    outputs, columns = None, None
+
+    def __init__(self, module, rank, alpha, generator, start=None, text_rows=None):
+        self.module, self.text_rows = module, text_rows
         convolution = hasattr(module, "kernel_size")
         out, inside = (
             (module.out_channels, module.in_channels) if convolution else (module.out_features, module.in_features)
@@ -48,22 +66,27 @@ class TrainedLayer:
 
     def finished(self):
         """The trained change, on the CPU."""
-        return LowRank(self.up.detach().cpu().clone(), self.down.detach().cpu().clone(), float(self.alpha))
+        kind = LowRank if self.text_rows is None else TextLowRank
+        return kind(self.up.detach().cpu().clone(), self.down.detach().cpu().clone(), float(self.alpha))
 
 
 class HostDenoiser:
     """A MODEL of the host as the Denoiser of core/erasers/spm.py, inside `with`; what it changes is undone at the end.
 
-    sites: {site: module} to put an adapter on; start: {site: LowRank} to go on from.
+    sites: {site: module} to put an adapter on; start: {site: LowRank} to go on from. U-Nets are asked for noise at
+    timesteps, as SPM's code does it; all other networks for velocities at noise levels, through the host's own
+    `apply_model`.
     """
 
     def __init__(self, model, sites, rank=1, alpha=1.0, seed=0, start=None):
         self.model, self.rows = model, Rows()
         generator = torch.Generator().manual_seed(seed)
-        start = start or {}
+        start, shared = start or {}, shared_rows(model, sites)
         self.layers = {
-            name: TrainedLayer(module, rank, alpha, generator, start.get(name)) for name, module in sites.items()
+            name: TrainedLayer(module, rank, alpha, generator, start.get(name), shared.get(name))
+            for name, module in sites.items()
         }
+        self.text_rows = {rows for rows in shared.values() if rows is not None}
         self.alphas = alphas_cumprod().float()
 
     def parameters(self):
@@ -86,21 +109,165 @@ class HostDenoiser:
         self.undo.close()
 
     def predict(self, x, t, text, on):
-        """Noise (rows, 4, h, w) float32 on the CPU, see Denoiser."""
-        base = self.model.model
-        device, dtype = self.model.load_device, base.get_dtype()
-        self.rows.gates, self.rows.active = (torch.ones(1, 1, device=device), (0,)) if on else (None, ())
+        """What the network predicts, float32 on the CPU, see Denoiser."""
+        self.rows.gates, self.rows.active = (
+            (torch.ones(1, 1, device=self.model.load_device), (0,)) if on else (None, ())
+        )
         try:
-            out = base.diffusion_model(
-                x.to(device, dtype), t.to(device), context=text.to(device, dtype), transformer_options={}
-            )
+            if isinstance(text, torch.Tensor):
+                return self._noise(x, t, {"context": text})
+            ask = self._noise_for if is_unet(self.model) else self._velocity
+            return torch.cat([ask(x[rows], t[rows], given) for rows, given in batches(text)])
         finally:
-            self.rows.gates = None
-        out = out.float().cpu()
+            self.rows.gates, self.rows.texts = None, {}
+
+    def _noise_for(self, x, t, given):
+        return self._noise(x, t, {"context": given["c_crossattn"], **({"y": given["y"]} if "y" in given else {})})
+
+    def _noise(self, x, t, given):
+        base, device = self.model.model, self.model.load_device
+        dtype = getattr(base, "manual_cast_dtype", None) or base.get_dtype()
+        given = {name: tensor.to(device, dtype) for name, tensor in given.items()}
+        out = base.diffusion_model(x.to(device, dtype), t.to(device), transformer_options={}, **given).float().cpu()
         if base.model_type == comfy.model_base.ModelType.V_PREDICTION:
             a = self.alphas[t].view(-1, 1, 1, 1)
             return a.sqrt() * out + (1 - a).sqrt() * x
         return out
+
+    def _velocity(self, x, sigma, given):
+        base, device = self.model.model, self.model.load_device
+        given = {name: _moved(value, device) for name, value in given.items()}
+        self.rows.texts = {rows: rows.count(given) for rows in self.text_rows}
+        x, sigma = x.to(device), sigma.to(device)
+        options = {"sigmas": sigma, "cond_or_uncond": [0] * len(x), **attention_with_gradients()}
+        if cache := family(self.model).cache:
+            options[cache] = {"device": "off"}
+        concat, text = (given.pop(name, None) for name in ("c_concat", "c_crossattn"))
+        clean = type(base).apply_model(base, x, sigma, concat, text, transformer_options=options, **given)
+        return ((x - clean) / sigma.view(-1, *[1] * (x.dim() - 1))).float().cpu()
+
+    def path(self, steps):
+        """The path of a roll-out of so many steps on the model's own noise levels, None for one on Stable Diffusion's
+        schedule."""
+        if is_unet(self.model):
+            return None
+        sampler = comfy.samplers.KSampler(self.model, steps, self.model.load_device, "euler", SCHEDULER, 1.0)
+        sigmas = sampler.calculate_sigmas(steps)[:-1].float().cpu()
+        scale = self.model.model.model_sampling.noise_scaling
+        first = sigmas[:1].clone()
+        return Flow(sigmas.tolist(), lambda noise: scale(first, noise, torch.zeros_like(noise)))
+
+    def require_gradient(self, x, t, text):
+        """Raises ErasureError where this host has no gradient for the network; asks it once, in latents x at t."""
+        name = type(self.model.model).__name__
+        try:
+            self.predict(x, t, [text], on=True).square().sum().backward()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise ErasureError(
+                f"This ComfyUI has no gradient for the network of {name} ({str(error).splitlines()[0]}); update "
+                "ComfyUI, or erase in closed form (Erase Concepts)."
+            ) from error
+        reached = [layer.up.grad is not None and bool(layer.up.grad.any()) for layer in self.layers.values()]
+        for parameter in self.parameters():
+            parameter.grad = None
+        if not any(reached):
+            raise ErasureError(
+                f"No gradient reaches the {len(reached)} layers of {name} that are to be trained; choose other layers, "
+                "or erase in closed form (Erase Concepts)."
+            )
+
+
+def _moved(value, device):
+    if isinstance(value, list):
+        return [_moved(part, device) for part in value]
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def is_unet(model):
+    """Whether a MODEL is a U-Net of Stable Diffusion's kind, trained as SPM's code trains it."""
+    return family(model).text == unet.TEXT
+
+
+def has_own_guidance(model):
+    """Whether the network of a MODEL is told how far to guide, so that a roll-out needs no second prediction."""
+    layer = getattr(model.model.diffusion_model, OWN_GUIDANCE, None)
+    return layer is not None and any(True for _ in layer.parameters())
+
+
+def latents_for(model, width, height):
+    """Empty latents (1, C, h, w), of videos (1, C, 1, h, w), for a picture of so many pixels."""
+    channels, ratio = channels_and_ratio(model.model.latent_format)
+    return fitted_latents(model, torch.zeros(1, channels, height // ratio, width // ratio))
+
+
+def fitted(model, width, height, preserves):
+    """What Settings say of a MODEL: the size of its latents for a picture of so many pixels, how a roll-out is guided,
+    and of what kind the anchors are.
+
+    Networks that are told how far to guide are not guided once more; transformers get real captions as anchors, for
+    noise is unlike anything that their encoders give, and has no length of its own.
+    """
+    shape = latents_for(model, width, height).shape[1:]
+    texts = preserves or not is_unet(model)
+    guided = {"rollout_cfg": 1.0} if has_own_guidance(model) else {}
+    return {
+        "size": tuple(shape[-2:]),
+        "channels": tuple(shape[:-2]),
+        "anchor_kind": TEXTS if texts else NOISE,
+        **guided,
+    }
+
+
+def gradient_checked(denoiser, settings, text):
+    """The path of the roll-outs of some Settings, None for Stable Diffusion's noise schedule; raises ErasureError where
+    this host has no gradient for the network."""
+    path = denoiser.path(settings.rollout_steps)
+    if path is not None:
+        x = torch.ones(1, *settings.channels, *settings.size)
+        denoiser.require_gradient(x, torch.full((1,), path.told(1)), text)
+    return path
+
+
+def trained(run, model, sites, rank, start, encoded, pairs, anchors):
+    """What a TrainingRun gives on some sites of a MODEL: (ErasureAdapter, report as text).
+
+    start: {site: LowRank} to go on from, or None; encoded, pairs, anchors: see texts_of().
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        texts, alpha = texts_of(encoded, pairs, anchors), alpha_of(run.settings.objective, rank)
+        with HostDenoiser(model, sites, rank, alpha, run.settings.seed, start) as denoiser:
+            run.path = gradient_checked(denoiser, run.settings, texts[0].concept)
+            return run(denoiser, texts)
+
+
+def encoded_for(model, clip, prompts, width, height):
+    """What a MODEL's network gets for each of some prompts: Encoded rows of U-Nets that read nothing else, {prompt:
+    Conditions} of all others, for a picture of so many pixels."""
+    prompts = dict.fromkeys(prompts)
+    if is_unet(model) and not reads_vector(model):
+        return encode_for(model, clip, prompts)
+    return conditions_for(model, clip, prompts, latents_for(model, width, height), (width, height))
+
+
+def shared_rows(model, sites):
+    """{site: TextRows} of those layers that see more than the text, None for the others.
+
+    Raises ErasureError for a layer of a transformer whose text rows cannot be told from the picture's.
+    """
+    if is_unet(model):
+        return {}
+    keys, found = {site(key): key for key in modules(model)}, {}
+    for name in sites:
+        rows = text_rows(model, keys[name])
+        if rows is None and not role(name).startswith(("cross_attention", "text_")):
+            raise ErasureError(
+                f"The layer {name} of this {family(model).title} model sees the picture as well, and where the text's "
+                'rows stand in it is not known; set layers to "text attention".'
+            )
+        found[name] = None if rows is None or rows.place == ALL else rows
+    return found
 
 
 def resumed(model, adapter, sites):
@@ -108,37 +275,50 @@ def resumed(model, adapter, sites):
 
     Raises ErasureError for layers that are not among the sites to train.
     """
-    keys = layer_keys(model)
-    own = {name: site(plain_key(keys[name])) if name in keys else name for name in adapter.low_rank}
+    keys, trained = layer_keys(model), {**adapter.low_rank, **adapter.deltas.get(TextLowRank.kind, {})}
+    own = {name: site(plain_key(keys[name])) if name in keys else name for name in trained}
     strange = [name for name, ours in own.items() if ours not in sites]
     if strange:
         raise ErasureError(
             f"The adapter {adapter.describe()} has {len(strange)} layers such as {strange[0]}, which are not trained "
             'here; set layers to "all" or as it was trained, and connect the model that it belongs to.'
         )
-    return {own[name]: change for name, change in adapter.low_rank.items()}
+    return {own[name]: change for name, change in trained.items()}
 
 
 def trainable_sites(model, groups=()):
-    """{site: module} of the linear layers and 1x1 convolutions in the transformers, as SPM adapts them.
+    """{site: module} of the linear layers that training adapts: of U-Nets those and the 1x1 convolutions in the
+    transformers, as SPM does; of transformers the text's queries, keys and values.
 
-    groups: names of roles that count, such as "cross_attention.key"; all when empty.
+    groups: names of roles that count instead, such as "cross_attention.key".
     Raises ErasureError for a model that cannot be trained against.
     """
-    require_unet(
-        model,
-        "Training an adapter",
-        "erase in closed form (Erase Concepts), or load an adapter that was trained for it",
-    )
-    refuse_pooled(model)
+    known = family(model)
+    text_width(model)  # raises for a model whose text no layer reads
+    _require_kind(model, known)
     found = {}
     for key, module in modules(model).items():
         own = site(key)
-        layer = hasattr(module, "in_features") or getattr(module, "kernel_size", None) == (1, 1)
-        if layer and re.search(family(model).trained, own) and (not groups or role(own) in groups):
+        layer = hasattr(module, "in_features") or (is_unet(model) and getattr(module, "kernel_size", None) == (1, 1))
+        if layer and (role(own) in groups if groups else re.search(known.trained, own)):
             found[own] = module
     if not found:
         raise ErasureError(
             f"The model {type(model.model).__name__} has no layers in {', '.join(groups)}; choose others."
         )
     return found
+
+
+def _require_kind(model, known):
+    name = type(model.model).__name__
+    if not known.trained:
+        raise ErasureError(
+            f"Which layers of {known.title or name} models read the text is not known well enough to train them; erase "
+            "in closed form (Erase Concepts), or load an adapter that was trained for it."
+        )
+    kind = getattr(model.model.model_type, "name", "")
+    if is_unet(model) and kind not in NOISE_KINDS:
+        raise ErasureError(
+            f"The model {name} predicts in the way {kind}, but training on U-Nets knows {' and '.join(NOISE_KINDS)}; "
+            "erase in closed form (Erase Concepts)."
+        )

@@ -1,0 +1,86 @@
+"""The path from noise to a picture that a roll-out goes: Stable Diffusion's noise schedule, or a model's own levels."""
+
+import torch
+
+BETA_START, BETA_END, LEVELS = 0.00085, 0.012, 1000
+PUBLISHED, MATCHING = TIMESTEPS = ("published", "matching")
+
+
+def alphas_cumprod():
+    """Stable Diffusion's noise schedule: (1000,) float64, betas linear in their square roots."""
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, LEVELS, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0)
+
+
+def rollout_timesteps(steps):
+    """DDIM timesteps with leading spacing, falling: steps of them, the last one 0."""
+    spacing = LEVELS // steps
+    return [spacing * i for i in reversed(range(steps))]
+
+
+def told_timestep(k, settings):
+    """The timestep the network is told for latents after k steps of the rollout.
+
+    Published: 999 - floor(1000 k / steps), as in LECO, which is 33 to 42 more than the latents have for 30 steps.
+    """
+    if settings.timestep == MATCHING:
+        return rollout_timesteps(settings.rollout_steps)[k]
+    return LEVELS - 1 - LEVELS * k // settings.rollout_steps
+
+
+def ddim_step(x, noise, t, before, alphas):
+    """Latents at timestep `before` from those at t and their noise (DDIM, Song et al. 2021, eq. 12 with sigma 0)."""
+    a, b = alphas[t].item(), alphas[before].item()
+    clean = (x - (1 - a) ** 0.5 * noise) / a**0.5
+    return b**0.5 * clean + (1 - b) ** 0.5 * noise
+
+
+class NoiseSchedule:
+    """DDIM steps of Stable Diffusion; predictions are noise, levels are timesteps 0 to 999."""
+
+    def __init__(self, settings, alphas=None):
+        self.settings, self.alphas = settings, alphas_cumprod() if alphas is None else alphas
+        self.levels = rollout_timesteps(settings.rollout_steps)
+
+    def beginning(self, noise):
+        """Latents that a roll-out begins with."""
+        return noise
+
+    def told(self, k):
+        """The level that the network is told for latents after k steps when it is trained there."""
+        return told_timestep(k, self.settings)
+
+    def after(self, x, noise, i):
+        """Latents after step i, from those before it and the prediction."""
+        return ddim_step(x, noise, self.levels[i], self.levels[i + 1], self.alphas)
+
+    def clean(self, x, noise):
+        """The clean latents, from those at the last level and the prediction."""
+        a = self.alphas[self.levels[-1]].item()
+        return (x - (1 - a) ** 0.5 * noise) / a**0.5
+
+
+class Flow:
+    """Euler steps between a model's own noise levels; predictions are velocities dx / dsigma (Liu et al. 2023, eq. 1).
+
+    sigmas: falling levels of a roll-out, without a 0 at the end; scaled(noise): latents at the first of them.
+    """
+
+    def __init__(self, sigmas, scaled=lambda noise: noise):
+        self.levels, self.scaled = [float(sigma) for sigma in sigmas], scaled
+
+    def beginning(self, noise):
+        """Latents that a roll-out begins with."""
+        return self.scaled(noise)
+
+    def told(self, k):
+        """The level of latents after k steps."""
+        return self.levels[k]
+
+    def after(self, x, velocity, i):
+        """Latents after step i, from those before it and the prediction."""
+        return x + (self.levels[i + 1] - self.levels[i]) * velocity
+
+    def clean(self, x, velocity):
+        """The clean latents, from those at the last level and the prediction."""
+        return x - self.levels[-1] * velocity
