@@ -34,7 +34,7 @@ class Rows:
 
     def __init__(self):
         self.every, self.gates, self.active, self.texts, self.timed = None, None, (), {}, frozenset()
-        self.lending, self.places, self.parts = None, None, ()
+        self.lending, self.places = None, None
         self.count, self.under_way = 0, lambda: False
 
     @contextlib.contextmanager
@@ -42,25 +42,25 @@ class Rows:
         """While it lasts, the rows are those of a call with these gates, (rows, all gates).
 
         told: the same gates on the processor, None where they are not known there. parts: Parts that get the gates of
-        their rows, each once for all layers. count: see the class.
+        their rows, each once for all layers.
         """
-        before = self.every, self.gates, self.active, self.texts, self.timed, self.count, self.parts
-        columns = [part.columns for part in self.parts]  # of the call around this one, whose rows are others
+        before = self.every, self.gates, self.active, self.texts, self.timed, self.count
         lending = self._lending(every, active, told)
-        self._take(every, lending.gates, active, texts or {}, frozenset(timed), count, parts)
+        self.every, self.gates, self.active, self.texts, self.timed = (
+            every,
+            lending.gates,
+            active,
+            texts or {},
+            frozenset(timed),
+        )
+        self.count = count
         lending.spread(parts)
         try:
             yield
         finally:
-            self._take(*before)
-            for part, known in zip(self.parts, columns):
-                part.columns = known
-
-    def _take(self, every, gates, active, texts, timed, count, parts):
-        for part in self.parts:
-            part.columns = None
-        self.every, self.gates, self.active, self.texts, self.timed = every, gates, active, texts, timed
-        self.count, self.parts = count, parts
+            self.every, self.gates, self.active, self.texts, self.timed, self.count = before
+            for part in parts:
+                part.columns = None
 
     def alike(self, gates):
         """Whether a call's gates, `every` or `gates`, are the same in all rows; waits for the device only where the
@@ -246,8 +246,8 @@ class Bypass(Patch):
         gates, columns = self._for_rows(self.rows.gates, x), part.columns
         if columns is None or columns.dtype != x.dtype:
             columns = gates[:, factors.gate].to(x.dtype)
-        elif len(gates) != len(columns):
-            columns = columns[:1] if len(gates) == 1 else columns.repeat_interleave(len(gates) // len(columns), dim=0)
+        else:
+            columns = self._for_rows(columns, x)
         try:
             return self._add(x, y, factors, part.outputs, where, gates, columns)[0]
         except torch.cuda.OutOfMemoryError:  # nothing was written yet
@@ -274,16 +274,14 @@ class Bypass(Patch):
             return y, True
         if whole:
             return y + delta, False
-        start, length = outputs or (0, y.shape[-1])
-        if delta.requires_grad:  # while it is trained
-            rows = () if where is None else (where.start, y.shape[1] - where.stop)
-            return y + functional.pad(delta, (start, y.shape[-1] - start - length, *rows)), False
         y = y if self.previous is None else y.clone()
+        start, length = outputs or (0, y.shape[-1])
         (y if where is None else y[:, where])[..., start : start + length] += delta
         return y, False
 
     def _for_rows(self, gates, x):
-        """Gates (batch, K) or (1, K) of what the layer gets; one row for all where the gates of all are equal."""
+        """Gates (batch, K) or (1, K) of what the layer gets; one row for all where the gates of all are equal. gates:
+        those of the call, or columns of them."""
         rows, found = len(gates), len(x)
         added = self.order == WHOLE and self.rows.count and found != self.rows.count
         if (rows == 1 and not added) or (rows == found and self.order != MIXED):

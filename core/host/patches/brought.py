@@ -11,6 +11,8 @@ import functools
 import logging
 import weakref
 
+import comfy.conds
+import comfy.utils
 import torch
 
 from ...adapters.beside import PAST
@@ -21,6 +23,16 @@ from ..text.known_tokens import PROMPTS
 log = logging.getLogger("membrane")
 
 RAW = "membrane_raw"  # a conditioning's text before the map, which travels with it
+
+
+class Raw(comfy.conds.CONDCrossAttn):
+    """A conditioning's text before the map, which is batched like the text and stays where it is until it is wanted."""
+
+    def process_cond(self, batch_size, **kwargs):
+        """The text for a batch, as the host asks for it."""
+        return self._copy_with(comfy.utils.repeat_to_batch_size(self.cond, batch_size))
+
+
 HOSTS = "comfy", "comfy_extras", "comfy_api", "nodes"  # packages whose patches bring no text
 SAME = 0.9999  # cosine of vectors that are one, but for scale and rounding; that to bfloat16 leaves 0.99999
 KEPT = 64  # texts whose gates are kept from step to step
@@ -68,7 +80,8 @@ class Brought:
         self.part, self.entry = plan.maps.get(entry.name), entry
         self.count = len(plan.gates)  # of the gates
         self.conditioning, self.rows = conditioning, rows
-        self.opened, self.checked, self.told = [], [], False
+        self.opened, self.told = [], False
+        self.generation, self.trusted = 0, set()  # sizes of texts of the sampling that were found to be mapped
 
     @contextlib.contextmanager
     def reading(self, text, gates, share):
@@ -105,12 +118,17 @@ class Brought:
         return self.part is None or text.shape[-1] == self.part.width
 
     def is_mapped(self, text):
-        """Whether a text (B, T, d) of a call is the conditionings' with the map on it, in all rows."""
-        if any(known.shape == text.shape and torch.equal(known, text) for known in self.checked):
+        """Whether a text (B, T, d) of a call is the conditionings' with the map on it, in all rows.
+
+        It is looked at once for each size in a sampling as long as it is so: on a graphics card the look has to wait.
+        """
+        if self.conditioning.generation != self.generation:
+            self.generation, self.trusted = self.conditioning.generation, set()
+        if text.shape in self.trusted:
             return True
         found = bool(derived(text, self.conditioning.mapped_text(text)).any(dim=1).all())
         if found:
-            self.checked = [*self.checked[-KEPT:], text]
+            self.trusted.add(text.shape)
         return found
 
     def checked_text(self, text, raw):

@@ -13,7 +13,7 @@ from ...adapters.patch import Patch
 from ...text.similarity import opening_matches
 from ..compat import patched_layers_called
 from ..text.known_tokens import PROMPTS
-from .brought import RAW
+from .brought import RAW, Raw
 
 log = logging.getLogger("membrane")
 
@@ -78,6 +78,7 @@ class ErasedConditioning(Patch):
     def __init__(self, base, stack, plan, entries, travels, previous, rows, read=None):
         super().__init__(base, previous)
         self.read, self.mapped, self.watches, self.told = read, [], None, False
+        self.count = [0]  # of texts that were mapped
         self.rows, self.timed = rows, [k for k, gate in enumerate(plan.gates) if not gate.always]
         self.stack, self.plan, self.travels = stack, plan, travels
         self.early = [entry for entry in entries if not entry.prepared]
@@ -102,6 +103,7 @@ class ErasedConditioning(Patch):
             if vectors is not None:
                 self._erase(entry, vectors, gates, kwargs)
         if self.read in self.early and kwargs.get("cross_attn") is not text:
+            self.count[0] += 1
             self.mapped[:] = [ref for ref in self.mapped if ref() is not None]
             self.mapped.append(weakref.ref(kwargs["cross_attn"]))
         if self.previous is not None:
@@ -114,7 +116,7 @@ class ErasedConditioning(Patch):
             if entry.result in out:
                 out[entry.result] = self._prepared(entry, out[entry.result], gates)
         if self.read is not None and text is not None:
-            out[RAW] = comfy.conds.CONDCrossAttn(text)
+            out[RAW] = Raw(text)
         if self.travels:
             out[GATES] = Gates(gates.cpu())
         return out
@@ -165,6 +167,11 @@ class ErasedConditioning(Patch):
         for listener in LISTENERS:
             listener(self.stack, gates, run, side)
         return values
+
+    @property
+    def generation(self):
+        """A number that differs whenever other texts were mapped."""
+        return self.count[0]
 
     def mapped_text(self, like):
         """All rows (n, T, d) that conditionings which are in use have after the map, as one text with the type and the

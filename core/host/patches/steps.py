@@ -59,7 +59,8 @@ class ErasedSteps(Patch):
         for part in self.parts:
             part.prepare(active, x.device, dtype)
         texts = self._lengths({"c_crossattn": c_crossattn, **kwargs})
-        lent = self.rows.lent(gates, active, texts, told=told, parts=self.parts, count=len(x))
+        parts = () if reading else self.parts  # else they would have the gates of rows that are not there
+        lent = self.rows.lent(gates, active, texts, told=told, parts=parts, count=len(x))
         with patched_layers_called(), lent, reading or nullcontext():
             return original(x, t, c_concat, c_crossattn, *args, **kwargs)
 
@@ -70,12 +71,13 @@ class ErasedSteps(Patch):
         if brought is None or text is None or not brought.fits(text):
             return None, self._erased("c_crossattn", text, gates) if maps else text
         brings = brings_text(options)
-        if brings and (raw is None) and not self.late:
+        if brings and raw is None and not self.late:
             brought.say()
         elif brings:
-            text = raw if raw is not None and brought.is_mapped(text) else text
-            share = self._in_range(gates.new_ones(1, gates.shape[1]), t).amax(dim=0)
-            return brought.reading(text, gates, share), text
+            text = raw.to(text) if raw is not None and brought.is_mapped(text) else text
+            share = gates.new_ones(1, gates.shape[1])
+            share = self._in_range(share, t) if self.timed else share
+            return brought.reading(text, gates, share.amax(dim=0)), text
         return None, self._erased("c_crossattn", text, gates) if maps else brought.checked_text(text, raw)
 
     def _lengths(self, call):
@@ -137,6 +139,6 @@ class ErasedSteps(Patch):
                 else [float(sampling.percent_to_sigma(p)) for p in (gate.start_percent, gate.end_percent)]
                 for gate in self.plan.gates
             ]
-            levels = torch.tensor(ranges, device=t.device, dtype=t.dtype).view(-1, 2)
-            self.bounds = sampling, wanted, levels.unbind(1)
+            first, last = (torch.tensor(levels, device=t.device, dtype=t.dtype) for levels in zip(*ranges))
+            self.bounds = sampling, wanted, (first, last)
         return self.bounds[2]
