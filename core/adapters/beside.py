@@ -246,8 +246,8 @@ class Bypass(Patch):
         gates, columns = self._for_rows(self.rows.gates, x), part.columns
         if columns is None or columns.dtype != x.dtype:
             columns = gates[:, factors.gate].to(x.dtype)
-        else:
-            columns = self._for_rows(columns, x)
+        elif len(gates) != len(columns):
+            columns = columns[:1] if len(gates) == 1 else columns.repeat_interleave(len(gates) // len(columns), dim=0)
         try:
             return self._add(x, y, factors, part.outputs, where, gates, columns)[0]
         except torch.cuda.OutOfMemoryError:  # nothing was written yet
@@ -280,8 +280,7 @@ class Bypass(Patch):
         return y, False
 
     def _for_rows(self, gates, x):
-        """Gates (batch, K) or (1, K) of what the layer gets; one row for all where the gates of all are equal. gates:
-        those of the call, or columns of them."""
+        """Gates (batch, K) or (1, K) of what the layer gets; one row for all where the gates of all are equal."""
         rows, found = len(gates), len(x)
         added = self.order == WHOLE and self.rows.count and found != self.rows.count
         if (rows == 1 and not added) or (rows == found and self.order != MIXED):

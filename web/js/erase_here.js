@@ -82,8 +82,11 @@ function insert(graph, through, place) {
     const origin = graph.getNodeById(first.origin_id);
     const inserted = asOneChange(graph, () => {
         const node = globalThis.LiteGraph.createNode(nodeType());
-        node.pos = freePlace(graph._nodes ?? graph.nodes, place, sizeOf(node));
+        const others = [...(graph._nodes ?? graph.nodes)];
+        node.pos = place;
         graph.add(node);
+        app.canvas.draw?.(true, true); // text boxes get their room when they are drawn
+        node.pos = freePlace(others, place, sizeOf(node));
         const targets = through.map((link) => [graph.getNodeById(link.target_id), link.target_slot]);
         const input = (name) => node.inputs.findIndex((slot) => slot.name === name);
         origin.connect(first.origin_slot, node, input("model"));
