@@ -24,7 +24,10 @@ MODEL, ERASE, PROMPT, LATENT, ORIGINAL, ERASED, SAVE_ORIGINAL, SAVE_ERASED = "1"
 # what each model's run of the workflow changes, by the ids of its nodes
 MODELS = {
     "U-Net": {MODEL: {"variant": "day"}},
-    "transformer": {MODEL: {"variant": "transformer"}, ERASE: {"pooled": "as the model needs"}},
+    "transformer": {
+        MODEL: {"variant": "transformer"},
+        ERASE: {"pooled": "as the model needs", "templates": "automatic"},  # 8 captions deform a heart here
+    },
 }
 CONCEPT = "star"
 BATCH, ERASED_PROMPTS, KEPT_PROMPTS = 4, 16, 21
