@@ -41,7 +41,7 @@ LABELS = {
     "height": "Height",
     "keep": "What to keep",
     "kind": "Kind",
-    "lam": "SPEED: slack of what is fixed (lambda)",
+    "lam": "SPEED: slack of the fixed (lam)",
     "latent_image": "Latent image",
     "layers": "Layers",
     "learning_rate": "Learning rate",

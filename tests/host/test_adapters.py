@@ -426,7 +426,7 @@ def test_the_editor_equals_the_nodes(node, demo, case, others, sample):
         {"adapter": others[1].name.replace("/", "\\"), "strength": 0.5, "end_percent": 0.6},
         {"adapter": others[0].name, "enabled": False},
     ]
-    stack, concepts = node("MembraneStackEditor", stack_json=json.dumps({"membrane_stack": 1, "entries": rows}))
+    stack, concepts, *_ = node("MembraneStackEditor", stack_json=json.dumps({"membrane_stack": 1, "entries": rows}))
     assert concepts.split("\n") == [*case.adapter.card.concepts, "star"]
     chained = entry(node, case.adapter)
     chained = entry(node, others[1], chained, 0.5, "automatic", end_percent=0.6)

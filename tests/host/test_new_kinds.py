@@ -332,7 +332,8 @@ def test_a_new_family_in_closed_form(node, reader, sample, close, method):
 def test_uce_behind_a_norm_is_the_formula(node, reader, text):
     """Gandikota et al. 2024, eq. 7, naively in float64, on the rows as the layer gets them."""
     adapter = node("MembraneErase", model=reader[0], clip=reader[1], concepts="star -> circle", replace_with="",
-                   preserve="heart", method="UCE", strength=1.0, replacements="as published")[1]  # fmt: skip
+                   preserve="heart", method="UCE", strength=1.0, templates="{}",
+                   replacements="as published")[1]  # fmt: skip
     norm = reader[0].model.diffusion_model.cap_norm
 
     def rows(word):
