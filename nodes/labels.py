@@ -128,6 +128,8 @@ def labelled(types, advanced=(), **own):
     def shown(name, entry):
         kind, options = entry
         more = {"advanced": True} if name in advanced else {}
+        if options.get("multiline"):
+            more["placeholder"] = options.get("placeholder", labels[name])  # else the page shows the variable's name
         return kind, {**options, "display_name": labels[name], **more}
 
     visible = {

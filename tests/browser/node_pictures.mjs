@@ -9,16 +9,17 @@ try {
     const page = await openPage(browser, url);
     const types = await api(page, () => Object.keys(LiteGraph.registered_node_types).filter((type) => type.startsWith("Membrane")));
     await page.setViewportSize({ width: 1500, height: 1500 });
-    for (const type of types) {
-        await api(page, ([type, top]) => {
+    for (const [place, type] of types.entries()) {
+        await api(page, ([type, top, place]) => {
             app.graph.clear();
+            app.graph.last_node_id = place; // newer pages remember what a node of the same number had
             const node = LiteGraph.createNode(type);
             app.graph.add(node);
             node.pos = [0, top];
             app.canvas.ds.scale = 1;
             app.canvas.ds.offset = [80, 120];
             app.canvas.setDirty(true, true);
-        }, [type, TITLE]);
+        }, [type, TITLE, place]);
         await page.waitForTimeout(700);
         // boxes of text are as tall as they want to be only after they were drawn
         const clip = await api(page, ([title, margin]) => {
