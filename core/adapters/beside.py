@@ -274,8 +274,11 @@ class Bypass(Patch):
             return y, True
         if whole:
             return y + delta, False
-        y = y if self.previous is None else y.clone()
         start, length = outputs or (0, y.shape[-1])
+        if delta.requires_grad:  # while it is trained
+            rows = () if where is None else (where.start, y.shape[1] - where.stop)
+            return y + functional.pad(delta, (start, y.shape[-1] - start - length, *rows)), False
+        y = y if self.previous is None else y.clone()
         (y if where is None else y[:, where])[..., start : start + length] += delta
         return y, False
 
