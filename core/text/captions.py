@@ -5,7 +5,8 @@ stars in 64 pictures, and with captions like the prompts none while all 96 other
 (benchmarks/results/erasure_quality.md). A text encoder mixes each word with those before it, T5 and language models
 with those behind it too, so a set varies what stands on both sides of the concept: the medium, a colour or a
 pattern, a noun behind an adjective, an action, a place. What is to be kept is put into the same captions. In styles
-that no set has, those for anything leave no star in 48 pictures of either demo model (erasure_wording.md, there).
+that no set has, those for anything leave no star in 48 pictures of either demo model (erasure_wording.md, there);
+they were chosen with that measure in view, and no set was measured on a person or a painter.
 """
 
 from dataclasses import dataclass
