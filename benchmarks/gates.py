@@ -49,22 +49,28 @@ def sd15(config):
     return comfy.model_patcher.ModelPatcher(model, cpu, cpu)
 
 
-def adapters(model, count):
-    """SPM adapters of rank 1 for every linear layer and 1x1 convolution of the transformers."""
+def rank_one(sizes, count, word):
+    """`count` SPM adapters of rank 1, of the concepts "<word> 0", "<word> 1" ...; sizes: {layer: (outputs, inputs)}."""
     from membrane.core.adapters.adapter import Card, ErasureAdapter
     from membrane.core.adapters.deltas.low_rank import LowRank
-    from membrane.core.host.runs.training import trainable_sites
 
-    sites = {name: module.weight.shape[:2] for name, module in trainable_sites(model).items()}
     found = []
     for i in range(count):
         g = torch.Generator().manual_seed(i)
         change = {
             name: LowRank(torch.randn(out, 1, generator=g) * 0.01, torch.randn(1, n, generator=g) * n**-0.5, 1.0)
-            for name, (out, n) in sites.items()
+            for name, (out, n) in sizes.items()
         }
-        found.append(ErasureAdapter(Card("SPM", (f"concept {i}",)), {"low_rank": change}))
-    return found, sites
+        found.append(ErasureAdapter(Card("SPM", (f"{word} {i}",)), {"low_rank": change}))
+    return found
+
+
+def adapters(model, count):
+    """SPM adapters of rank 1 for every linear layer and 1x1 convolution of the transformers."""
+    from membrane.core.host.runs.training import trainable_sites
+
+    sites = {name: module.weight.shape[:2] for name, module in trainable_sites(model).items()}
+    return rank_one(sites, count, "concept"), sites
 
 
 class Words:

@@ -163,19 +163,10 @@ def linear_layers(model):
 
 def low_rank(model, count):
     """SPM adapters of rank 1 on all linear_layers()."""
-    from membrane.core.adapters.adapter import Card, ErasureAdapter
-    from membrane.core.adapters.deltas.low_rank import LowRank
+    from membrane.benchmarks import gates
 
     sizes = {site: (module.out_features, module.in_features) for site, module in linear_layers(model).items()}
-    found = []
-    for i in range(count):
-        g = torch.Generator().manual_seed(i)
-        change = {
-            site: LowRank(torch.randn(out, 1, generator=g) * 0.01, torch.randn(1, n, generator=g) * n**-0.5, 1.0)
-            for site, (out, n) in sizes.items()
-        }
-        found.append(ErasureAdapter(Card("SPM", (f"star {i}",)), {"low_rank": change}))
-    return found
+    return gates.rank_one(sizes, count, "star")
 
 
 def text_map(width, terms=8):

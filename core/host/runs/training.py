@@ -165,7 +165,7 @@ class HostDenoiser:
             self.predict(x, t, [text], on=True).square().sum().backward()
         except torch.cuda.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:  # of an operation without one, NotImplementedError among them
             raise ErasureError(
                 f"This ComfyUI has no gradient for the network of {name} ({str(error).splitlines()[0]}); update "
                 "ComfyUI, or erase in closed form (Erase Concepts)."
