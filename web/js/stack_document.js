@@ -5,7 +5,7 @@ import { t } from "./strings.js";
 
 export const VERSION = 1;
 export const EMPTY = `{"membrane_stack": ${VERSION}, "entries": []}`;
-export const MODES = ["automatic", "fixed", "facilitated transport", "reference", "route"];
+export const MODES = ["automatic", "fixed", "facilitated transport", "reference", "route", "meaning"];
 export const NEGATIVES = ["same as positive", "own", "off"];
 
 /** What an entry without the field has. A path of two is inside "permeability". */
