@@ -17,6 +17,7 @@ A file gets the oldest version that can hold its adapter, so that older releases
 """
 
 import zlib
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -252,11 +253,12 @@ def _text_map(name, tensors, card, prefix):
             f'"{name}" has terms for concept number {max(owners)} but names {len(card.concepts)} concepts; '
             "it is damaged, save the adapter again."
         )
-    return TextMap(a, b, owners, f"{prefix}.normed" in tensors, _probes(name, tensors, card, prefix))
+    found = TextMap(a, b, owners, f"{prefix}.normed" in tensors)
+    return replace(found, probes=_probes(name, tensors, card, prefix, found.width))
 
 
-def _probes(name, tensors, card, prefix):
-    """Probes of a text map, none where the file has none."""
+def _probes(name, tensors, card, prefix, width):
+    """Probes of a text map of a width, none where the file has none."""
     found = [tensors.get(f"{prefix}.{part}") for part in PROBE_PARTS]
     if all(tensor is None for tensor in found):
         return ()
@@ -264,12 +266,16 @@ def _probes(name, tensors, card, prefix):
     if any(tensor is None for tensor in found):
         raise damaged
     vectors, owners, ranges = found
-    shapes = vectors.dim() == 2 and owners.shape == vectors.shape[:1] and ranges.shape == (len(vectors), 2)
+    count = owners.numel()
+    fit = owners.dim() == 1 and vectors.shape == (count, width) and ranges.shape == (count, 2)
     types = vectors.is_floating_point() and ranges.is_floating_point() and owners.dtype in INTEGERS
-    if not (shapes and types) or any(not 0 <= i < len(card.concepts) for i in owners.tolist()):
+    if not (fit and types) or any(not 0 <= i < len(card.concepts) for i in owners.tolist()):
         raise damaged
     each = zip(owners.tolist(), vectors.float(), ranges.tolist())
-    return tuple(Probe(concept, vector.clone(), *ends) for concept, vector, ends in each)
+    try:
+        return tuple(Probe(concept, vector.clone(), *ends) for concept, vector, ends in each)
+    except ErasureError as error:
+        raise damaged from error
 
 
 def _check_header(contents):
