@@ -138,6 +138,16 @@ export function passCanvasGestures(element, scrolls) {
 /** The route that gives a file of the output or temp folder, as the host names it. */
 export const fileAddress = (route, file) => `${route}?${new URLSearchParams(file)}`;
 
+/** Puts a text that an element shows into the clipboard. */
+export function sendToClipboard(text, shown) {
+    const byHand = () => {
+        getSelection()?.selectAllChildren(shown);
+        document.execCommand("copy"); // the page has no clipboard where it was not opened over https
+    };
+    if (navigator.clipboard) navigator.clipboard.writeText(text).catch(byHand);
+    else byHand();
+}
+
 /** A short message over the page, where it has such. */
 export function toast(severity, summary, detail) {
     app.extensionManager?.toast?.add({ severity, summary, detail, life: 12000 });
