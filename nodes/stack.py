@@ -128,9 +128,9 @@ class MembraneStackEditor:
 
 
 def _erased(jobs, clip):
-    """What the page says of the words that were erased: a part for each row of them."""
-    found = [(receipt(job), taken(job, clip)) for job in jobs]
-    return [part(title, remarks, warning=bool(remarks)) for title, remarks in found]
+    """What the page says of the words that were erased: no part, or one."""
+    receipts, remarks = [receipt(job) for job in jobs], [line for job in jobs for line in taken(job, clip)]
+    return [part(receipts[0], [*receipts[1:], *remarks], warning=bool(remarks))] if jobs else []
 
 
 def _origin(model, clip, stack):

@@ -108,7 +108,18 @@ export function whileInGraph(node, action, milliseconds) {
  */
 export function stayMounted(node, element, selector) {
     if (!drawsNodesAsElements() || element.isConnected || app.canvas.graph !== node.graph) return;
-    document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"] ${selector}`)?.replaceWith(element);
+    drawnNode(node)?.querySelector(selector)?.replaceWith(element);
+}
+
+const drawnNode = (node) => document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"]`);
+
+/**
+ * Puts an element below a node's widgets that the page has not drawn: pages of 2025 take down a node's widgets when one
+ * of them changes, and know none that is added later.
+ */
+export function mountBelow(node, element) {
+    if (!drawsNodesAsElements() || element.isConnected || app.canvas.graph !== node.graph) return;
+    drawnNode(node)?.querySelector(".lg-node-widgets")?.append(element);
 }
 
 /** The pan and zoom of the canvas go on over an element of ours, except where `scrolls` says it needs the wheel. */

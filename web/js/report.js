@@ -4,7 +4,7 @@
 import { slider } from "./compare.js";
 import { make } from "./elements.js";
 import * as graphs from "./graph.js";
-import { addPart, api, app, fileAddress, removePart, sendToClipboard, stayMounted, toast, whileInGraph } from "./host.js";
+import { addPart, api, app, fileAddress, mountBelow, removePart, sendToClipboard, stayMounted, toast, whileInGraph } from "./host.js";
 import { styleElement } from "./stack_style.js";
 import { t } from "./strings.js";
 
@@ -86,6 +86,7 @@ class NodePart {
     hide() {
         if (this.widget) removePart(this.node, this.widget, this.height);
         this.widget = null;
+        this.root.remove();
     }
 }
 
@@ -182,7 +183,10 @@ export function keepReport(node) {
         node,
         () => {
             const part = shown.get(node);
-            if (part?.widget) stayMounted(node, part.root, ".membrane-report");
+            if (part?.widget) {
+                stayMounted(node, part.root, ".membrane-report");
+                mountBelow(node, part.root);
+            }
             if (looked || part || node.graph !== (app.rootGraph ?? app.graph)) return;
             looked = true;
             const report = reportOf(app.nodeOutputs?.[node.id]);
