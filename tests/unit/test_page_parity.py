@@ -170,6 +170,7 @@ def test_words_are_the_same_for_both(page, tmp_path):
     assert found.mode == "facilitated transport" and found.adapter.kind == "style"
     script = f"""import {{ nameOf, understood }} from "./stack_document.js";
         const entry = {json.dumps(entry)};
-        const others = [{{ words: "a", adapter: "b" }}, {{ words: 1 }}, {{ words: "a", kind: 1 }}, {{ words: "a", keep: [] }}];
+        const wrong = [{{ adapter: "b" }}, {{ words: 1 }}, {{ kind: 1 }}, {{ keep: [] }}];
+        const others = wrong.map((fields) => ({{ words: "a", ...fields }}));
         console.log(JSON.stringify([nameOf(entry), understood(entry), ...others.map(understood)]));"""
     assert run_script(tmp_path, script) == [found.adapter.describe(), True, False, False, False, False]
