@@ -101,7 +101,42 @@ async function theMenuOfARow(page) {
     check(inside, "the menu lies inside the editor");
 }
 
+/** Drops a file on an element: bytes of one of the host's files under another name, or some text. */
+const drop = (page, selector, name, from) => page.evaluate(async ([selector, name, from]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([from], name));
+    const target = document.querySelector(selector);
+    for (const type of ["dragover", "drop"]) {
+        target.dispatchEvent(new DragEvent(type, { bubbles: true, cancelable: true, dataTransfer: data }));
+    }
+}, [selector, name, from]);
+
 export const ROWS = {
+    async a_file_is_dropped_on_the_editor(page) {
+        await fresh(page, { text: stack() });
+        const line = page.locator(".membrane-stack .membrane-prompt");
+        await drop(page, ".membrane-stack", "star_00001_.safetensors", "not looked at");
+        await becomes(() => names(page), [STAR], "a row for a file that is there already, in its folder");
+        await drop(page, ".membrane-stack", "wrong.safetensors", "no adapter");
+        await until(async () => (await line.innerText()).includes('"wrong.safetensors" is no erasure adapter'), "the sentence");
+        same(await names(page), [STAR], "rows after a file that is none");
+        const name = `dropped${Date.now()}.safetensors`;
+        await page.evaluate(async ([selector, name]) => {
+            const text = JSON.stringify({
+                __metadata__: { "membrane.format": "erasure_adapter", "membrane.version": "1", "membrane.method": "UCE", "membrane.concepts": '["star"]', "membrane.surrogates": "[]", "membrane.family": "", "membrane.text_encoder": "", "membrane.settings": "{}" },
+                "text_map.a": { dtype: "F32", shape: [4, 1], data_offsets: [0, 16] },
+                "text_map.b": { dtype: "F32", shape: [1, 4], data_offsets: [16, 32] },
+                "text_map.concept": { dtype: "I64", shape: [1], data_offsets: [32, 40] },
+            });
+            const header = new TextEncoder().encode(text.padEnd(Math.ceil(text.length / 8) * 8));
+            const length = new BigUint64Array([BigInt(header.length)]), data = new DataTransfer();
+            data.items.add(new File([length, header, new Uint8Array(40)], name));
+            document.querySelector(selector).dispatchEvent(new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer: data }));
+        }, [".membrane-stack", name]);
+        await becomes(() => names(page), [STAR, name], "a row for a file that was sent");
+        check(!(await row(page, 1).getAttribute("class")).includes("membrane-missing"), "the host has the file");
+    },
+
     async words_are_a_row_that_is_erased_when_the_stack_is_applied(page) {
         await wordsAsARow(page);
     },

@@ -7,7 +7,7 @@ import { addToNodeMenu, addToOldMenus, canvasItems } from "./erase_here.js";
 import { executionIds, promptTexts } from "./graph.js";
 import {
     adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, sendToClipboard, stayMounted, translations,
-    undoRedo, whileInGraph,
+    toast, undoRedo, uploadAdapter, whileInGraph,
 } from "./host.js";
 import { keepReport, listenForReports } from "./report.js";
 import { StackEditor } from "./stack_editor.js";
@@ -31,6 +31,16 @@ function keepTrack(node, editor) {
     whileInGraph(node, look, 500);
 }
 
+/** Files that are dropped on the node beside its editor. */
+function takeFiles(node, editor) {
+    node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file");
+    node.onDragDrop = (event) => {
+        const files = [...(event.dataTransfer?.files ?? [])];
+        if (files.length) editor.dropFiles(files);
+        return files.length > 0;
+    };
+}
+
 /** The widget of the node's text: the editor, whose value is the text. */
 function stackWidget(node, name, spec) {
     const editor = new StackEditor({
@@ -41,6 +51,8 @@ function stackWidget(node, name, spec) {
         names: adapterNames,
         undoRedo,
         copy: sendToClipboard,
+        upload: uploadAdapter,
+        tell: (text) => toast("info", text),
     });
     if (spec[1]?.default) editor.value = spec[1].default;
     const widget = node.addDOMWidget(name, "membrane_stack", editor.root, {
@@ -52,6 +64,7 @@ function stackWidget(node, name, spec) {
         getMinHeight: () => 280,
     });
     passCanvasGestures(editor.root, hasScrollBar);
+    takeFiles(node, editor);
     keepTrack(node, editor);
     watchPrompt(node, editor);
     return { widget, minWidth: 500, minHeight: 380 };

@@ -1,8 +1,9 @@
-"""What the pack's page elements ask the host: read-only, answered from the headers of files in the model folder.
+"""What the pack's page elements ask the host, answered from the headers of files in the model folder.
 
 GET /membrane/adapter?name=... says what an adapter's file is; POST /membrane/openings {"stack_json": ..., "text":
 ...} says which rows of a stack open by the words of a prompt; GET /membrane/report?filename=...&subfolder=... is the
-page of an evaluation in the output folder. No model is loaded and nothing outside these two folders read.
+page of an evaluation in the output folder. No model is loaded and nothing outside these two folders read. POST
+/membrane/upload?name=... writes its body as a new adapter of that name, see files/uploads.py; nothing else is written.
 """
 
 import asyncio
@@ -19,9 +20,11 @@ from ...errors import ErasureError
 from ...formats.labels import label
 from ..files.folders import adapter_path
 from ..files.reports import report_path
+from ..files.uploads import receive
 
 LARGEST = 1 << 20  # bytes of a request
 MOST = 2000  # rows of a stack
+BYTES = "application/octet-stream"
 ALONE = {  # of a page that may show itself and nothing else: it runs no script and reads nothing of the host
     "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
     "X-Content-Type-Options": "nosniff",
@@ -35,6 +38,7 @@ def register():
         server.routes.get("/membrane/adapter")(_answering(adapter))
         server.routes.post("/membrane/openings")(_answering(openings))
         server.routes.get("/membrane/report")(report)
+        server.routes.post("/membrane/upload")(_answering(upload))
 
 
 async def adapter(request):
@@ -60,6 +64,15 @@ async def openings(request):
     if not isinstance(text, str) or not isinstance(stack_json, str):
         raise ErasureError('The request holds no text and stack; expected {"stack_json": "...", "text": "..."}.')
     return await asyncio.to_thread(_openings, stack_json, text)
+
+
+async def upload(request):
+    """Takes a new adapter's file."""
+    if request.headers.get("Content-Type") != BYTES:  # which no form of another site can send
+        raise ErasureError(f"The request holds no file; expected its bytes, as {BYTES}.")
+    name = request.query.get("name", "")
+    await receive(name, request.content.iter_chunked(1 << 20))
+    return {"name": name}
 
 
 async def report(request):
