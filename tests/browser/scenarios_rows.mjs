@@ -111,7 +111,50 @@ const drop = (page, selector, name, from) => page.evaluate(async ([selector, nam
     }
 }, [selector, name, from]);
 
+/** What the nodes say of words while they are written, without a run. */
+async function hintsWhileOneTypes(page) {
+    const nodes = { model: ["MembraneDemoModel", [20, 40]], forget: ["MembraneForget", [360, 40]], editor: ["MembraneStackEditor", [800, 40], { stack_json: stack({ words: "star" }) }] };
+    const { forget } = await build(page, nodes, [["model", 0, "forget", "model"], ["model", 1, "forget", "clip"]]);
+    const hints = page.locator(".membrane-hints:visible .membrane-words");
+    const write = (name, text) => api(page, ([id, name, text]) => {
+        const widget = app.graph.getNodeById(id).widgets.find((w) => w.name === name);
+        if (widget.inputEl) widget.inputEl.value = text;
+        widget.value = text;
+    }, [forget, name, text]);
+    await page.waitForTimeout(1200);
+    same(await hints.count(), 0, "hints of empty boxes");
+    const height = () => api(page, (id) => app.graph.getNodeById(id).size[1], forget);
+    const before = await height();
+    await write("remove", "-> circle");
+    await until(async () => /names no concept before/.test(await hints.innerText()), "the sentence about an arrow");
+    check(/membrane-error/.test(await hints.getAttribute("class")), "it is a mistake");
+    await write("remove", "star, moon, heart");
+    await until(async () => /write one per line to erase all three\./.test(await hints.innerText()), "the sentence about commas");
+    await write("remove", "star");
+    await write("keep", "heart\nstar");
+    await until(async () => /"star" is also to be kept/.test(await hints.innerText()), "the sentence about what is kept as well");
+    const saved = await api(page, () => app.graph.serialize().nodes.find((n) => n.type === "MembraneForget").widgets_values);
+    check(!JSON.stringify(saved).includes("also to be kept"), "the file has no hint");
+    await write("keep", "heart");
+    await until(async () => (await hints.count()) === 0, "the end of the hint");
+    const after = await height();
+    check(Math.abs(after - before) < 3, `the node has its height again: ${before} and ${after}`);
+    await box(page, 0).fill("star -> star");
+    const own = row(page, 0).locator(".membrane-hint");
+    await until(async () => /is to be replaced by itself/.test(await own.innerText()), "the sentence in the row");
+    await box(page, 0).fill("star -> circle");
+    await until(async () => !(await own.isVisible()), "the end of it");
+}
+
 export const ROWS = {
+    async words_that_look_wrong_are_told_while_one_types(page) {
+        await hintsWhileOneTypes(page);
+    },
+
+    async words_that_look_wrong_are_told_in_nodes_2(page) {
+        await inNodes2(page, () => hintsWhileOneTypes(page));
+    },
+
     async a_file_is_dropped_on_the_editor(page) {
         await fresh(page, { text: stack() });
         const line = page.locator(".membrane-stack .membrane-prompt");

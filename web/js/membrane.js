@@ -5,6 +5,7 @@
 import { addInfo } from "./adapter_info.js";
 import { addToNodeMenu, addToOldMenus, canvasItems } from "./erase_here.js";
 import { executionIds, promptTexts } from "./graph.js";
+import { watchWords } from "./hints.js";
 import {
     adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, sendToClipboard, stayMounted, translations,
     toast, undoRedo, uploadAdapter, whileInGraph,
@@ -26,6 +27,7 @@ function keepTrack(node, editor) {
     after(node, "onRemoved", () => editors.delete(node));
     const look = () => {
         editors.set(node, editor);
+        editor.checkWords();
         stayMounted(node, editor.root, ".membrane-stack");
     };
     whileInGraph(node, look, 500);
@@ -111,6 +113,7 @@ app.registerExtension({
     nodeCreated(node) {
         if (node.comfyClass === "MembraneLoadAdapter") addInfo(node);
         if (node.comfyClass?.startsWith("Membrane")) keepReport(node);
+        watchWords(node);
         addToNodeMenu(node);
     },
 

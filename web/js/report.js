@@ -33,6 +33,13 @@ function linkTo({ label, url }) {
     return href && make("a", { href, target: "_blank", rel: "noopener" }, label);
 }
 
+/** How many pixels a text takes on a node. */
+export function textHeight(node, text) {
+    const letters = Math.max(20, ((node.size?.[0] ?? 300) - 40) / CHARACTER);
+    const lines = text.split("\n").map((line) => Math.max(1, Math.ceil(line.length / letters)));
+    return Math.min(TALLEST, lines.reduce((sum, count) => sum + count, 0) * LINE);
+}
+
 /** The part of one node. */
 class NodePart {
     constructor(node) {
@@ -71,9 +78,7 @@ class NodePart {
     }
 
     heightOf({ parts, pairs }) {
-        const letters = Math.max(20, ((this.node.size?.[0] ?? 300) - 40) / CHARACTER);
-        const linesOf = (text) => text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
-        const text = parts.map((part) => Math.min(TALLEST, linesOf(textOf(part)) * LINE) + EDGES);
+        const text = parts.map((part) => textHeight(this.node, textOf(part)) + EDGES);
         return text.reduce((sum, height) => sum + height, pairs?.length ? PICTURE : 0);
     }
 

@@ -420,6 +420,11 @@ export class StackEditor {
         if (chooser.box.isConnected) chooser.list();
     }
 
+    /** Asks what may be wrong with rows of words. */
+    checkWords() {
+        for (const view of this.list.views) view.checkWords();
+    }
+
     /** Gives a row another file, or a new row a file. */
     take(i, name) {
         const { entries } = this;
