@@ -52,13 +52,16 @@ class HintPart {
 
     /** @param {Hint[]} hints */
     show(hints) {
-        if (this.widget) removePart(this.node, this.widget, this.height);
-        this.widget = null;
-        this.root.remove();
-        if (!hints.length) return;
-        setText(this.text, wordsOf(hints));
+        const text = wordsOf(hints), height = textHeight(this.node, text) + EDGES;
+        if (this.widget && (!text || height !== this.height)) {
+            removePart(this.node, this.widget, this.height);
+            this.widget = null;
+        }
+        if (!text) return this.root.remove();
+        setText(this.text, text);
         this.text.className = `membrane-words membrane-${severest(hints)}`;
-        this.height = textHeight(this.node, wordsOf(hints)) + EDGES;
+        if (this.widget) return;
+        this.height = height;
         this.root.style.minHeight = `${this.height}px`;
         this.widget = addPart(this.node, "membrane_hints", this.root, this.height);
     }

@@ -63,7 +63,7 @@ class NodePart {
         this.body.replaceChildren(...parts);
         const height = this.heightOf(report);
         this.root.style.minHeight = `${height}px`;
-        if (this.height !== height) this.hide();
+        if (this.height !== height) this.free();
         if (!this.widget) this.widget = addPart(this.node, "membrane_report", this.root, height);
         this.height = height;
     }
@@ -88,9 +88,14 @@ class NodePart {
         this.root.classList.toggle("membrane-stale", stale);
     }
 
-    hide() {
+    /** Gives the room back; the element stays where the page has it, for what is shown next. */
+    free() {
         if (this.widget) removePart(this.node, this.widget, this.height);
         this.widget = null;
+    }
+
+    hide() {
+        this.free();
         this.root.remove();
     }
 }
