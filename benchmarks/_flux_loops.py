@@ -278,7 +278,7 @@ class AttentionMaps:
             side = round(queries.shape[2] ** 0.5)
             rows = t_keys.shape[2]
             angles = network.rotations(rows, side, side, self.model.axes, self.model.theta)
-            cos, sin = angles.cos(), angles.sin()
+            cos, sin = angles.cos().to(queries), angles.sin().to(queries)
             keys = network.rotate(torch.cat([t_keys, i_keys], dim=2), cos, sin)
             queries = network.rotate(queries, cos[rows:], sin[rows:])
             weights = (queries @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5).softmax(dim=-1)
