@@ -48,6 +48,13 @@ def test_training(host):
     assert figures["transformer_star_published_gem.moved"] > 0
 
 
+@pytest.mark.slow
+def test_memory(host):
+    figures = bench(host, "training_memory")
+    for name in ("sdxl", "flux_blocks"):
+        assert 1 < figures[f"{name}_peak_megabytes"] < 200 and figures[f"{name}_model_megabytes"] > 0.5
+
+
 def test_the_ridge_is_uces_formula():
     """Against the normal equations in float64, state by state."""
     g = torch.Generator().manual_seed(0)
