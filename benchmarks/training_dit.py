@@ -1,9 +1,9 @@
 """Trained erasure on both demo models: this pack's Latent Anchoring beside ESD, GEM and EraseAnything.
 
 The published loops are written from their formulas (benchmarks/_flux_loops.py) and run on the transformer with their
-authors' settings; this pack trains with its node as an artist would, of whose inputs only the concept, what comes
-instead, the size of the pictures and `quality` are set. All learn the bare word. Then the U-Net's adapters on the
-"night" checkpoint without retuning, and three stacked on either model.
+authors' settings, for one concept; this pack trains with its node as an artist would, of whose inputs only the
+concept, what comes instead, the size of the pictures and `quality` are set. All learn the bare word. Then the U-Net's
+adapters on the "night" checkpoint without retuning, and three stacked on either model.
 
     erased   pictures of the erased value, of 64, in which the judge still sees it
     kept     pictures of the other values of the same attribute, of 96, that the judge reads right; before: unerased
@@ -61,7 +61,7 @@ def rows_of(model, methods):
                     rows[f"{concept}: {method}, {permeability}"] = (
                         model, model, method, (concept,), permeability, concept
                     )  # fmt: skip
-            elif model == "transformer":
+            elif model == "transformer" and concept == THREE[model][0]:
                 rows[f"{concept}: published: {method}"] = (model, model, method, (concept,), FIXED, concept)
     for method in methods:
         if method in OURS and method != THOROUGH:
