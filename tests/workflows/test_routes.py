@@ -95,3 +95,11 @@ def test_what_is_wrong_with_words(server, words, hints):
 def test_what_are_no_words(server, body):
     code, found = refusal(lambda: server.post("/membrane/words", body))
     assert code == 400 and "holds no words" in found
+
+
+def test_newer_hosts_list_the_blueprint(server):
+    try:
+        found = server.get("/global_subgraphs")
+    except urllib.error.HTTPError:
+        pytest.skip("this host has no subgraphs")
+    assert "Erase Concepts with Captions" in {entry["name"] for entry in found.values()}
