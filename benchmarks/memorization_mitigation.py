@@ -6,9 +6,9 @@ Every finished row is kept in output/, so that an interrupted run goes on where 
 
     located, unseen   copies among NOISES pictures of each of those 6 captions, and of the other 6
     paraphrases       copies among pictures of all 12 in other words, one noise each
-    search            of 12 memorised pictures, those that come back in most of SEARCHED noises from text vectors that were
-                      searched for with gradients, from the caption on (Kowalczuk et al. 2025): on the network with its
-                      weights pruned; where a mitigation acts while sampling, on the network without it, and the
+    search            of 12 memorised pictures, those that come back in most of SEARCHED noises from text vectors that
+                      were searched for with gradients, from the caption on (Kowalczuk et al. 2025): on the network with
+                      its weights pruned; where a mitigation acts while sampling, on the network without it, and the
                       pictures are then sampled with it
     ordinary          pictures of held-out combinations that the judge reads right, worst attribute; those that are the
                       same bit by bit; how far they move, mean of all, of 255
