@@ -5,7 +5,7 @@ import { t } from "./strings.js";
 
 export const VERSION = 1;
 export const EMPTY = `{"membrane_stack": ${VERSION}, "entries": []}`;
-export const MODES = ["automatic", "fixed", "facilitated transport", "reference", "route"];
+export const MODES = ["automatic", "fixed", "facilitated transport", "reference", "route", "meaning"];
 export const NEGATIVES = ["same as positive", "own", "off"];
 export const KINDS = ["anything", "object", "style", "person"];
 
