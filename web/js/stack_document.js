@@ -26,7 +26,7 @@ export const DEFAULTS = {
 export const OF_WORDS = { words: "", keep: "", kind: "anything" };
 
 /** A row of words as it begins: it opens where the prompt asks for them. */
-export const NEW_WORDS = { words: "", enabled: true, strength: 1, permeability: { mode: "facilitated transport" } };
+export const NEW_WORDS = { words: "", enabled: true, strength: 1, permeability: { mode: "meaning" } };
 
 const isObject = (x) => typeof x === "object" && x !== null && !Array.isArray(x);
 
