@@ -146,7 +146,41 @@ async function hintsWhileOneTypes(page) {
     await until(async () => !(await own.isVisible()), "the end of it");
 }
 
+/** What was tried in an artist's first hour, [what to remove, what to keep, what the node says of it]. */
+const MISTAKES = [
+    [" \n", "", /^No concept to erase was given; write at least one/],
+    ["star -> star", "", /^The concept "star" is to be replaced by itself/],
+    ["-> circle", "", /names no concept before "->"/],
+    ["star ".repeat(90), "", /needs more than the 75 tokens/],
+    ["star, moon, heart", "", /write one per line to erase all three\./],
+    ["star => circle", "", /^Erased: star -> circle\./],
+    ["star", "heart\nstar", /"star" is also to be kept/],
+    ["dragon", "", /"dragon" is no word of the text encoder/],
+];
+
+/** The host's own dialogs about a failed run, which cover the graph. */
+async function closeDialogs(page) {
+    for (let tries = 0; tries < 3; tries++) await page.keyboard.press("Escape", { delay: 50 });
+    await api(page, () => app.ui?.dialog?.close?.());
+}
+
 export const ROWS = {
+    async each_mistake_of_the_first_hour_is_a_sentence_on_the_node(page) {
+        const nodes = { model: ["MembraneDemoModel", [20, 40]], forget: ["MembraneForget", [360, 40]], save: ["MembraneSaveAdapter", [800, 40], { filename_prefix: "rows/mistake" }] };
+        const { forget } = await build(page, nodes, [["model", 0, "forget", "model"], ["model", 1, "forget", "clip"], ["forget", 2, "save", "adapter"]]);
+        const said = page.locator(".membrane-report:not(.membrane-hints) .membrane-words");
+        for (const [remove, keep, sentence] of MISTAKES) {
+            await api(page, ([id, words]) => {
+                for (const [name, text] of Object.entries(words)) app.graph.getNodeById(id).widgets.find((w) => w.name === name).value = text;
+            }, [forget, { remove, keep: `${keep}\nsquare ${Date.now()}` }]);
+            await queue(page);
+            const found = () => said.allInnerTexts().then((texts) => texts.some((text) => text.split("\n").some((line) => sentence.test(line.trim()))));
+            await until(found, `the sentence ${sentence} on ${JSON.stringify(remove)}`, 30000);
+            check(!(await said.allInnerTexts()).some((text) => /Traceback/.test(text)), "no trace of Python");
+            await closeDialogs(page);
+        }
+    },
+
     async words_that_look_wrong_are_told_while_one_types(page) {
         await hintsWhileOneTypes(page);
     },
