@@ -174,7 +174,7 @@ async function promotedToASubgraph(page) {
         node.subgraph.addInput("stack_json", String(slot.type)).connect(slot, inner);
         return (node.widgets ?? []).some((widget) => widget.type === "membrane_stack" && !widget.element);
     });
-    if (!drawn) throw new Absent("this ComfyUI's page draws promoted widgets of extensions itself, or knows none");
+    if (!drawn) throw new Absent("this ComfyUI's page has no texts that are promoted as inputs");
     const editor = page.locator(".membrane-stack:visible");
     await becomes(() => editor.locator(".membrane-row .membrane-name").allTextContents(), [STAR, HEART], "rows on the subgraph node");
     await editor.locator('[data-do="toggle"]').first().click();
