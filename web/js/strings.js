@@ -81,6 +81,7 @@ export const ENGLISH = {
     "mode.facilitated transport": "facilitated transport",
     "mode.reference": "reference",
     "mode.route": "route",
+    "mode.meaning": "meaning",
     "negative.same as positive": "same as positive",
     "negative.own": "own",
     "negative.off": "off",
