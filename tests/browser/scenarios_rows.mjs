@@ -39,12 +39,12 @@ async function wordsAsARow(page) {
     await page.keyboard.type("star -> circle");
     await page.keyboard.press("Enter");
     await page.keyboard.type("heart");
-    same((await entries(page)).map((e) => [e.words, e.strength, e.permeability.mode]), [["star -> circle", 1, "facilitated transport"], ["heart", 1, "facilitated transport"]], "rows that were typed");
+    same((await entries(page)).map((e) => [e.words, e.strength, e.permeability.mode]), [["star -> circle", 1, "meaning"], ["heart", 1, "meaning"]], "rows that were typed");
     await row(page, 0).locator('[data-do="more"]').click();
     await row(page, 0).locator('[data-field="kind"]').selectOption("object");
     const keep = `square ${Date.now()}`; // else the host has the run from the page before
     await row(page, 0).locator('[data-field="keep"]').fill(keep);
-    same((await entries(page))[0], { words: "star -> circle", enabled: true, strength: 1, permeability: { mode: "facilitated transport" }, kind: "object", keep }, "the row");
+    same((await entries(page))[0], { words: "star -> circle", enabled: true, strength: 1, permeability: { mode: "meaning" }, kind: "object", keep }, "the row");
     await row(page, 0).locator('[data-do="more"]').click();
     check(!(await row(page, 0).locator('[data-do="choose"]').isVisible()), "a row of words has no file");
     await queue(page);
