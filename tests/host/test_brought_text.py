@@ -11,6 +11,7 @@ import torch
 from membrane.core.adapters.permeability import Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
+from membrane.core.host.patches import brought
 from membrane.core.host.patches.stack import applied, apply_stack
 from membrane.core.measures.compare import demo_judge
 
@@ -226,6 +227,45 @@ def test_a_text_that_a_wrapper_brings(demo, put, sample, close, region):
         base = sample(swapped_text(demo[0], region), HEART, "", steps=2)
         expected = sample(swapped_text(put(demo[0], "weights"), region), HEART, "", steps=2)
         close(sample(swapped_text(put(demo[0], **settings), region), HEART, "", steps=2), expected, base, 1e-3)
+
+
+def swapped_later(model, region, at=1):
+    """A clone of a MODEL whose wrapper gives the network another text from a step on, in rows of the same size."""
+    patched, steps = model.clone(), []
+
+    def wrapper(apply_model, args):
+        c = dict(args["c"])
+        steps.append(args["timestep"][0].item())
+        if len(set(steps)) > at:
+            c["c_crossattn"] = region.to(c["c_crossattn"]).expand(len(c["c_crossattn"]), -1, -1)
+        return apply_model(args["input"], args["timestep"], **c)
+
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
+@pytest.mark.parametrize("card", [False, True], ids=["processor", "as on a graphics card"])
+def test_a_text_that_is_swapped_in_a_later_step(card, demo, put, sample, close, region, monkeypatch):
+    monkeypatch.setattr(brought, "waits_for_a_look", lambda text: card)
+    run = {"positive": "a blue star on coal", "negative": "", "steps": 3}  # open as the region is
+    for settings in ({}, {"permeability": "facilitated transport"}, {"end_percent": 0.95}):
+        base = sample(swapped_later(demo[0], region), **run)
+        expected = sample(swapped_later(put(demo[0], "weights"), region), **run)
+        close(sample(swapped_later(put(demo[0], **settings), region), **run), expected, base, 1e-3)
+
+
+def swapped_at_the_attention(model, region, at=1):
+    """The same beside a patch of the attention, for which the text travels as it was."""
+    patched = swapped_later(model, region, at)
+    patched.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
+    return patched
+
+
+def test_a_swapped_text_beside_a_patch_of_the_attention(demo, put, sample, close, region):
+    for settings in FORMS.values():
+        base = sample(swapped_at_the_attention(demo[0], region), HEART, "", steps=3)
+        expected = sample(swapped_at_the_attention(put(demo[0], "weights"), region), HEART, "", steps=3)
+        close(sample(swapped_at_the_attention(put(demo[0], **settings), region), HEART, "", steps=3), expected, base)
 
 
 def test_a_wrapper_that_calls_the_network(demo, put, sample, close, random_adapter):

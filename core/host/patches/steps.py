@@ -74,7 +74,7 @@ class ErasedSteps(Patch):
         if brings and raw is None and not self.late:
             brought.say()
         elif brings:
-            text = raw.to(text) if raw is not None and brought.is_mapped(text) else text
+            text = text if raw is None or brought.part is None else brought.unmapped_text(text, raw)
             share = gates.new_ones(1, gates.shape[1])
             share = self._in_range(share, t) if self.timed else share
             return brought.reading(text, gates, share.amax(dim=0)), text
