@@ -13,6 +13,7 @@ from ...adapters.patch import Patch
 from ...text.similarity import opening_matches
 from ..compat import patched_layers_called
 from ..text.known_tokens import PROMPTS
+from .boxes import Boxes
 from .brought import RAW, Raw
 
 log = logging.getLogger("membrane")
@@ -32,11 +33,11 @@ class Runs:
         self.under_way = []
 
     def of(self, noise):
-        """{"positive", "negative": values or None, "active": numbers of gates} of a sampling."""
+        """{"positive", "negative": values or None, "active": numbers of gates, "boxes": Boxes} of a sampling."""
         self.under_way = [(ref, state) for ref, state in self.under_way if ref() is not None]
         found = next((state for ref, state in self.under_way if ref() is noise), None)
         if found is None:
-            found = {"positive": None, "negative": None, "active": set()}
+            found = {"positive": None, "negative": None, "active": set(), "boxes": Boxes()}
             if noise is not None:
                 self.under_way.append((weakref.ref(noise), found))
         return found
@@ -48,6 +49,15 @@ class Runs:
     def any(self):
         """Whether some sampling is under way."""
         return any(ref() is not None for ref, _ in self.under_way)
+
+    def boxes(self):
+        """Boxes of all samplings that are under way."""
+        found = Boxes()
+        for ref, state in self.under_way:
+            if ref() is not None:
+                for model, boxes in state["boxes"].known:
+                    found.add(("position", model, boxes))
+        return found
 
     def active(self, count):
         """Gates that some conditioning opens, in order; all of them when no sampling is known."""
@@ -92,12 +102,8 @@ class ErasedConditioning(Patch):
             self.runs.of(noise)
             self.watches.watch(noise)
         gates = self.gates(text, kwargs.get("prompt_type"), noise) if self.plan.gates else None
-        if "gligen" in kwargs and self.read is not None and not self.told:
-            self.told = True
-            log.warning(
-                "Membrane: a conditioning has GLIGEN boxes, whose words are read by layers of GLIGEN's own that no "
-                "erasure reaches; leave what is erased out of them. This is said once."
-            )
+        if "gligen" in kwargs:
+            self._boxes(kwargs["gligen"], noise)
         for entry in self.early:
             vectors = kwargs.get(entry.argument)
             if vectors is not None:
@@ -120,6 +126,17 @@ class ErasedConditioning(Patch):
         if self.travels:
             out[GATES] = Gates(gates.cpu())
         return out
+
+    def _boxes(self, gligen, noise):
+        """Notes GLIGEN's boxes, which a map of the text reaches, or says that nothing else does."""
+        if self.read is not None and self.read.name in self.plan.maps:
+            self.runs.of(noise)["boxes"].add(gligen)
+        elif not self.told:
+            self.told = True
+            log.warning(
+                "Membrane: a conditioning has GLIGEN boxes, whose words are read by layers of GLIGEN's own that only "
+                "an erasure of the text reaches; leave what is erased out of them. This is said once."
+            )
 
     @contextlib.contextmanager
     def _lent(self, gates, device):
