@@ -18,8 +18,13 @@ import torch
 from ...adapters.beside import PAST
 from ...adapters.gates import stronger
 from ...errors import ErasureError
+from ..compat import module_at
 from ..text.known_tokens import PROMPTS
 
+COVERED = (
+    "Another node has put a module of its own over the layer {} (LayerDiffuse does so), in which an adapter on that "
+    'layer would do nothing; leave one of the two out, or use an erasure of the text or apply_to "weights".'
+)
 log = logging.getLogger("membrane")
 
 RAW = "membrane_raw"  # a conditioning's text before the map, which travels with it
@@ -86,6 +91,7 @@ class Brought:
         self.count = len(plan.gates)  # of the gates
         self.conditioning, self.rows = conditioning, rows
         self.opened, self.told = [], False
+        self.readers = [name for name, _ in base.diffusion_model.named_modules() if entry.reads(name)]
         self.generation, self.known, self.trusted = 0, None, {}  # {size: a text of the sampling that was mapped}
 
     @contextlib.contextmanager
@@ -95,6 +101,7 @@ class Brought:
         text: (B, T, d) of the call before the map; gates: (B or 1, K) of its rows; share: (K,) how far the gates are in
         their time range.
         """
+        self._require_readers()
         call, handles = _Call(self, text, gates, share), []
         for name, module in self.base.diffusion_model.named_modules():
             if self.entry.reads(name):
@@ -108,6 +115,12 @@ class Brought:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _require_readers(self):
+        """Raises ErasureError where a module of another pack stands over a layer that reads the text."""
+        for name in self.readers:
+            if module_at(self.base.diffusion_model, name) is None:
+                raise ErasureError(COVERED.format(name))
 
     def opening(self, row):
         """Gates (1, K) of one text (1, L, d) that no conditioning has, as of a positive prompt."""

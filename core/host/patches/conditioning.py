@@ -10,11 +10,12 @@ import torch
 
 from ...adapters.gates import gate_values, of_negative, stronger
 from ...adapters.patch import Patch
+from ...errors import ErasureError
 from ...text.similarity import opening_matches
-from ..compat import patched_layers_called
+from ..compat import module_at, patched_layers_called, undo_modules_first
 from ..text.known_tokens import PROMPTS
 from .boxes import Boxes
-from .brought import RAW, Raw
+from .brought import COVERED, RAW, Raw
 
 log = logging.getLogger("membrane")
 
@@ -89,6 +90,7 @@ class ErasedConditioning(Patch):
         super().__init__(base, previous)
         self.read, self.mapped, self.watches, self.told = read, [], None, False
         self.count = [0]  # of texts that were mapped
+        self.layers = {}  # {path of a patch: the module it is on}
         self.rows, self.timed = rows, [k for k, gate in enumerate(plan.gates) if not gate.always]
         self.stack, self.plan, self.travels = stack, plan, travels
         self.early = [entry for entry in entries if not entry.prepared]
@@ -98,9 +100,8 @@ class ErasedConditioning(Patch):
 
     def __call__(self, **kwargs):
         text, original, noise = kwargs.get("cross_attn"), self.original, kwargs.get("noise")
-        if self.watches is not None and noise is not None and not self.runs.knows(noise):
-            self.runs.of(noise)
-            self.watches.watch(noise)
+        if noise is None or not self.runs.knows(noise):
+            self._begin(noise)
         gates = self.gates(text, kwargs.get("prompt_type"), noise) if self.plan.gates else None
         if "gligen" in kwargs:
             self._boxes(kwargs["gligen"], noise)
@@ -126,6 +127,16 @@ class ErasedConditioning(Patch):
         if self.travels:
             out[GATES] = Gates(gates.cpu())
         return out
+
+    def _begin(self, noise):
+        """Sees to it, when a sampling begins, that what acts in the network is not past anybody's reach."""
+        for name, module in self.layers.items():
+            if module_at(self.owner, name.rpartition(".")[0]) is not module:
+                undo_modules_first(self.owner)
+                raise ErasureError(COVERED.format(name.removeprefix("diffusion_model.").rpartition(".")[0]))
+        if self.watches is not None and noise is not None:
+            self.runs.of(noise)
+            self.watches.watch(noise)
 
     def _boxes(self, gligen, noise):
         """Notes GLIGEN's boxes, which a map of the text reaches, or says that nothing else does."""
