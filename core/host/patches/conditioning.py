@@ -38,10 +38,24 @@ class Runs:
         self.under_way = [(ref, state) for ref, state in self.under_way if ref() is not None]
         found = next((state for ref, state in self.under_way if ref() is noise), None)
         if found is None:
-            found = {"positive": None, "negative": None, "active": set(), "boxes": Boxes()}
+            found = _nothing()
             if noise is not None:
                 self.under_way.append((weakref.ref(noise), found))
         return found
+
+    def begun(self, noise):
+        """The same for a positive prompt, with which a sampling begins: after a negative one, the next one does, with a
+        noise that somebody keeps."""
+        found = self.of(noise)
+        if found["negative"] is not None:
+            found.update(_nothing())
+        return found
+
+    def positive(self):
+        """Values of the positive prompt of the sampling that began last, for a negative one that nodes such as Perp-Neg
+        prepare in the middle of a step, when the noise is another; or None."""
+        found = [state["positive"] for ref, state in self.under_way if ref() is not None]
+        return next((values for values in reversed(found) if values is not None), None)
 
     def knows(self, noise):
         """Whether a sampling is under way already."""
@@ -64,6 +78,10 @@ class Runs:
         """Gates that some conditioning opens, in order; all of them when no sampling is known."""
         states = [state for ref, state in self.under_way if ref() is not None]
         return tuple(sorted(set().union(*(s["active"] for s in states)))) if states else tuple(range(count))
+
+
+def _nothing():
+    return {"positive": None, "negative": None, "active": set(), "boxes": Boxes()}
 
 
 class Gates(comfy.conds.CONDRegular):
@@ -186,10 +204,11 @@ class ErasedConditioning(Patch):
             else:
                 score = self._match(text)
         values = gate_values(gates, score)
-        run = self.runs.of(noise)
+        run = self.runs.begun(noise) if prompt_type == "positive" else self.runs.of(noise)
         side = "negative" if prompt_type == "negative" else "positive"
         if side == "negative":
-            values = of_negative(gates, values, run["positive"])
+            positive = self.runs.positive() if run["positive"] is None else run["positive"]
+            values = of_negative(gates, values, positive)
         run[side] = values if run[side] is None else stronger(run[side], values)
         run["active"].update(values.ne(0).any(dim=0).nonzero().flatten().tolist())
         for listener in LISTENERS:
