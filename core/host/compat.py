@@ -23,18 +23,29 @@ def ensure_own_network(model):
     put modules of their own over an attention: every name below is another one then, also for the host's own LoRA
     loader. Unloading puts everything back.
     """
-    covered = _covered(model)
+    covered = _covered(model.model)
     for name, before in covered.items():  # first, so that the host finds what it has noted at their layers
         comfy.utils.set_attr(model.model, name, before)
     if covered or hasattr(model.model.diffusion_model, "_orig_mod"):
         comfy.model_management.unload_all_models()
 
 
-def _covered(model):
+def _backups(base):
+    """{path: what was there} of the patches of each MODEL of a base model that is loaded."""
+    for loaded in comfy.model_management.current_loaded_models:
+        patcher = loaded.model
+        if patcher is not None and getattr(patcher, "model", None) is base:
+            yield patcher.object_patches_backup
+
+
+def _covered(base):
     """{path: module as it was} of those modules inside the network that patches stand for just now."""
-    backup = {name: old for name, old in model.object_patches_backup.items() if name.startswith("diffusion_model.")}
-    modules = {name: old for name, old in backup.items() if isinstance(old, torch.nn.Module)}
-    return {name: old for name, old in modules.items() if module_at(model.model, name) is not old}
+    found = {}
+    for backup in _backups(base):
+        for name, before in backup.items():
+            if name.startswith("diffusion_model.") and isinstance(before, torch.nn.Module):
+                found[name] = before
+    return {name: before for name, before in found.items() if module_at(base, name) is not before}
 
 
 def module_at(base, name):
@@ -51,13 +62,10 @@ def undo_modules_first(base):
     It undoes them in the order in which they came. Where another pack has put a module over a layer with a patch, the
     layer cannot be reached before that module is gone again.
     """
-    for loaded in comfy.model_management.current_loaded_models:
-        patcher = loaded.model
-        if patcher is not None and getattr(patcher, "model", None) is base:
-            backup = patcher.object_patches_backup
-            ordered = sorted(backup.items(), key=lambda item: item[0].count("."))
-            backup.clear()
-            backup.update(ordered)
+    for backup in _backups(base):
+        ordered = sorted(backup.items(), key=lambda item: item[0].count("."))
+        backup.clear()
+        backup.update(ordered)
 
 
 _LOOKING = contextvars.ContextVar("looking", default=False)

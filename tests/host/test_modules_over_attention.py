@@ -25,23 +25,22 @@ class Shared(torch.nn.Module):
 
     def __init__(self, attention):
         super().__init__()
-        self.heads, self.scale = attention.heads, 0.8
-        self.weights = [layer.weight for layer in (attention.to_q, attention.to_k, attention.to_v)]
-        self.out = [attention.to_out[0].weight, attention.to_out[0].bias]
+        self.heads, self.scale, self.before = attention.heads, 0.8, [attention]  # in a list, so it is no part of this
 
     def forward(self, x, context=None, value=None, **options):
-        context = x if context is None else context
-        rows = (x, context, context)
-        q, k, v = (torch.nn.functional.linear(r, w.to(r)) for r, w in zip(rows, self.weights))
+        context, own = x if context is None else context, self.before[0]
+        found = ((x, own.to_q), (context, own.to_k), (context, own.to_v))
+        q, k, v = (torch.nn.functional.linear(rows, layer.weight.to(rows)) for rows, layer in found)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         found = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.scale * torch.nn.functional.linear(found, *(part.to(found) for part in self.out))
+        last = own.to_out[0]
+        return self.scale * torch.nn.functional.linear(found, last.weight.to(found), last.bias.to(found))
 
 
 def put_over(model, path=PATH):
     patched = model.clone()
-    own = model.object_patches_backup.get(path) or model.model.get_submodule(path)
-    patched.add_object_patch(path, Shared(own))
+    own = model.model.get_submodule(path)
+    patched.add_object_patch(path, Shared(own.before[0] if isinstance(own, Shared) else own))
     return patched
 
 
