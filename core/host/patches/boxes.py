@@ -69,4 +69,5 @@ def open_gates(plan):
     """Values (1, K) of a plan's gates for words that may be any; None without gates."""
     if not plan.gates:
         return None
-    return gate_values(plan.gates, torch.ones(1, len(plan.concepts.names)) if plan.concepts else None)
+    columns = 1 + max((column for gate in plan.gates if gate.reads_text for column in gate.concepts), default=-1)
+    return gate_values(plan.gates, torch.ones(1, columns) if columns else None)
