@@ -8,7 +8,8 @@ TABLE = (TESTS.parent / "docs" / "field_tests.md").read_text(encoding="utf-8")
 
 
 def test_each_fault_is_held_by_a_test_that_is_there():
-    rows = [line for line in TABLE.splitlines() if line.startswith("| ") and not line.startswith(("| fault", "| ---"))]
+    faults = TABLE.partition("## The packs themselves")[0]
+    rows = [line for line in faults.splitlines() if line.startswith("| ") and not line.startswith(("| fault", "| ---"))]
     assert len(rows) > 40
     for row in rows:
         named = re.findall(r"((?:host|unit|workflows)/\w+\.py)::(test_\w+)", row)
