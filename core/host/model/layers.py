@@ -12,14 +12,14 @@ from ...families.family import LAST
 from ...families.joint import mixed
 from ...families.sites import site
 from ...families.table import family_of
-from ..compat import ensure_uncompiled, plain_numbers, text_after_picture
+from ..compat import ensure_own_network, plain_numbers, text_after_picture
 
 NETWORK, WEIGHT = "diffusion_model.", ".weight"
 
 
 def denoiser(model):
     """The network of a MODEL as its layers are named."""
-    ensure_uncompiled(model)
+    ensure_own_network(model)
     return model.model.diffusion_model
 
 
