@@ -72,6 +72,7 @@ class MembraneForget:
         opens = following(adapter) if follows else None
         erased = put_on(model, adapter, strength, apply_to, opens, clip)
         title, remarks = receipt(job), closed_form.taken(job, clip)
+        title += closed_form.BY_WORDS if follows and not adapter.probed else ""
         more = [closed_form.EVERY_PROMPT] if only_where_asked and not follows else []
         report = part(title, [*remarks, *more], warning=bool(remarks))
         return shown((erased, clip, adapter, "\n".join([title, *report["lines"]])), report)
