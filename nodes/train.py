@@ -115,7 +115,9 @@ class MembraneTrain:
                     SPM,
                     "What is minimised. spm: the surrogate takes the concept's place, everything else is anchored. "
                     "esd: the concept is pushed to the other side of the empty prompt. gem: it is drawn to the "
-                    "surrogate and away from where it was, along a roll-out. esd and gem have no anchors.",
+                    "surrogate and away from where it was, along a roll-out. esd and gem have no anchors. "
+                    "adversarial: the concept is erased from text vectors too that are searched for while it trains, "
+                    "which holds under attack and is some ten times as slow.",
                 ),
                 "quality": inputs.choice(
                     QUALITIES,
@@ -138,7 +140,7 @@ class MembraneTrain:
         settings = settings_of(
             preset, quality, steps=steps, lr=learning_rate, eta=eta, lam=anchoring, seed=seed, timestep=timestep,
             warmup=warmup, cycles=cycles, rollout_steps=rollout_steps, objective=objective,
-            **fitted(model, width, height, bool(kept)),
+            **fitted(model, width, height, bool(kept), objective),
         )  # fmt: skip
         require_surrogates(objective, wanted)
         pairs = [(fill(t, c.text), fill(t, c.surrogate)) for c in wanted for t in shapes]

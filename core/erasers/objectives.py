@@ -10,7 +10,7 @@ import torch
 from ..errors import ErasureError
 from .conditions import together
 
-SPM, ESD, GEM = "spm", "esd", "gem"
+SPM, ESD, GEM, ADVERSARIAL = "spm", "esd", "gem", "adversarial"
 GEM_WEIGHT = 100.0  # gamma
 GEM_PART = 10 / 28  # how far a roll-out goes, of its steps
 
@@ -68,13 +68,14 @@ def length(x):
 
 
 LOSSES = {SPM: spm_losses, ESD: esd_losses, GEM: gem_losses}
-OBJECTIVES = tuple(LOSSES)
-METHODS = {SPM: "SPM", ESD: "ESD", GEM: "GEM"}  # as cards name them
+OBJECTIVES = (*LOSSES, ADVERSARIAL)  # the last one is played as a whole, see adversarial.py
+METHODS = {SPM: "SPM", ESD: "ESD", GEM: "GEM", ADVERSARIAL: "Adversarial"}  # as cards name them
 
 
 def alpha_of(objective, rank):
-    """The alpha of new factors, which their product is scaled by over the rank: 1 for SPM, the rank for GEM."""
-    return float(rank) if objective == GEM else 1.0
+    """The alpha of new factors, which their product is scaled by over the rank: 1 for SPM and ESD, the rank for the
+    others."""
+    return float(rank) if objective in (GEM, ADVERSARIAL) else 1.0
 
 
 def require_surrogates(objective, concepts):

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 
 from ..errors import ErasureError
+from .adversarial import Game
 from .conditions import Conditions, likeness, together
-from .objectives import LOSSES, OBJECTIVES, SPM, places, predicted
+from .objectives import ADVERSARIAL, LOSSES, OBJECTIVES, SPM, places, predicted
 from .paths import PUBLISHED, TIMESTEPS, NoiseSchedule
 
 NOISE, TEXTS = ANCHORS = ("noise", "texts")
@@ -40,7 +41,7 @@ class Settings:
     concept, eq. 6 with `alpha_sampling`; rollout_steps: of the noise schedule on which latents are made;
     rollout_cfg: guidance there; timestep: the one the network is told, "published" (up to 42 too high) or
     "matching" the latents; size: height and width of latents; weight_decay: of AdamW; seed: of all draws; objective:
-    one of OBJECTIVES, those other than "spm" have no anchors; channels: of latents, (C,) or, of videos, (C, frames).
+    one of OBJECTIVES, "esd" and "gem" have no anchors; channels: of latents, (C,) or, of videos, (C, frames).
     """
 
     steps: int = 3000
@@ -79,12 +80,13 @@ class Settings:
 @dataclass(frozen=True, eq=False)
 class Texts:
     """Text vectors (T, d) of the concept, its surrogate and the empty prompt, and of preserved prompts (n, T, d); or
-    the Conditions of each."""
+    the Conditions of each. alone: whether the concept is the bare words, in no caption."""
 
     concept: torch.Tensor | Conditions
     surrogate: torch.Tensor | Conditions
     empty: torch.Tensor | Conditions
     preserved: torch.Tensor | list | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,14 +193,18 @@ def train(denoiser, parameters, texts, settings, on_step=lambda report: None, st
     """
     parameters, path = list(parameters), path or NoiseSchedule(settings)
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    game = Game(denoiser, parameters, texts, settings, path) if settings.objective == ADVERSARIAL else None
     for step in range(start, settings.steps):
         generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) % 2**63)
-        which = texts[int(torch.randint(len(texts), (), generator=generator))]
-        k = int(torch.randint(1, settings.rollout_steps, (), generator=generator))
-        x = torch.randn(1, *settings.channels, *settings.size, generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.zero_grad(set_to_none=True)
+        if game is not None:
+            on_step(_played(game, generator, optimizer, step))
+            continue
+        which = texts[int(torch.randint(len(texts), (), generator=generator))]
+        k = int(torch.randint(1, settings.rollout_steps, (), generator=generator))
+        x = torch.randn(1, *settings.channels, *settings.size, generator=generator)
         anchors = anchor_rows(which, settings, generator) if settings.objective == SPM else ((), torch.zeros(0))
         on_step(_step(denoiser, which, x, places(settings, k), anchors, settings, path, optimizer, step))
 
@@ -210,13 +216,24 @@ def _step(denoiser, texts, x, after, anchors, settings, path, optimizer, step):
         if k not in after:
             continue
         erase, anchor = LOSSES[settings.objective](denoiser, latents, path.told(k), texts, *anchors, settings)
+        _require_finite(step, erase.item(), anchor.item())
         total = (erase + settings.lam * anchor) / len(after)
-        if not torch.isfinite(total):
-            raise ErasureError(
-                f"The loss is not finite in step {step + 1} (erase {erase.item()}, anchor {anchor.item()}); "
-                "lower the learning rate."
-            )
         total.backward()
         erased, held = erased + erase.item() / len(after), held + anchor.item() / len(after)
     optimizer.step()
     return Report(step + 1, erased, held)
+
+
+def _played(game, generator, optimizer, step):
+    """Report of one step of the optimiser in adversarial training."""
+    erase, anchor = game(generator)
+    _require_finite(step, erase, anchor)
+    optimizer.step()
+    return Report(step + 1, erase, anchor)
+
+
+def _require_finite(step, erase, anchor):
+    if not math.isfinite(erase + anchor):
+        raise ErasureError(
+            f"The loss is not finite in step {step + 1} (erase {erase}, anchor {anchor}); lower the learning rate."
+        )
