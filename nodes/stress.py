@@ -110,19 +110,22 @@ class MembraneStressTest:
         progress.next_phase(stages[DERIVED])
         if WORDS in kinds:
             search = Search(length, population, generations, push=push, seed=seed % 2**32)
-            words = words_near(clip, concept, WORDS_TRIED)
-            test.search(search, words, lambda texts: encode(clip, texts).vectors, prompts_tried, progress.at)
+            encoded = partial(vectors_of, clip)
+            test.search(search, words_near(clip, concept, WORDS_TRIED), encoded, prompts_tried, progress.at)
         progress.next_phase(stages[WORDS])
         if GRADIENT in kinds:
-            given, numbers = (empty, settings, seed + pictures), range(seed, seed + search_seeds)
-            searched_from_starts(
-                test, original, erased, given, numbers, kept.strip(), Descent(search_steps), progress.at
-            )
+            given, seeds = (empty, settings, seed + pictures), range(seed, seed + search_seeds)
+            searched_from_starts(test, original, erased, given, seeds, kept.strip(), Descent(search_steps), progress.at)
         progress.next_phase(stages[GRADIENT])
         draw = partial(drawings, vae, empty, [(seed + i) % 2**64 for i in range(pictures)], settings)
         test.draw(partial(draw, original), partial(draw, erased), progress.at)
         result = test.sheet(), test.report(), test.best_words, test.attempts[0].conditioning
         return shown(result, part(f"Attacked: {concept}", result[1]))
+
+
+def vectors_of(clip, prompts):
+    """Text vectors (n, T, d) of prompts."""
+    return encode(clip, prompts).vectors
 
 
 def drawings(vae, empty, seeds, settings, model, positive):

@@ -116,6 +116,8 @@ class MembraneTrain:
                     "What is minimised. spm: the surrogate takes the concept's place, everything else is anchored. "
                     "esd: the concept is pushed to the other side of the empty prompt. gem: it is drawn to the "
                     "surrogate and away from where it was, along a roll-out. esd and gem have no anchors. "
+                    "weighted sum: as spm, with each kept prompt held in pictures of its own. projected gradient: the "
+                    "same, without the part of each step that would harm what is kept. "
                     "adversarial: the concept is erased from text vectors too that are searched for while it trains, "
                     "which holds under attack and is some ten times as slow.",
                 ),

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ErasureError
 from .conditions import together
+from .retained import PROJECTED, RETAINED, WEIGHTED
 
 SPM, ESD, GEM, ADVERSARIAL = "spm", "esd", "gem", "adversarial"
 GEM_WEIGHT = 100.0  # gamma
@@ -68,13 +69,20 @@ def length(x):
 
 
 LOSSES = {SPM: spm_losses, ESD: esd_losses, GEM: gem_losses}
-OBJECTIVES = (*LOSSES, ADVERSARIAL)  # the last one is played as a whole, see adversarial.py
-METHODS = {SPM: "SPM", ESD: "ESD", GEM: "GEM", ADVERSARIAL: "Adversarial"}  # as cards name them
+OBJECTIVES = (*LOSSES, *RETAINED, ADVERSARIAL)  # the last see other latents: retained.py, adversarial.py
+METHODS = {
+    SPM: "SPM",
+    ESD: "ESD",
+    GEM: "GEM",
+    WEIGHTED: "Weighted sum",
+    PROJECTED: "Projected gradient",
+    ADVERSARIAL: "Adversarial",
+}  # as cards name them
 
 
 def alpha_of(objective, rank):
-    """The alpha of new factors, which their product is scaled by over the rank: 1 for SPM and ESD, the rank for the
-    others."""
+    """The alpha of new factors, which their product is scaled by over the rank: the rank for GEM and adversarial training,
+    1 for the others."""
     return float(rank) if objective in (GEM, ADVERSARIAL) else 1.0
 
 

@@ -15,6 +15,7 @@ from .adversarial import Game
 from .conditions import Conditions, likeness, together
 from .objectives import ADVERSARIAL, LOSSES, OBJECTIVES, SPM, places, predicted
 from .paths import PUBLISHED, TIMESTEPS, NoiseSchedule
+from .retained import RETAINED, backward, drawn_texts, forget_loss, retain_loss, walked
 
 NOISE, TEXTS = ANCHORS = ("noise", "texts")
 
@@ -189,7 +190,8 @@ def train(denoiser, parameters, texts, settings, on_step=lambda report: None, st
 
     path: of the roll-outs; None for Stable Diffusion's noise schedule. Deterministic for a seed on one device: each
     step draws from a generator of its own, so that a run that is resumed at step `start` draws what an uninterrupted
-    one would. Raises ErasureError when a loss is not finite; the parameters are then those from before that step.
+    one would; but the attacks of adversarial training begin anew. Raises ErasureError when a loss is not finite; the
+    parameters are then those from before that step.
     """
     parameters, path = list(parameters), path or NoiseSchedule(settings)
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
@@ -205,6 +207,10 @@ def train(denoiser, parameters, texts, settings, on_step=lambda report: None, st
         which = texts[int(torch.randint(len(texts), (), generator=generator))]
         k = int(torch.randint(1, settings.rollout_steps, (), generator=generator))
         x = torch.randn(1, *settings.channels, *settings.size, generator=generator)
+        if settings.objective in RETAINED:
+            rows = drawn_texts(settings.anchors, which, generator)
+            on_step(_retaining(denoiser, parameters, which, x, k, rows, settings, path, generator, optimizer, step))
+            continue
         anchors = anchor_rows(which, settings, generator) if settings.objective == SPM else ((), torch.zeros(0))
         on_step(_step(denoiser, which, x, places(settings, k), anchors, settings, path, optimizer, step))
 
@@ -230,6 +236,19 @@ def _played(game, generator, optimizer, step):
     _require_finite(step, erase, anchor)
     optimizer.step()
     return Report(step + 1, erase, anchor)
+
+
+def _retaining(denoiser, parameters, texts, x, k, kept, settings, path, generator, optimizer, step):
+    """Report of one step that forgets in latents of the concept and retains in latents of each of some kept texts, all
+    after k steps of a roll-out."""
+    noise = torch.randn(len(kept), *x.shape[1:], generator=generator)
+    theirs = walked(denoiser, noise, k, kept, texts.empty, settings, path)
+    forget = forget_loss(denoiser, rollout(denoiser, x, k, texts, settings, path), path.told(k), texts, settings)
+    retain = retain_loss(denoiser, theirs, path.told(k), kept)
+    _require_finite(step, forget.item(), retain.item())
+    backward(parameters, forget, retain, settings.objective, settings.lam)
+    optimizer.step()
+    return Report(step + 1, forget.item(), retain.item())
 
 
 def _require_finite(step, erase, anchor):

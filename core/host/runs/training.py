@@ -14,6 +14,7 @@ from ...adapters.deltas.text_rows import TextLowRank
 from ...erasers.conditions import batches
 from ...erasers.objectives import ADVERSARIAL, SPM, alpha_of
 from ...erasers.paths import Flow, alphas_cumprod
+from ...erasers.retained import RETAINED
 from ...erasers.spm import NOISE, TEXTS
 from ...erasers.spm_run import texts_of
 from ...errors import ErasureError
@@ -212,10 +213,11 @@ def fitted(model, width, height, preserves, objective=SPM):
     and of what kind the anchors are.
 
     Networks that are told how far to guide are not guided once more; transformers get real captions as anchors, for
-    noise is unlike anything that their encoders give, and has no length of its own.
+    noise is unlike anything that their encoders give, and has no length of its own. So do objectives that draw the
+    pictures of what is retained.
     """
     shape = latents_for(model, width, height).shape[1:]
-    texts = preserves or objective == ADVERSARIAL or not is_unet(model)
+    texts = preserves or objective in (*RETAINED, ADVERSARIAL) or not is_unet(model)
     guided = {"rollout_cfg": 1.0} if has_own_guidance(model) else {}
     return {
         "size": tuple(shape[-2:]),
