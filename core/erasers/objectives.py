@@ -81,8 +81,8 @@ METHODS = {
 
 
 def alpha_of(objective, rank):
-    """The alpha of new factors, which their product is scaled by over the rank: the rank for GEM and adversarial training,
-    1 for the others."""
+    """The alpha of new factors, which their product is scaled by over the rank: the rank for GEM and adversarial
+    training, 1 for the others."""
     return float(rank) if objective in (GEM, ADVERSARIAL) else 1.0
 
 
