@@ -96,6 +96,30 @@ def layers(subject):
     )  # fmt: skip
 
 
+def closed(subject):
+    """At strength 0 the prediction is that of the model alone, bit for bit."""
+    sides = zip(subject.predict(subject.applied(subject.adapter(subject.maps()), strength=0.0)), subject.base)
+    return "ok" if all(torch.equal(one, other) for one, other in sides) else "acts"
+
+
+def trained(subject):
+    """One step of an SPM adapter changes its factors, and these the prediction."""
+    adapter = subject.node(
+        "MembraneTrain", model=subject.model, clip=subject.clip, concepts="star -> circle", steps=1, learning_rate=0.05,
+        warmup=0, rollout_steps=2, rank=1, preview_every=0, filename_prefix=f"families/{subject.name}",
+        **_size(subject),
+    )[0]  # fmt: skip
+    found = subject.predict(subject.applied(adapter, permeability="fixed"))
+    if not all(side.isfinite().all() for side in found):
+        return "gives no numbers"
+    return "does nothing" if all(torch.equal(one, other) for one, other in zip(found, subject.base)) else "ok"
+
+
+def untouched(subject):
+    """After all the others: the model predicts what it did, by weights that are bit for bit the same."""
+    return "ok" if subject.is_as_it_was() else "changed"
+
+
 def preview(subject):
     """The prompt that is the concept opens fully, another one less."""
     stack = subject.stack(subject.adapter(subject.maps()), permeability="facilitated transport")
@@ -151,6 +175,7 @@ CHECKS = {
     "apply_to weights": on_weights,
     "gates": gates,
     "part of the steps": steps,
+    "strength 0": closed,
     "saved, loaded": files,
     **{method: erased(method) for method in METHODS},
     "adapter on layers": layers,
@@ -159,6 +184,8 @@ CHECKS = {
     "Impact": impact,
     "Stress-Test": stressed,
     "Detect": detected,
+    "Train": trained,
+    "base untouched": untouched,  # the last
 }
 
 
