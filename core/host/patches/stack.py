@@ -39,6 +39,7 @@ from ..model.layers import (
 from ..text.calibration import compared_with
 from ..text.known_tokens import PROMPTS
 from .conditioning import EXTRA_CONDS, ErasedConditioning
+from .kept import keep
 from .places import foreign
 from .steps import APPLY_MODEL, ErasedSteps
 
@@ -159,6 +160,7 @@ def _put(patched, model, whole, plan):
     if read is not None or travels or plan.tells_rows or (plan.running and folds_activations(base.diffusion_model)):
         steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
         patched.add_object_patch(APPLY_MODEL, steps)
+    keep(patched)
 
 
 def _put_on_layers(patched, model, plan, inside, rows):

@@ -16,7 +16,7 @@ from ..compat import patched_layers_called
 from .brought import RAW, Brought, brings_text
 from .conditioning import GATES
 
-APPLY_MODEL = "apply_model"
+APPLY_MODEL, CPU = "apply_model", torch.device("cpu")
 
 
 class ErasedSteps(Patch):
@@ -63,6 +63,12 @@ class ErasedSteps(Patch):
         lent = self.rows.lent(gates, active, texts, told=told, parts=parts, count=len(x))
         with patched_layers_called(), lent, reading or nullcontext():
             return original(x, t, c_concat, c_crossattn, *args, **kwargs)
+
+    def forget(self):
+        """See Patch."""
+        self.lent, self.bounds = None, None
+        self.maps = {name: part.to(CPU) for name, part in self.maps.items()}
+        self.rows.forget()
 
     def _text(self, text, raw, gates, t, options):
         """(context manager or None, the text of a call): the map acts while the context manager lasts where patches of
