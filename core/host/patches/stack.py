@@ -8,6 +8,7 @@ which every host from March 2024 on undoes by itself when it switches to another
 host's own patch list.
 """
 
+import functools
 import logging
 from dataclasses import replace
 
@@ -84,7 +85,7 @@ def plan_for(model, stack, keys, concepts=None):
     """Plan of a stack on a MODEL; keys: keys_for() them. Raises ErasureError when they do not fit."""
     of_text = any(entry.adapter.maps for entry in stack.entries)
     entries = text_entries(model) if of_text else {}
-    return make_plan(stack, entries, concepts, keys, lambda key: text_rows(model, key))
+    return make_plan(stack, entries, concepts, keys, functools.cache(lambda key: text_rows(model, key)))
 
 
 def static_changes(model, stack, keys):
