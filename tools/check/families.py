@@ -97,9 +97,9 @@ def layers(subject):
 
 
 def closed(subject):
-    """At strength 0 the prediction is that of the model alone, bit for bit."""
-    sides = zip(subject.predict(subject.applied(subject.adapter(subject.maps()), strength=0.0)), subject.base)
-    return "ok" if all(torch.equal(one, other) for one, other in sides) else "acts"
+    """At strength 0 the node gives the model that it got."""
+    same = subject.applied(subject.adapter(subject.maps()), strength=0.0) is subject.model
+    return "ok" if same else "another model"
 
 
 def trained(subject):
@@ -263,7 +263,21 @@ def table(results):
         lines += [""] * bool(said) + [f"- [{i + 1}] {sentence}" for i, sentence in enumerate(said)]
         absent = [name for name, row in found.items() if isinstance(row, str)]
         lines += ["", f"Not in this host: {', '.join(absent)}."] if absent else []
+    lines += ["", "## Not tried", "", untried()]
     return "\n".join(lines) + "\n"
+
+
+def untried():
+    """A sentence on the families that Membrane knows without a tiny network, and on those that it refuses."""
+    from membrane.core.families.table import FAMILIES
+
+    made = {network.config for network in networks.NETWORKS.values()}
+    others = [family for family in FAMILIES if not made & set(family.configs)]
+    known, refused = ([f.title for f in others if bool(f.refused) == no] for no in (False, True))
+    return (
+        f"Known by their descriptions, without a tiny network here: {', '.join(known)}. Refused by name: "
+        f"{', '.join(refused)}."
+    )
 
 
 def _cell(text, said):
