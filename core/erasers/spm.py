@@ -14,6 +14,7 @@ from ..errors import ErasureError
 from .conditions import Conditions, likeness, together
 from .objectives import LOSSES, OBJECTIVES, SPM, places, predicted
 from .paths import PUBLISHED, TIMESTEPS, NoiseSchedule
+from .retained import RETAINED, backward, drawn_texts, forget_loss, retain_loss, walked
 
 NOISE, TEXTS = ANCHORS = ("noise", "texts")
 
@@ -40,7 +41,7 @@ class Settings:
     concept, eq. 6 with `alpha_sampling`; rollout_steps: of the noise schedule on which latents are made;
     rollout_cfg: guidance there; timestep: the one the network is told, "published" (up to 42 too high) or
     "matching" the latents; size: height and width of latents; weight_decay: of AdamW; seed: of all draws; objective:
-    one of OBJECTIVES, those other than "spm" have no anchors; channels: of latents, (C,) or, of videos, (C, frames).
+    one of OBJECTIVES, "esd" and "gem" have no anchors; channels: of latents, (C,) or, of videos, (C, frames).
     """
 
     steps: int = 3000
@@ -101,34 +102,37 @@ class Report:
         return self.erase + self.anchor
 
 
-def walk(denoiser, x, k, texts, settings, path):
-    """Latents of a roll-out from noise x (1, C, h, w) for the concept, with the adapter and guidance: after 0, 1, ... k
-    steps, one after the other."""
+def walk(denoiser, x, k, texts, settings, path, on=True):
+    """Latents of a roll-out from noise x (1, C, h, w) for the concept, with guidance: after 0, 1, ... k steps, one
+    after the other. on: with the adapter, or without."""
     guided = settings.rollout_cfg != 1
     x = path.beginning(x)
     yield x
     for i in range(k):
         with torch.no_grad():
-            found = predicted(denoiser, x, path.levels[i], [texts.empty] * guided + [texts.concept], on=True)
+            found = predicted(denoiser, x, path.levels[i], [texts.empty] * guided + [texts.concept], on)
             empty, concept = found.chunk(2) if guided else (0.0, found)
             x = path.after(x, empty + settings.rollout_cfg * (concept - empty), i)
         yield x
 
 
-def rollout(denoiser, x, k, texts, settings, path):
+def rollout(denoiser, x, k, texts, settings, path, on=True):
     """Latents after k steps, see walk()."""
-    *_, x = walk(denoiser, x, k, texts, settings, path)
+    *_, x = walk(denoiser, x, k, texts, settings, path, on)
     return x
 
 
-def preview(denoiser, texts, settings, path=None):
-    """A picture of the concept as the adapter makes it now, latents (1, C, h, w), always from the same noise."""
+def preview(denoiser, texts, settings, path=None, on=True):
+    """A picture of the concept as the adapter makes it now, latents (1, C, h, w), always from the same noise.
+
+    on: with the adapter, or as it was without.
+    """
     path = path or NoiseSchedule(settings)
     generator = torch.Generator().manual_seed(settings.seed)
     x = torch.randn(1, *settings.channels, *settings.size, generator=generator)
-    x = rollout(denoiser, x, settings.rollout_steps - 1, texts, settings, path)
+    x = rollout(denoiser, x, settings.rollout_steps - 1, texts, settings, path, on)
     with torch.no_grad():
-        return path.clean(x, predicted(denoiser, x, path.levels[-1], [texts.concept], on=True))
+        return path.clean(x, predicted(denoiser, x, path.levels[-1], [texts.concept], on))
 
 
 def noise_anchors(count, concept, generator):
@@ -199,6 +203,10 @@ def train(denoiser, parameters, texts, settings, on_step=lambda report: None, st
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.zero_grad(set_to_none=True)
+        if settings.objective in RETAINED:
+            rows = drawn_texts(settings.anchors, which, generator)
+            on_step(_retaining(denoiser, parameters, which, x, k, rows, settings, path, generator, optimizer, step))
+            continue
         anchors = anchor_rows(which, settings, generator) if settings.objective == SPM else ((), torch.zeros(0))
         on_step(_step(denoiser, which, x, places(settings, k), anchors, settings, path, optimizer, step))
 
@@ -210,13 +218,29 @@ def _step(denoiser, texts, x, after, anchors, settings, path, optimizer, step):
         if k not in after:
             continue
         erase, anchor = LOSSES[settings.objective](denoiser, latents, path.told(k), texts, *anchors, settings)
+        _require_finite(step, erase.item(), anchor.item())
         total = (erase + settings.lam * anchor) / len(after)
-        if not torch.isfinite(total):
-            raise ErasureError(
-                f"The loss is not finite in step {step + 1} (erase {erase.item()}, anchor {anchor.item()}); "
-                "lower the learning rate."
-            )
         total.backward()
         erased, held = erased + erase.item() / len(after), held + anchor.item() / len(after)
     optimizer.step()
     return Report(step + 1, erased, held)
+
+
+def _retaining(denoiser, parameters, texts, x, k, kept, settings, path, generator, optimizer, step):
+    """Report of one step that forgets in latents of the concept and retains in latents of each of some kept texts, all
+    after k steps of a roll-out."""
+    noise = torch.randn(len(kept), *x.shape[1:], generator=generator)
+    theirs = walked(denoiser, noise, k, kept, texts.empty, settings, path)
+    forget = forget_loss(denoiser, rollout(denoiser, x, k, texts, settings, path), path.told(k), texts, settings)
+    retain = retain_loss(denoiser, theirs, path.told(k), kept)
+    _require_finite(step, forget.item(), retain.item())
+    backward(parameters, forget, retain, settings.objective, settings.lam)
+    optimizer.step()
+    return Report(step + 1, forget.item(), retain.item())
+
+
+def _require_finite(step, erase, anchor):
+    if not math.isfinite(erase + anchor):
+        raise ErasureError(
+            f"The loss is not finite in step {step + 1} (erase {erase}, anchor {anchor}); lower the learning rate."
+        )

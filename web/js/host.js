@@ -57,10 +57,20 @@ export async function ask(route, body) {
         headers: { "Content-Type": "application/json" },
         body: JSON.stringify(body),
     };
+    return answered(route, options);
+}
+
+async function answered(route, options) {
     const answer = await api.fetchApi(route, options);
     const found = await answer.json().catch(() => ({}));
     if (!answer.ok) throw new Error(found.error ?? t("problem.host", answer.status, route));
     return found;
+}
+
+/** Sends an adapter's file to the model folder; raises an Error with the host's sentence. */
+export async function uploadAdapter(file) {
+    const options = { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file };
+    await answered(`/membrane/upload?name=${encodeURIComponent(file.name)}`, options);
 }
 
 /** The pack's strings in the page's language, as locales/ has them; none in English, and from hosts of 2024. */
@@ -108,7 +118,18 @@ export function whileInGraph(node, action, milliseconds) {
  */
 export function stayMounted(node, element, selector) {
     if (!drawsNodesAsElements() || element.isConnected || app.canvas.graph !== node.graph) return;
-    document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"] ${selector}`)?.replaceWith(element);
+    drawnNode(node)?.querySelector(selector)?.replaceWith(element);
+}
+
+const drawnNode = (node) => document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"]`);
+
+/**
+ * Puts an element below a node's widgets that the page has not drawn: pages of 2025 take down a node's widgets when one
+ * of them changes, and know none that is added later.
+ */
+export function mountBelow(node, element) {
+    if (!drawsNodesAsElements() || element.isConnected || app.canvas.graph !== node.graph) return;
+    drawnNode(node)?.querySelector(".lg-node-widgets")?.append(element);
 }
 
 /** The pan and zoom of the canvas go on over an element of ours, except where `scrolls` says it needs the wheel. */
@@ -137,6 +158,16 @@ export function passCanvasGestures(element, scrolls) {
 
 /** The route that gives a file of the output or temp folder, as the host names it. */
 export const fileAddress = (route, file) => `${route}?${new URLSearchParams(file)}`;
+
+/** Puts a text that an element shows into the clipboard. */
+export function sendToClipboard(text, shown) {
+    const byHand = () => {
+        getSelection()?.selectAllChildren(shown);
+        document.execCommand("copy"); // the page has no clipboard where it was not opened over https
+    };
+    if (navigator.clipboard) navigator.clipboard.writeText(text).catch(byHand);
+    else byHand();
+}
 
 /** A short message over the page, where it has such. */
 export function toast(severity, summary, detail) {

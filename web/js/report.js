@@ -4,7 +4,7 @@
 import { slider } from "./compare.js";
 import { make } from "./elements.js";
 import * as graphs from "./graph.js";
-import { addPart, api, app, fileAddress, removePart, stayMounted, toast, whileInGraph } from "./host.js";
+import { addPart, api, app, fileAddress, mountBelow, removePart, sendToClipboard, stayMounted, toast, whileInGraph } from "./host.js";
 import { styleElement } from "./stack_style.js";
 import { t } from "./strings.js";
 
@@ -25,21 +25,19 @@ const shown = new Map();
 const nodeByExecutionId = (id) => graphs.nodeByExecutionId(app.rootGraph ?? app.graph, id);
 const textOf = ({ title, lines }) => [title, ...lines].filter((line, i) => i || line).join("\n");
 
-function sendToClipboard(text, body) {
-    const byHand = () => {
-        getSelection()?.selectAllChildren(body);
-        document.execCommand("copy"); // the page has no clipboard where it was not opened over https
-    };
-    if (navigator.clipboard) navigator.clipboard.writeText(text).catch(byHand);
-    else byHand();
-}
-
 /** Only addresses of the host itself and of the web, so that no report can run anything. */
 const address = (url) => (/^\/(?!\/)/.test(url) ? api.apiURL(url) : /^https:\/\//.test(url) ? url : null);
 
 function linkTo({ label, url }) {
     const href = address(String(url));
     return href && make("a", { href, target: "_blank", rel: "noopener" }, label);
+}
+
+/** How many pixels a text takes on a node. */
+export function textHeight(node, text) {
+    const letters = Math.max(20, ((node.size?.[0] ?? 300) - 40) / CHARACTER);
+    const lines = text.split("\n").map((line) => Math.max(1, Math.ceil(line.length / letters)));
+    return Math.min(TALLEST, lines.reduce((sum, count) => sum + count, 0) * LINE);
 }
 
 /** The part of one node. */
@@ -65,7 +63,7 @@ class NodePart {
         this.body.replaceChildren(...parts);
         const height = this.heightOf(report);
         this.root.style.minHeight = `${height}px`;
-        if (this.height !== height) this.hide();
+        if (this.height !== height) this.free();
         if (!this.widget) this.widget = addPart(this.node, "membrane_report", this.root, height);
         this.height = height;
     }
@@ -80,9 +78,7 @@ class NodePart {
     }
 
     heightOf({ parts, pairs }) {
-        const letters = Math.max(20, ((this.node.size?.[0] ?? 300) - 40) / CHARACTER);
-        const linesOf = (text) => text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
-        const text = parts.map((part) => Math.min(TALLEST, linesOf(textOf(part)) * LINE) + EDGES);
+        const text = parts.map((part) => textHeight(this.node, textOf(part)) + EDGES);
         return text.reduce((sum, height) => sum + height, pairs?.length ? PICTURE : 0);
     }
 
@@ -92,9 +88,15 @@ class NodePart {
         this.root.classList.toggle("membrane-stale", stale);
     }
 
-    hide() {
+    /** Gives the room back; the element stays where the page has it, for what is shown next. */
+    free() {
         if (this.widget) removePart(this.node, this.widget, this.height);
         this.widget = null;
+    }
+
+    hide() {
+        this.free();
+        this.root.remove();
     }
 }
 
@@ -191,7 +193,10 @@ export function keepReport(node) {
         node,
         () => {
             const part = shown.get(node);
-            if (part?.widget) stayMounted(node, part.root, ".membrane-report");
+            if (part?.widget) {
+                stayMounted(node, part.root, ".membrane-report");
+                mountBelow(node, part.root);
+            }
             if (looked || part || node.graph !== (app.rootGraph ?? app.graph)) return;
             looked = true;
             const report = reportOf(app.nodeOutputs?.[node.id]);
