@@ -8,6 +8,7 @@ which every host from March 2024 on undoes by itself when it switches to another
 host's own patch list.
 """
 
+import functools
 import logging
 from dataclasses import replace
 
@@ -41,6 +42,7 @@ from ..text.entries import Texts
 from ..text.known_tokens import PROMPTS
 from .brought import COVERED
 from .conditioning import EXTRA_CONDS, ErasedConditioning
+from .kept import keep
 from .places import foreign
 from .steps import APPLY_MODEL, ErasedSteps
 
@@ -85,7 +87,7 @@ def plan_for(model, stack, keys, concepts=None):
     """Plan of a stack on a MODEL; keys: keys_for() them. Raises ErasureError when they do not fit."""
     of_text = any(entry.adapter.maps for entry in stack.entries)
     entries = text_entries(model) if of_text else {}
-    return make_plan(stack, entries, concepts, keys, lambda key: text_rows(model, key))
+    return make_plan(stack, entries, concepts, keys, functools.cache(lambda key: text_rows(model, key)))
 
 
 def static_changes(model, stack, keys):
@@ -164,6 +166,7 @@ def _put(patched, model, whole, plan):
     if read is not None or travels or plan.tells_rows or (plan.running and folds_activations(base.diffusion_model)):
         steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
         patched.add_object_patch(APPLY_MODEL, steps)
+    keep(patched)
 
 
 def require_uncovered(model, plan, inside):

@@ -17,7 +17,7 @@ from .boxes import erased_boxes, open_gates
 from .brought import RAW, Brought, brings_text
 from .conditioning import GATES
 
-APPLY_MODEL = "apply_model"
+APPLY_MODEL, CPU = "apply_model", torch.device("cpu")
 
 
 class ErasedSteps(Patch):
@@ -76,6 +76,12 @@ class ErasedSteps(Patch):
             gates = self._in_range(gates.to(t.device), t[:1]).cpu()
         options, part = call.get("transformer_options") or {}, self.plan.maps[self.conditioning.read.name]
         call["transformer_options"] = erased_boxes(options, known, part, gates, x)
+
+    def forget(self):
+        """See Patch."""
+        self.lent, self.bounds = None, None
+        self.maps = {name: part.to(CPU) for name, part in self.maps.items()}
+        self.rows.forget()
 
     def _text(self, text, raw, gates, t, options):
         """(context manager or None, the text of a call): the map acts while the context manager lasts where patches of
