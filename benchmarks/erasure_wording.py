@@ -49,8 +49,9 @@ METHODS = {  # name: (settings of the node, whether the other values are preserv
 class Painter:
     """Pictures of prompts, several prompts in one KSampler run; the text of a prompt is encoded once."""
 
-    def __init__(self, node, variant):
+    def __init__(self, node, variant, steps=STEPS, cfg=CFG):
         self.node, self.scheduler, self.texts = node, MODELS[variant], {}
+        self.steps, self.cfg = steps, cfg
         self.model, self.clip, _ = node("MembraneDemoModel", variant=variant)
 
     def conditioning(self, prompts):
@@ -61,7 +62,7 @@ class Painter:
         more = {key: [given[key] for _, given in each] for key in each[0][1] if torch.is_tensor(each[0][1][key])}
         return [[torch.cat([rows for rows, _ in each]), {key: torch.cat(value) for key, value in more.items()}]]
 
-    def paint(self, prompts, seed, model=None):
+    def paint(self, prompts, seed, model=None, negative=""):
         """Sprites (n, 16, 16, 3) in [0, 1], one of each prompt."""
         from membrane.core.demo.world import latent_to_rgb
 
@@ -70,22 +71,23 @@ class Painter:
             part = prompts[first : first + BATCH]
             latent = self.node("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=len(part))[0]
             drawn = self.node(
-                "KSampler", model=model or self.model, seed=seed + first, steps=STEPS, cfg=CFG, sampler_name="euler",
+                "KSampler", model=model or self.model, seed=seed + first, steps=self.steps, cfg=self.cfg,
+                sampler_name="euler",
                 scheduler=self.scheduler, denoise=1.0, latent_image=latent, positive=self.conditioning(part),
-                negative=self.conditioning([""]),
+                negative=self.conditioning([negative]),
             )[0]["samples"]  # fmt: skip
             pictures.append(latent_to_rgb(drawn.float().cpu() * LATENT_SCALE).permute(0, 2, 3, 1))
         return torch.cat(pictures).numpy()
 
 
 class Set:
-    """Prompts in all styles with some values of an attribute."""
+    """Prompts in all styles with some values of an attribute: so many in the plain caption, and in each other style."""
 
-    def __init__(self, attribute, values, seed):
+    def __init__(self, attribute, values, seed, plain=IN_STYLE_PICTURES, other=HELD_OUT_PICTURES):
         self.attribute, self.seed = attribute, seed
         self.prompts, self.styles, truth = [], [], []
         for i, style in enumerate(styles_of(attribute)):
-            count = IN_STYLE_PICTURES if style == IN_STYLE else HELD_OUT_PICTURES
+            count = plain if style == IN_STYLE else other
             sprites = sprites_of(attribute, np.roll(values, -3 * i), count, seed + i)
             self.prompts += captions_in(style, attribute, sprites)
             self.styles += [style] * count
@@ -93,11 +95,14 @@ class Set:
         self.truth, self.styles = np.concatenate(truth), np.array(self.styles)
 
     def counts(self, painter, judge, model=None):
+        """The same of the pictures that a model draws."""
+        return self.seen(judge, painter.paint(self.prompts, self.seed, model))
+
+    def seen(self, judge, pictures):
         """{style: [pictures in which the judge sees the prompt's value, of how many]}."""
-        seen = classifier.read(judge, painter.paint(self.prompts, self.seed, model))[self.attribute] == self.truth
-        return {
-            s: [int(seen[self.styles == s].sum()), int((self.styles == s).sum())] for s in styles_of(self.attribute)
-        }
+        seen = classifier.read(judge, pictures)[self.attribute] == self.truth
+        of = {s: self.styles == s for s in styles_of(self.attribute)}
+        return {s: [int(seen[own].sum()), int(own.sum())] for s, own in of.items() if own.any()}
 
 
 def erased(painter, task, settings, preserved):

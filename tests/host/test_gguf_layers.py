@@ -295,3 +295,15 @@ def test_dampening_says_that_it_needs_gradients(node, demo, pair, layers):
     with pytest.raises(ErasureError, match="holds no weights that gradients reach .*; load the model in fp32"):
         method = f"dampening: {layers} (experimental)"
         node("MembraneLocateMemorization", model=pair[0], clip=demo[1], method=method, **LOCATED)
+
+
+def test_training(node, demo, pair):
+    """Training against blocks is training against the numbers that they stand for, and leaves the blocks."""
+    trained = [
+        node("MembraneTrain", model=model, clip=demo[1], concepts="star -> circle", steps=4, learning_rate=1e-2,
+             width=64, height=64, warmup=0, rollout_steps=4, filename_prefix="blocks")[0].low_rank
+        for model in pair
+    ]  # fmt: skip
+    found, expected = (torch.cat([change.up.flatten() for change in each.values()]) for each in trained)
+    assert expected.abs().max() > 1e-3 and (found - expected).norm() < 0.02 * expected.norm()
+    assert any(isinstance(weight, Blocks) for weight in pair[0].model.parameters())

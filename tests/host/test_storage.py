@@ -338,3 +338,18 @@ def test_the_cast_path_of_every_layer(node, demo, own, adapter, sample, mode):
     finally:
         for module, value in zip(layers, before):
             module.comfy_cast_weights = value
+
+
+@pytest.mark.parametrize("storage", ["fp8", "bf16"])
+def test_training(node, demo, stored, storage):
+    """Training against stored weights is training against their numbers, and leaves them as they are stored."""
+    model, plain = stored(storage)
+    before = snapshot(model)
+    trained = [
+        node("MembraneTrain", model=each, clip=demo[1], concepts="star -> circle", steps=4, learning_rate=1e-2,
+             width=64, height=64, warmup=0, rollout_steps=4, filename_prefix="stored")[0].low_rank
+        for each in (model, plain)
+    ]  # fmt: skip
+    found, expected = (torch.cat([change.up.flatten() for change in each.values()]) for each in trained)
+    assert expected.abs().max() > 1e-3 and (found - expected).norm() < 0.02 * expected.norm()
+    assert unchanged(model, before)

@@ -63,3 +63,11 @@ def test_which_rows_the_words_open(server, file):
 def test_what_is_no_question(server, body, sentence):
     code, found = refusal(lambda: server.post("/membrane/openings", body))
     assert code == 400 and sentence in found and "\n" not in found
+
+
+def test_newer_hosts_list_the_blueprint(server):
+    try:
+        found = server.get("/global_subgraphs")
+    except urllib.error.HTTPError:
+        pytest.skip("this host has no subgraphs")
+    assert "Erase Concepts with Captions" in {entry["name"] for entry in found.values()}
