@@ -1,7 +1,8 @@
 """Copies of memorised pictures before and after each mitigation, for captions, other words, and under search.
 
 The demo world's 12 memorised pictures, as in benchmarks/memorization.py; adapters are located from 6 of the captions.
-Every located adapter and finished row is kept in output/, so that an interrupted run goes on where it stopped (--fresh starts anew).
+Every located adapter and finished row is kept in output/, so that an interrupted run goes on where it stopped (--fresh
+starts anew).
 
     located, unseen   copies among NOISES pictures of each of those 6 captions, and of the other 6
     recognisable      of both, those that show the memorised picture to the eye: correlation, whatever the contrast
@@ -177,7 +178,8 @@ class Searches:
 
 
 HEADER = (
-    "| mitigation | located | unseen | recognisable | paraphrases | search | ordinary right | the same bit by bit | moved, of 255 |\n"
+    "| mitigation | located | unseen | recognisable | paraphrases | search | ordinary right | the same bit by bit "
+    "| moved, of 255 |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -220,7 +222,8 @@ def main():
     suffix = f"_{args.model}" * (args.model != "day")
     store = ROOT / "output" / f"memorization_mitigation{suffix}{'_quick' * args.quick}.json"
     if args.fresh or args.quick:
-        store.unlink(missing_ok=True)
+        for file in store.parent.glob(f"{store.stem}*"):
+            file.unlink()
     if args.quick:
         globals().update(NOISES=1, SEARCHED=1, ORDINARY=8)
         world_of.SEARCH_STEPS = 1
