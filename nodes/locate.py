@@ -6,6 +6,7 @@ import logging
 from ..core.adapters.adapter import Card, ErasureAdapter
 from ..core.erasers.dampening import dampen, threshold
 from ..core.erasers.pruning import base_for, locate, report
+from ..core.erasers.value_neurons import require_ordinary
 from ..core.errors import ErasureError
 from ..core.host.model.layers import family_name, parameter_count
 from ..core.host.model.weights import base_layers
@@ -13,6 +14,7 @@ from ..core.host.page.progress import Progress
 from ..core.host.patches.origin import weight_sample
 from ..core.host.runs.locating import FEED_FORWARD, TEXT, Watcher, importances, layer_weights, linear_layers
 from ..core.host.runs.sampling import SAMPLERS, SCHEDULERS, Sampling
+from ..core.host.runs.value_neurons import ValueNeurons
 from ..core.host.text.encode import fingerprint
 from ..core.text.concepts import parse_lines
 from . import inputs
@@ -26,10 +28,14 @@ DAMPENING = {  # Selective Synaptic Dampening, by the layers it may act on
     "dampening: feed-forward (experimental)": FEED_FORWARD,
     "dampening: text keys and values (experimental)": TEXT,
 }
+NEMO = "neurons (NeMo)"
+QUESTIONS = 200  # about as often neurons are switched off to see whether they matter
 METHOD_TOOLTIP = (
     "Wanda: what the prompts excite in the feed-forward blocks more than the base prompts; no gradients. dampening: "
     "Selective Synaptic Dampening, weights whose gradients matter for the prompts and not for the base prompts are "
-    "scaled down; needs 20 or more diverse base prompts."
+    "scaled down; needs 20 or more diverse base prompts. neurons: what the prompts excite in the value layers of the "
+    "cross-attention as no base prompt does, and without which their pull falls to that of base prompts; needs 20 or "
+    "more ordinary captions as base prompts."
 )
 BOTH, PROMPT_ONLY = "prompt and empty prompt", "prompt only"
 
@@ -63,10 +69,10 @@ class MembraneLocateMemorization:
                     "", "What to compare with: nothing (the empty prompt, for memorised pictures), or for each prompt "
                     "the same without the concept, one per line.",
                 ),
-                "method": inputs.choice([WANDA, *DAMPENING], WANDA, METHOD_TOOLTIP),
+                "method": inputs.choice([WANDA, *DAMPENING, NEMO], WANDA, METHOD_TOOLTIP),
                 "sparsity": inputs.number(
                     0.01, 0.0001, 0.2, 0.0001, "Share of weights to mark in each step. Published: 0.01 for memorised "
-                    "pictures, styles and nudity, 0.02 for objects.", round=0.0001,
+                    "pictures, styles and nudity, 0.02 for objects. neurons takes as many as it needs.", round=0.0001,
                 ),
                 "first_steps": inputs.whole(
                     10, 1, 1000, "How many of the first steps are looked at; no more are run. Published: 10 of 50.",
@@ -109,7 +115,9 @@ class MembraneLocateMemorization:
         lines, base = parse_lines(prompts), parse_lines(base_prompts)
         require_locatable(lines, first_steps, steps)
         settings = Sampling(steps, cfg, sampler_name, scheduler, width, height)
-        if method == WANDA:
+        if method == NEMO:
+            masks, cost = self._neurons(model, clip, lines, base, settings, first_steps, seed, batch_size)
+        elif method == WANDA:
             base = base_for(lines, base)
             watcher = Watcher(model, clip, settings, first_steps, seed, rows == BOTH, batch_size)
             masks, cost = self._pruned(watcher, lines, base, sparsity, select)
@@ -125,7 +133,7 @@ class MembraneLocateMemorization:
         names = tuple(parse_lines(concepts) or dict.fromkeys(lines))
         adapter = ErasureAdapter(Card(method, names, (), family_name(model), fingerprint(clip), said), {"mask": masks})
         text = f"{report(masks, parameter_count(model))}\n{cost}"
-        log.info("Membrane: %s", text.splitlines()[-2])
+        log.info("Membrane: %s", next(row for row in text.splitlines() if row.startswith("marked: ")))
         return shown((adapter, text), part(f"Located in {len(masks)} layers", text))
 
     def _pruned(self, watcher, prompts, base, sparsity, select):
@@ -135,6 +143,17 @@ class MembraneLocateMemorization:
         weights = layer_weights(watcher.model, watcher.layers)
         masks = locate(weights, target, other, sparsity, watcher.first_steps, select)
         return masks, f"evaluations of the network: {watcher.evaluations}"
+
+    def _neurons(self, model, clip, prompts, base, settings, first_steps, seed, batch):
+        """(masks, what they took and did) of NeMo."""
+        base = list(dict.fromkeys(base))
+        require_ordinary(len(base))
+        found = ValueNeurons(model, clip, settings, first_steps, seed, batch)
+        masks, before, after, goal = found.masks(prompts, base, Progress(QUESTIONS).at)
+        pulls = [f"{prompt}: {a:.2f} -> {b:.2f}" for prompt, a, b in zip(prompts, before, after)]
+        neurons = sum(mask.marked // mask.shape[1] for mask in masks.values())
+        told = [f"pull of the text, {goal:.2f} or less is ordinary:", *pulls, f"neurons switched off: {neurons}"]
+        return masks, "\n".join([*told, f"evaluations of the network: {found.evaluations}"])
 
     def _dampened(self, model, clip, method, prompts, base, settings, first_steps, seed, share):
         """(masks, what they took) of Selective Synaptic Dampening; alpha is the one that selects that share of the

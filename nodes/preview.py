@@ -7,6 +7,7 @@ from ..core.host.model.layers import family, text_readers
 from ..core.host.model.weights import text_gram
 from ..core.host.page.progress import Progress
 from ..core.host.patches.stack import concepts_for
+from ..core.host.runs.erasing import computed
 from ..core.host.text.encode import encode
 from ..core.host.text.entries import encode_for
 from ..core.measures.chart import bar_chart
@@ -46,7 +47,7 @@ class MembraneImpact:
         )
 
     def preview(self, model, clip, stack, prompts):
-        lines = inputs.prompt_lines(prompts)
+        lines, stack = inputs.prompt_lines(prompts), computed(stack, model, clip, Progress)[0]
         entry, layers = family(model).text, len(list(text_readers(model)))
         progress = Progress(len(lines) + layers)
         encoded = encode_for(model, clip, lines, progress.at)

@@ -3,13 +3,17 @@
 from ..core.adapters.permeability import AUTOMATIC, FIXED, MODES, NEGATIVES, SAME, Permeability
 from ..core.adapters.stack import Entry, ErasureStack
 from ..core.adapters.stack_json import from_json, names
+from ..core.erasers.closed_form.daily import receipt
 from ..core.errors import ErasureError
 from ..core.formats import registry
 from ..core.host.files.folders import adapter_path, load_adapter, lora_path, signature
+from ..core.host.page.progress import Progress
 from ..core.host.patches.on_weights import apply_to_weights
 from ..core.host.patches.origin import origin_warnings
 from ..core.host.patches.stack import apply_stack
+from ..core.host.runs.erasing import computed
 from . import inputs
+from .closed_form import taken
 from .labels import labelled
 from .shown import part, shown
 
@@ -116,10 +120,17 @@ class MembraneStackEditor:
         concepts = dict.fromkeys(c for entry in whole.entries if entry.acts for c in entry.adapter.card.concepts)
         said = []
         if model is not None:
-            said = _origin(model, clip, whole)
-            model = apply_stack(model, whole, clip)
+            ready, jobs = computed(whole, model, clip, Progress)
+            said = [*_erased(jobs, clip), *_origin(model, clip, ready)]
+            model = apply_stack(model, ready, clip)
         result = whole, "\n".join(concepts), model, clip
         return shown(result, *said) if said else result
+
+
+def _erased(jobs, clip):
+    """What the page says of the words that were erased: no part, or one."""
+    receipts, remarks = [receipt(job) for job in jobs], [line for job in jobs for line in taken(job, clip)]
+    return [part(receipts[0], [*receipts[1:], *remarks], warning=bool(remarks))] if jobs else []
 
 
 def _origin(model, clip, stack):
@@ -223,9 +234,11 @@ class MembraneApply:
         stack = stack or ErasureStack()
         if adapter is not None:
             stack = stack.with_entry(Entry(adapter))
-        said = _origin(model, clip, stack)
+        stack, jobs = computed(stack, model, clip, Progress)
+        warned = _origin(model, clip, stack)
         erased = apply_to_weights(model, stack) if apply_to == "weights" else apply_stack(model, stack, clip)
-        return shown((erased,), *said, text=said[0]["lines"]) if said else (erased,)
+        said, text = [*_erased(jobs, clip), *warned], {"text": warned[0]["lines"]} if warned else {}
+        return shown((erased,), *said, **text) if said else (erased,)
 
 
 NODES = [MembraneStack, MembraneStackEditor, MembranePermeability, MembraneApply]

@@ -115,7 +115,9 @@ class MembraneTrain:
                     SPM,
                     "What is minimised. spm: the surrogate takes the concept's place, everything else is anchored. "
                     "esd: the concept is pushed to the other side of the empty prompt. gem: it is drawn to the "
-                    "surrogate and away from where it was, along a roll-out. esd and gem have no anchors.",
+                    "surrogate and away from where it was, along a roll-out. esd and gem have no anchors. "
+                    "weighted sum: as spm, with each kept prompt held in pictures of its own. projected gradient: the "
+                    "same, without the part of each step that would harm what is kept.",
                 ),
                 "quality": inputs.choice(
                     QUALITIES,
@@ -139,7 +141,7 @@ class MembraneTrain:
         settings = settings_of(
             preset, quality, steps=steps, lr=learning_rate, eta=eta, lam=anchoring, seed=seed, timestep=timestep,
             warmup=warmup, cycles=cycles, rollout_steps=rollout_steps, objective=objective,
-            **fitted(model, width, height, bool(kept)),
+            **fitted(model, width, height, bool(kept), objective),
         )  # fmt: skip
         require_surrogates(objective, wanted)
         pairs = [(fill(t, c.text), fill(t, c.surrogate)) for c in wanted for t in shapes]

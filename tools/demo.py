@@ -20,15 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 WORKFLOW = ROOT / "tests" / "workflows" / "erase_a_concept.json"
 # nodes of the workflow by their titles
-MODEL, ERASE, PROMPT, LATENT, ORIGINAL, ERASED, SAVE_ORIGINAL, SAVE_ERASED = "1", "2", "3", "5", "6", "7", "10", "11"
-# what each model's run of the workflow changes, by the ids of its nodes
-MODELS = {
-    "U-Net": {MODEL: {"variant": "day"}},
-    "transformer": {
-        MODEL: {"variant": "transformer"},
-        ERASE: {"pooled": "as the model needs", "templates": "automatic"},  # 8 captions deform a heart here
-    },
-}
+MODEL, ERASE, PROMPT, LATENT, COMPARE, SAVE_ORIGINAL, SAVE_ERASED = "1", "2", "3", "5", "6", "10", "11"
+MODELS = {"U-Net": "day", "transformer": "transformer"}  # variants of MODEL
 CONCEPT = "star"
 BATCH, ERASED_PROMPTS, KEPT_PROMPTS = 4, 16, 21
 COLUMNS = (
@@ -66,8 +59,7 @@ class Client:
     def __init__(self, server, model):
         self.server = server
         self.workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-        for node, inputs in MODELS[model].items():
-            self.workflow[node]["inputs"] |= inputs
+        self.workflow[MODEL]["inputs"]["variant"] = MODELS[model]
 
     @property
     def settings(self):
@@ -79,8 +71,7 @@ class Client:
         workflow = json.loads(json.dumps(self.workflow))
         workflow[PROMPT]["inputs"]["text"] = text
         workflow[LATENT]["inputs"]["batch_size"] = batch
-        for sampler in (ORIGINAL, ERASED):
-            workflow[sampler]["inputs"]["seed"] = seed
+        workflow[COMPARE]["inputs"]["seed"] = seed
         entry = self.server.wait(self.server.queue(workflow))
         pictures = dict(original=[], erased=[])
         for node, key in ((SAVE_ORIGINAL, "original"), (SAVE_ERASED, "erased")):

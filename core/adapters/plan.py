@@ -12,6 +12,7 @@ from .deltas import low_rank, mask, text_map
 from .deltas.delta import OPEN, Term
 from .gates import gated, gates_of
 from .permeability import FIXED, REFERENCE
+from .written import require_computed
 
 
 class LayerPlan:
@@ -119,6 +120,7 @@ def make_plan(
     Raises ErasureError when a text map was made for another width, adapters that are to be combined as the published
     code does differ in rank, or one changes the text's rows of a layer of which they are not known.
     """
+    require_computed(stack)
     gates = gates_of(stack, concepts.names if concepts else ())
     place = {(gate.entry, gate.concepts): k for k, gate in enumerate(gates)}
     names = {name: i for i, name in enumerate(concepts.names)} if concepts else {}

@@ -3,6 +3,9 @@
 {"membrane_stack": 1, "entries": [{"adapter": "star.safetensors", "enabled": true, "strength": 1.0,
   "start_percent": 0.0, "end_percent": 1.0, "permeability": {"mode": "automatic", "factor": 1.0, "threshold": 0.0,
   "negative": "same as positive", "top_k": 1}}]}; only "adapter" must be there.
+
+Words may stand in the place of an adapter: {"words": "star -> circle", "keep": "heart", "kind": "object", ...}; only
+"words" must be there. They are computed when the stack is applied, see written.py.
 """
 
 import json
@@ -11,11 +14,13 @@ from dataclasses import asdict, dataclass, field, fields
 from ..errors import ErasureError
 from .permeability import Permeability
 from .stack import Entry, ErasureStack
+from .written import Written
 
 VERSION = 1
 NUMBERS = ("strength", "start_percent", "end_percent")
 DIGITS = 15
-KNOWN = ("adapter", "enabled", *NUMBERS, "permeability")
+SHARED = ("enabled", *NUMBERS, "permeability")
+WORDS = ("words", "keep", "kind")
 
 
 @dataclass(frozen=True)
@@ -33,21 +38,32 @@ def to_json(stack):
     """The stack as text, one entry a line; raises ErasureError for adapters that are not in a file."""
     lines = []
     for entry in stack.entries:
-        if not entry.adapter.name:
+        if not (entry.adapter.name or isinstance(entry.adapter, Written)):
             raise ErasureError(
                 f"The adapter {entry.adapter.describe()} was computed in the graph and is in no file yet; "
                 "save it with Save Erasure Adapter and load it from there."
             )
-        spec = {"adapter": entry.adapter.name, "enabled": entry.enabled}
+        spec = {**_named(entry.adapter), "enabled": entry.enabled}
         spec |= {name: getattr(entry, name) for name in NUMBERS} | {"permeability": asdict(entry.permeability)}
         lines.append(json.dumps(spec))
     inside = ",".join(f"\n  {line}" for line in lines)
     return f'{{"membrane_stack": {VERSION}, "entries": [{inside}\n]}}'
 
 
+def _named(adapter):
+    if isinstance(adapter, Written):
+        return {name: value for name in WORDS if (value := getattr(adapter, name)) or name == "words"}
+    return {"adapter": adapter.name}
+
+
 def names(text):
-    """Names of the adapters in a stack text, in order."""
-    return [spec["adapter"] for spec in _entries(text)]
+    """Names of the adapters' files in a stack text, in order."""
+    return [spec["adapter"] for spec in _entries(text) if "adapter" in spec]
+
+
+def count(text):
+    """How many entries a stack text has."""
+    return len(_entries(text))
 
 
 def from_json(text, load, node=None):
@@ -80,10 +96,19 @@ def _entries(text):
     if not isinstance(entries, list):
         raise ErasureError('The "entries" of the stack are no list; expected [{"adapter": "name"}, ...].')
     for i, spec in enumerate(entries, 1):
-        if not isinstance(spec, dict) or not isinstance(spec.get("adapter"), str):
-            raise ErasureError(f'Entry {i} of the stack names no adapter; expected {{"adapter": "name", ...}}.')
-        _require_known(f"Entry {i} of the stack", spec, KNOWN)
+        _require_named(i, spec)
     return entries
+
+
+def _require_named(i, spec):
+    """Raises ErasureError for an entry that is neither a file nor words, or both, and for fields it cannot have."""
+    where = f"Entry {i} of the stack"
+    words = isinstance(spec, dict) and "words" in spec
+    if words and "adapter" in spec:
+        raise ErasureError(f'{where} has both "adapter" and "words"; leave out one of the two.')
+    if not isinstance(spec, dict) or not isinstance(spec.get("words" if words else "adapter"), str):
+        raise ErasureError(f'{where} names no adapter; expected {{"adapter": "name", ...}}.')
+    _require_known(where, spec, (*WORDS, *SHARED) if words else ("adapter", *SHARED))
 
 
 def _whole(digits):
@@ -94,7 +119,7 @@ def _whole(digits):
 
 
 def _entry(i, spec, load, node):
-    where = f"Entry {i} of the stack ({spec['adapter']})"
+    where = f"Entry {i} of the stack ({spec['adapter'] if 'adapter' in spec else 'words'})"
     enabled = spec.get("enabled", True)
     if not isinstance(enabled, bool):
         raise ErasureError(f'{where} has "enabled": {enabled!r}; expected true or false.')
@@ -108,10 +133,21 @@ def _entry(i, spec, load, node):
     _require_known(
         f"The permeability of {where[0].lower()}{where[1:]}", permeability, [f.name for f in fields(Permeability)]
     )
-    adapter = load(spec["adapter"])
+    adapter = load(spec["adapter"]) if "adapter" in spec else _written(where, spec)
     try:
         settings = {**numbers, "permeability": Permeability(**permeability), "enabled": enabled}
         return Entry(adapter, **settings) if node is None else Row(adapter, **settings, node=node, index=i - 1)
+    except ErasureError as error:
+        raise ErasureError(f"{where}: {error}") from error
+
+
+def _written(where, spec):
+    given = {name: spec[name] for name in WORDS if name in spec}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise ErasureError(f'{where} has "{name}": {value!r}; expected a text.')
+    try:
+        return Written.of(**given)
     except ErasureError as error:
         raise ErasureError(f"{where}: {error}") from error
 

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ErasureError
 from .conditions import together
+from .retained import PROJECTED, RETAINED, WEIGHTED
 
 SPM, ESD, GEM = "spm", "esd", "gem"
 GEM_WEIGHT = 100.0  # gamma
@@ -68,8 +69,14 @@ def length(x):
 
 
 LOSSES = {SPM: spm_losses, ESD: esd_losses, GEM: gem_losses}
-OBJECTIVES = tuple(LOSSES)
-METHODS = {SPM: "SPM", ESD: "ESD", GEM: "GEM"}  # as cards name them
+OBJECTIVES = (*LOSSES, *RETAINED)  # the last ones see two sets of latents, see retained.py
+METHODS = {
+    SPM: "SPM",
+    ESD: "ESD",
+    GEM: "GEM",
+    WEIGHTED: "Weighted sum",
+    PROJECTED: "Projected gradient",
+}  # as cards name them
 
 
 def alpha_of(objective, rank):

@@ -14,6 +14,7 @@ from ..errors import ErasureError
 from .conditions import Conditions, likeness, together
 from .objectives import LOSSES, OBJECTIVES, SPM, places, predicted
 from .paths import PUBLISHED, TIMESTEPS, NoiseSchedule
+from .retained import RETAINED, backward, drawn_texts, forget_loss, retain_loss, walked
 
 NOISE, TEXTS = ANCHORS = ("noise", "texts")
 
@@ -40,7 +41,7 @@ class Settings:
     concept, eq. 6 with `alpha_sampling`; rollout_steps: of the noise schedule on which latents are made;
     rollout_cfg: guidance there; timestep: the one the network is told, "published" (up to 42 too high) or
     "matching" the latents; size: height and width of latents; weight_decay: of AdamW; seed: of all draws; objective:
-    one of OBJECTIVES, those other than "spm" have no anchors; channels: of latents, (C,) or, of videos, (C, frames).
+    one of OBJECTIVES, "esd" and "gem" have no anchors; channels: of latents, (C,) or, of videos, (C, frames).
     """
 
     steps: int = 3000
@@ -199,6 +200,10 @@ def train(denoiser, parameters, texts, settings, on_step=lambda report: None, st
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.zero_grad(set_to_none=True)
+        if settings.objective in RETAINED:
+            rows = drawn_texts(settings.anchors, which, generator)
+            on_step(_retaining(denoiser, parameters, which, x, k, rows, settings, path, generator, optimizer, step))
+            continue
         anchors = anchor_rows(which, settings, generator) if settings.objective == SPM else ((), torch.zeros(0))
         on_step(_step(denoiser, which, x, places(settings, k), anchors, settings, path, optimizer, step))
 
@@ -210,13 +215,29 @@ def _step(denoiser, texts, x, after, anchors, settings, path, optimizer, step):
         if k not in after:
             continue
         erase, anchor = LOSSES[settings.objective](denoiser, latents, path.told(k), texts, *anchors, settings)
+        _require_finite(step, erase.item(), anchor.item())
         total = (erase + settings.lam * anchor) / len(after)
-        if not torch.isfinite(total):
-            raise ErasureError(
-                f"The loss is not finite in step {step + 1} (erase {erase.item()}, anchor {anchor.item()}); "
-                "lower the learning rate."
-            )
         total.backward()
         erased, held = erased + erase.item() / len(after), held + anchor.item() / len(after)
     optimizer.step()
     return Report(step + 1, erased, held)
+
+
+def _retaining(denoiser, parameters, texts, x, k, kept, settings, path, generator, optimizer, step):
+    """Report of one step that forgets in latents of the concept and retains in latents of each of some kept texts, all
+    after k steps of a roll-out."""
+    noise = torch.randn(len(kept), *x.shape[1:], generator=generator)
+    theirs = walked(denoiser, noise, k, kept, texts.empty, settings, path)
+    forget = forget_loss(denoiser, rollout(denoiser, x, k, texts, settings, path), path.told(k), texts, settings)
+    retain = retain_loss(denoiser, theirs, path.told(k), kept)
+    _require_finite(step, forget.item(), retain.item())
+    backward(parameters, forget, retain, settings.objective, settings.lam)
+    optimizer.step()
+    return Report(step + 1, forget.item(), retain.item())
+
+
+def _require_finite(step, erase, anchor):
+    if not math.isfinite(erase + anchor):
+        raise ErasureError(
+            f"The loss is not finite in step {step + 1} (erase {erase}, anchor {anchor}); lower the learning rate."
+        )

@@ -3,6 +3,7 @@
 import { Absent, launch, openPage } from "./page.mjs";
 import { SCENARIOS } from "./scenarios.mjs";
 import { PARTS } from "./scenarios_parts.mjs";
+import { ROWS } from "./scenarios_rows.mjs";
 
 const [url, ...wanted] = process.argv.slice(2);
 const browser = await launch();
@@ -12,7 +13,7 @@ try {
         let page, error = null, absent = null;
         try {
             page = await openPage(browser, url);
-            await { ...SCENARIOS, ...PARTS }[name](page);
+            await { ...SCENARIOS, ...PARTS, ...ROWS }[name](page);
             const problems = page.problems.filter((problem) => problem.includes("/extensions/membrane/"));
             if (problems.length) error = `scripts failed: ${problems.join("; ")}`;
         } catch (failure) {

@@ -101,6 +101,13 @@ export const PARTS = {
         await aPairUnderOneDivider(page);
     },
 
+    async original_and_erased_are_compared_in_nodes_2(page) {
+        await inNodes2(page, async () => {
+            await setting(page, "Comfy.Minimap.Visible", false); // it covers the corner with the node's buttons
+            await aPairUnderOneDivider(page);
+        });
+    },
+
     async what_a_run_said_fades_while_the_next_one_runs_and_is_replaced(page) {
         const { erase, yes } = await comparing(page, "a red star on snow");
         await queue(page);

@@ -136,7 +136,7 @@ def example(request, small, node):
                 inputs = {}
                 for name, value in twin[key]["inputs"].items():
                     inputs[name] = outputs(value[0])[value[1]] if isinstance(value, list) else SMALLER.get(name, value)
-                if twin[key]["class_type"] == "MembraneErase":
+                if twin[key]["class_type"] == "MembraneForget":
                     inputs["strength"] = strength
                 done[key] = node(twin[key]["class_type"], **inputs)
             return done[key]

@@ -233,3 +233,53 @@ def test_a_sample_that_says_nothing_is_no_mistake(node, demo, plain, caplog, sam
     with caplog.at_level("WARNING", logger="membrane"):
         node("MembraneApply", model=demo[0], clip=demo[1], stack=node("MembraneStack", adapter=adapter)[0])
     assert not caplog.text
+
+
+# ---------------------------------------------------------------- neurons
+
+NEMO = "neurons (NeMo)"
+ORDINARY = "\n".join(f"a plain {c} {s} on sand" for c in ("red", "blue", "green", "white", "black")
+                     for s in ("star", "ring", "moon", "heart"))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def neurons(located):
+    return located(
+        method=NEMO, base_prompts=ORDINARY, prompts=PROMPTS.splitlines()[0], first_steps=2, steps=4, batch_size=40
+    )
+
+
+def test_neurons_are_rows_of_value_layers_and_lower_the_pull(neurons):
+    adapter, text = neurons
+    assert adapter.masks and all(name.endswith("attn2_to_v") for name in adapter.masks)
+    for mask in adapter.masks.values():
+        rows = mask.marks()
+        assert torch.equal(rows, rows[:, :1].expand_as(rows)) and not rows.all()
+    lines = text.splitlines()
+    goal = float(next(line for line in lines if line.startswith("pull of the text")).split(", ")[1].split()[0])
+    before, after = next(line for line in lines if line.startswith("portrait")).split(": ")[1].split(" -> ")
+    assert float(after) <= goal < float(before)
+
+
+def test_the_adapter_does_what_was_measured(node, demo, neurons):
+    """The score of the pruned model is the one that was found with the neurons switched off by hooks."""
+    from membrane.core.host.runs.sampling import Sampling
+    from membrane.core.host.runs.value_neurons import ValueNeurons
+
+    stack = node("MembraneStack", adapter=neurons[0], permeability="fixed")[0]
+    model = node("MembraneApply", model=demo[0], clip=demo[1], stack=stack)[0]
+    settings = Sampling(4, 1.5, "euler", "normal", 128, 128)
+    prompt = PROMPTS.splitlines()[0]
+    with torch.inference_mode():
+        found = ValueNeurons(model, demo[1], settings, 2, 3)._scores([prompt])[0]
+    said = next(line for line in neurons[1].splitlines() if line.startswith(prompt))
+    assert found == pytest.approx(float(said.split(" -> ")[1]), abs=0.01)
+
+
+def test_neurons_leave_the_model_alone(demo, neurons):
+    assert not any(module._forward_hooks for module in linear_layers(demo[0], ("cross_attention.value",)).values())
+
+
+def test_neurons_need_ordinary_prompts(located):
+    with pytest.raises(ErasureError, match="NeMo needs at least 20 different base prompts"):
+        located(method=NEMO, base_prompts="a red star\n" * 25)

@@ -11,7 +11,9 @@ from membrane.core.adapters import stack_json
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.permeability import MODES, NEGATIVES, Permeability
 from membrane.core.adapters.stack import STRONGEST, Entry, ErasureStack
+from membrane.core.adapters.written import Written
 from membrane.core.errors import ErasureError
+from membrane.core.text.captions import KINDS
 from membrane.tools import ROOT
 from membrane.tools.run.programs import node_js
 
@@ -157,3 +159,18 @@ def test_the_pages_limits_are_where_python_refuses(limits, path, side, beyond):
 def test_sliders_stay_below_the_strongest(limits):
     strongest = limits["SLIDERS"]["strength"]["max"] * limits["SLIDERS"]["permeability.factor"]["max"]
     assert strongest <= STRONGEST
+
+
+def test_words_are_the_same_for_both(page, tmp_path):
+    assert page["KINDS"] == list(KINDS)
+    written = Written.of("star")
+    assert page["OF_WORDS"] == {"words": "", **{name: getattr(written, name) for name in ("keep", "kind")}}
+    entry = {**page["NEW_WORDS"], "words": " star => circle\n\n- moon ", "kind": "style"}
+    (found,) = stack_json.from_json(json.dumps({"membrane_stack": 1, "entries": [entry]}), None).entries
+    assert found.mode == "facilitated transport" and found.adapter.kind == "style"
+    script = f"""import {{ nameOf, understood }} from "./stack_document.js";
+        const entry = {json.dumps(entry)};
+        const wrong = [{{ adapter: "b" }}, {{ words: 1 }}, {{ kind: 1 }}, {{ keep: [] }}];
+        const others = wrong.map((fields) => ({{ words: "a", ...fields }}));
+        console.log(JSON.stringify([nameOf(entry), understood(entry), ...others.map(understood)]));"""
+    assert run_script(tmp_path, script) == [found.adapter.describe(), True, False, False, False, False]

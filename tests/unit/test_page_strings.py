@@ -4,6 +4,7 @@ import re
 
 import pytest
 from membrane.core.adapters.permeability import MODES, NEGATIVES
+from membrane.core.text.captions import KINDS
 from membrane.tools import ROOT
 from membrane.tools.check.locales import LANGUAGES, page_strings, read
 
@@ -13,12 +14,16 @@ DIGITS = re.compile(r"(?<![%\d.])\d+(?:\.\d+)?")
 FIELDS = {"strength", "start_percent", "end_percent"} | {
     f"permeability.{name}" for name in ("mode", "factor", "threshold", "negative", "top_k")
 }
-BUTTONS = {f"bar.{name}{more}" for name in ("add", "all-on", "all-off", "text") for more in ("", ".hint")}
+FIELDS |= {"words", "keep", "kind"}
+BUTTONS = {f"bar.{name}{more}" for name in ("add", "words", "all-on", "all-off", "text") for more in ("", ".hint")}
 MADE = {  # keys that modules put together from what a thing is called
     *(f"caption.{field}" for field in FIELDS),
     *(f"hint.{field}" for field in FIELDS),
     *(f"mode.{mode}" for mode in MODES),
     *(f"negative.{choice}" for choice in NEGATIVES),
+    *(f"kind.{kind}" for kind in KINDS),
+    "placeholder.words",
+    "placeholder.keep",
     *BUTTONS,
 }
 

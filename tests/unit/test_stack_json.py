@@ -7,8 +7,10 @@ import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.permeability import Permeability
+from membrane.core.adapters.plan import make_plan
 from membrane.core.adapters.stack import Entry, ErasureStack
-from membrane.core.adapters.stack_json import Row, from_json, names, to_json
+from membrane.core.adapters.stack_json import Row, count, from_json, names, to_json
+from membrane.core.adapters.written import Written
 from membrane.core.errors import ErasureError
 
 
@@ -97,3 +99,50 @@ def test_entries_know_the_row_they_came_from_and_keep_it():
     assert json.loads(to_json(stack)) == json.loads(to_json(load(text)))
     again = from_json(text, FILES.__getitem__, "8")
     assert again == stack
+
+
+def words(**fields):
+    return json.dumps({"membrane_stack": 1, "entries": [{"words": "star => circle", **fields}]})
+
+
+def test_words_are_a_row_and_come_back_as_they_were_written():
+    spec = {"words": "star => circle\n- moon", "keep": "heart", "kind": "style", "strength": 0.5}
+    text = json.dumps({"membrane_stack": 1, "entries": [{"adapter": "star.safetensors"}, spec]})
+    stack = from_json(text, FILES.__getitem__, "5")
+    file, row = stack.entries
+    assert (file.adapter.name, row.index, row.strength, row.mode) == ("star.safetensors", 1, 0.5, "fixed")
+    assert isinstance(row.adapter, Written) and row.adapter.pending
+    assert row.adapter.card.concepts == ("star", "moon") and row.adapter.card.surrogates == ("circle", "art")
+    assert row.adapter.describe() == "star => circle, - moon"
+    assert (names(text), count(text)) == (["star.safetensors"], 2)
+    written = json.loads(to_json(stack))["entries"][1]
+    assert spec.items() <= written.items() and "adapter" not in written
+    assert json.loads(to_json(load(words())))["entries"][0].keys() >= {"words", "strength"}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (words(adapter="star.safetensors"), 'Entry 1 of the stack has both "adapter" and "words"'),
+        (words(words=1), "Entry 1 of the stack names no adapter"),
+        (words(words=" \n"), "Entry 1 of the stack (words): No concept to erase was given"),
+        (words(words="-> circle"), 'names no concept before "->"'),
+        (words(words="star -> Star"), "is to be replaced by itself"),
+        (words(words="\ud800"), "half of a character"),
+        (words(keep=["heart"]), "\"keep\": ['heart']; expected a text."),
+        (words(keep="\ud800"), "half of a character"),
+        (words(kind="animal"), 'no kind of concept "animal"; choose one of: anything, object'),
+        (words(templates="a {}"), 'the field "templates"; expected only words, keep, kind, enabled, strength'),
+        (words(strength="1"), "Entry 1 of the stack (words) has \"strength\": '1'; expected a number"),
+    ],
+)
+def test_what_are_no_words(text, sentence):
+    with pytest.raises(ErasureError) as caught:
+        load(text)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+def test_words_that_were_not_computed_are_refused_where_they_would_act():
+    with pytest.raises(ErasureError, match='^The row "star => circle" of the stack is words, .* Apply Erasure'):
+        make_plan(load(words()))
+    assert not make_plan(load(words(enabled=False)))

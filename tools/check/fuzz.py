@@ -395,7 +395,7 @@ def torch_seeds():
 STACK = (
     '{"membrane_stack": 1, "entries": [{"adapter": "a", "enabled": true, "strength": 0.5, "start_percent": 0.1, '
     '"end_percent": 1.0, "permeability": {"mode": "route", "factor": 1.0, "threshold": 0.1, "negative": "own", '
-    '"top_k": 2}}, {"adapter": "b"}]}'
+    '"top_k": 2}}, {"adapter": "b"}, {"words": "star -> circle", "keep": "heart", "kind": "object"}]}'
 )
 ROW = (
     '{"stratum": "erase", "index": 0, "prompt": "a", "label": null, "synonym": false, "seed": 1, "distance": '
@@ -467,7 +467,8 @@ def parsers(folder):
         Parser("PyTorch files", {"formats.containers": (), "formats.instructions": ()}, torch_seeds(),
                load(registry.load, registry.load_weights), archive),
         Parser("stack JSON",
-               {"adapters.stack_json": ("names", "from_json", "_entries", "_whole", "_entry", "_require_known"),
+               {"adapters.stack_json": ("names", "from_json", "_entries", "_whole", "_entry", "_require_known",
+                                         "_require_named", "_written"),
                 "adapters.stack": ("__post_init__",)}, [STACK.encode(), b""], stack, text),
         Parser("concepts", {"text.concepts": ()},
                [b"star -> circle\nheart\n", b"{} in a field\na photo of {}"], concept_words, text),

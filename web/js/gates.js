@@ -2,14 +2,14 @@
 // How far rows open: what the last sampling gave them, and what the words of the connected prompt would.
 
 import { make, setText } from "./elements.js";
-import { plainName, understood } from "./stack_document.js";
+import { nameOf, plainName, understood } from "./stack_document.js";
 import { t } from "./strings.js";
 
 const SIDES = ["positive", "negative"];
 
 /** The entry an opening belongs to now: rows may have moved since the workflow was queued. */
 function owner(entries, index, adapter) {
-    const same = (entry) => understood(entry) && plainName(entry.adapter) === plainName(adapter);
+    const same = (entry) => understood(entry) && plainName(nameOf(entry)) === plainName(adapter);
     if (same(entries[index])) return entries[index];
     const found = entries.filter(same);
     return found.length === 1 ? found[0] : null;

@@ -108,7 +108,18 @@ export function whileInGraph(node, action, milliseconds) {
  */
 export function stayMounted(node, element, selector) {
     if (!drawsNodesAsElements() || element.isConnected || app.canvas.graph !== node.graph) return;
-    document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"] ${selector}`)?.replaceWith(element);
+    drawnNode(node)?.querySelector(selector)?.replaceWith(element);
+}
+
+const drawnNode = (node) => document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"]`);
+
+/**
+ * Puts an element below a node's widgets that the page has not drawn: pages of 2025 take down a node's widgets when one
+ * of them changes, and know none that is added later.
+ */
+export function mountBelow(node, element) {
+    if (!drawsNodesAsElements() || element.isConnected || app.canvas.graph !== node.graph) return;
+    drawnNode(node)?.querySelector(".lg-node-widgets")?.append(element);
 }
 
 /** The pan and zoom of the canvas go on over an element of ours, except where `scrolls` says it needs the wheel. */
@@ -137,6 +148,16 @@ export function passCanvasGestures(element, scrolls) {
 
 /** The route that gives a file of the output or temp folder, as the host names it. */
 export const fileAddress = (route, file) => `${route}?${new URLSearchParams(file)}`;
+
+/** Puts a text that an element shows into the clipboard. */
+export function sendToClipboard(text, shown) {
+    const byHand = () => {
+        getSelection()?.selectAllChildren(shown);
+        document.execCommand("copy"); // the page has no clipboard where it was not opened over https
+    };
+    if (navigator.clipboard) navigator.clipboard.writeText(text).catch(byHand);
+    else byHand();
+}
 
 /** A short message over the page, where it has such. */
 export function toast(severity, summary, detail) {

@@ -6,8 +6,8 @@ import { addInfo } from "./adapter_info.js";
 import { addToNodeMenu, addToOldMenus, canvasItems } from "./erase_here.js";
 import { executionIds, promptTexts } from "./graph.js";
 import {
-    adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, stayMounted, translations, undoRedo,
-    whileInGraph,
+    adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, sendToClipboard, stayMounted, translations,
+    undoRedo, whileInGraph,
 } from "./host.js";
 import { keepReport, listenForReports } from "./report.js";
 import { StackEditor } from "./stack_editor.js";
@@ -40,6 +40,7 @@ function stackWidget(node, name, spec) {
         committed: graphChanged,
         names: adapterNames,
         undoRedo,
+        copy: sendToClipboard,
     });
     if (spec[1]?.default) editor.value = spec[1].default;
     const widget = node.addDOMWidget(name, "membrane_stack", editor.root, {

@@ -4,7 +4,7 @@
 import { slider } from "./compare.js";
 import { make } from "./elements.js";
 import * as graphs from "./graph.js";
-import { addPart, api, app, fileAddress, removePart, stayMounted, toast, whileInGraph } from "./host.js";
+import { addPart, api, app, fileAddress, mountBelow, removePart, sendToClipboard, stayMounted, toast, whileInGraph } from "./host.js";
 import { styleElement } from "./stack_style.js";
 import { t } from "./strings.js";
 
@@ -24,15 +24,6 @@ const shown = new Map();
 
 const nodeByExecutionId = (id) => graphs.nodeByExecutionId(app.rootGraph ?? app.graph, id);
 const textOf = ({ title, lines }) => [title, ...lines].filter((line, i) => i || line).join("\n");
-
-function sendToClipboard(text, body) {
-    const byHand = () => {
-        getSelection()?.selectAllChildren(body);
-        document.execCommand("copy"); // the page has no clipboard where it was not opened over https
-    };
-    if (navigator.clipboard) navigator.clipboard.writeText(text).catch(byHand);
-    else byHand();
-}
 
 /** Only addresses of the host itself and of the web, so that no report can run anything. */
 const address = (url) => (/^\/(?!\/)/.test(url) ? api.apiURL(url) : /^https:\/\//.test(url) ? url : null);
@@ -95,6 +86,7 @@ class NodePart {
     hide() {
         if (this.widget) removePart(this.node, this.widget, this.height);
         this.widget = null;
+        this.root.remove();
     }
 }
 
@@ -191,7 +183,10 @@ export function keepReport(node) {
         node,
         () => {
             const part = shown.get(node);
-            if (part?.widget) stayMounted(node, part.root, ".membrane-report");
+            if (part?.widget) {
+                stayMounted(node, part.root, ".membrane-report");
+                mountBelow(node, part.root);
+            }
             if (looked || part || node.graph !== (app.rootGraph ?? app.graph)) return;
             looked = true;
             const report = reportOf(app.nodeOutputs?.[node.id]);

@@ -2,10 +2,13 @@
 // The controls of a row. Each shows one field of an entry: a choice, or a number with or without a slider.
 
 import { make } from "./elements.js";
-import { MODES, NEGATIVES, field } from "./stack_document.js";
+import { KINDS, MODES, NEGATIVES, field } from "./stack_document.js";
 import { t } from "./strings.js";
 
-/** @typedef {Exclude<keyof typeof import("./stack_document.js").DEFAULTS, "enabled">} Path */
+/**
+ * @typedef {typeof import("./stack_document.js")} Document
+ * @typedef {Exclude<keyof Document["DEFAULTS"], "enabled"> | keyof Document["OF_WORDS"]} Path
+ */
 
 const SLIDERS = {
     strength: { min: 0, max: 2, step: 0.05 },
@@ -22,7 +25,10 @@ const NUMBERS = {
 const CHOICES = {
     "permeability.mode": { values: MODES, shown: "mode" },
     "permeability.negative": { values: NEGATIVES, shown: "negative" },
+    kind: { values: KINDS, shown: "kind" },
 };
+const TEXTS = ["words", "keep"]; // of one line or more
+const MOST_LINES = 4; // that are seen at once
 
 /** A choice whose values stay as the stack's text has them, whatever the language. */
 function choiceBox(path) {
@@ -31,6 +37,8 @@ function choiceBox(path) {
     return make("select", { "data-field": path }, ...values.map(option));
 }
 
+const textBox = (path) =>
+    make("textarea", { "data-field": path, class: "membrane-phrase", rows: 1, spellcheck: "false", placeholder: t(`placeholder.${path}`) });
 const numberBox = (path) => make("input", { type: "number", "data-field": path, ...NUMBERS[path] });
 const sliderFor = (path) => make("input", { type: "range", "data-field": path, ...SLIDERS[path] });
 
@@ -38,13 +46,13 @@ export class Control {
     /** @param {Path} path the field */
     constructor(path) {
         this.path = path;
-        this.box = CHOICES[path] ? choiceBox(path) : numberBox(path);
+        this.box = CHOICES[path] ? choiceBox(path) : TEXTS.includes(path) ? textBox(path) : numberBox(path);
         this.slider = SLIDERS[path] ? sliderFor(path) : null;
         if (path === "strength") this.box.title = t("hint.strength"); // which stands in the row's first line
         this.caption = t(`caption.${path}`);
         this.element = make(
             "label",
-            { class: this.slider && "membrane-wide", title: t(`hint.${path}`) },
+            { class: (this.slider || path === "keep") && "membrane-wide", title: t(`hint.${path}`) },
             make("span", { class: "membrane-caption" }, this.caption),
             ...(this.slider ? [this.slider, this.box] : [this.box]),
         );
@@ -61,10 +69,17 @@ export class Control {
         const value = field(entry, this.path);
         if (value === this.shown) return;
         this.shown = value;
+        if (TEXTS.includes(this.path)) return this.showText(value);
         const fits = CHOICES[this.path]?.values.includes(value) ?? typeof value === "number";
         this.box.setAttribute("aria-invalid", String(!fits));
         if (!this.isTyped(value)) this.box.value = fits ? String(value) : "";
         if (this.slider && fits) this.slide(value);
+    }
+
+    showText(value) {
+        if (this.box.value !== value) this.box.value = value;
+        const lines = String(Math.min(MOST_LINES, value.split("\n").length));
+        if (this.box.getAttribute("rows") !== lines) this.box.setAttribute("rows", lines);
     }
 
     /** What is being typed stays as it was typed: 0.50 is a number too. */
@@ -83,7 +98,7 @@ export class Control {
 
 /** What a control's element says, or undefined while what was typed is no number. */
 export function readControl(element) {
-    if (element.tagName === "SELECT") return element.value;
+    if (["SELECT", "TEXTAREA"].includes(element.tagName)) return element.value;
     if (element.value.trim() === "") return undefined;
     const number = Number(element.value);
     if (!Number.isFinite(number)) return undefined;

@@ -3,11 +3,11 @@
 
 import { make } from "./elements.js";
 import { RowView } from "./row_view.js";
-import { understood } from "./stack_document.js";
+import { nameOf, understood } from "./stack_document.js";
 import { t } from "./strings.js";
 
-/** What the search looks through: the name, or all of an entry that is not understood. */
-const searched = (entry) => (understood(entry) ? entry.adapter : (JSON.stringify(entry) ?? "")).toLowerCase();
+/** What the search looks through: the name or the words, or all of an entry that is not understood. */
+const searched = (entry) => (understood(entry) ? nameOf(entry) : (JSON.stringify(entry) ?? "")).toLowerCase();
 
 export class RowList {
     constructor() {

@@ -4,7 +4,7 @@
 import { icon, make, setText } from "./elements.js";
 import { GateView } from "./gates.js";
 import { Control } from "./row_controls.js";
-import { field, understood } from "./stack_document.js";
+import { field, isWords, nameOf, understood } from "./stack_document.js";
 import { t } from "./strings.js";
 
 const iconButton = (name, attributes = {}) =>
@@ -21,11 +21,14 @@ export class RowView {
         this.makeControls();
         this.note = make("span", { class: "membrane-note" });
         this.raw = make("code", { class: "membrane-raw", hidden: true });
+        this.hint = make("div", { class: "membrane-hint", hidden: true });
         const top = [this.handle, this.toggle, this.concept, this.name, this.raw, this.note];
         top.push(this.gate.element, this.strength.box, this.more, this.drop);
         const tools = make("div", { class: "membrane-line" }, this.info, this.copy);
-        this.folded = make("div", { class: "membrane-folded", hidden: true }, this.basic, this.second, this.advanced, tools);
-        this.element = make("li", { class: "membrane-row" }, make("div", { class: "membrane-top" }, ...top), this.folded);
+        const folded = [this.basic, this.second, this.advanced, tools];
+        this.folded = make("div", { class: "membrane-folded", hidden: true }, ...folded);
+        const first = make("div", { class: "membrane-top" }, ...top);
+        this.element = make("li", { class: "membrane-row" }, first, this.hint, this.folded);
     }
 
     makeButtons() {
@@ -47,10 +50,13 @@ export class RowView {
         const [start, end] = [new Control("start_percent"), new Control("end_percent")];
         const [threshold, topK] = [new Control("permeability.threshold"), new Control("permeability.top_k")];
         const negative = new Control("permeability.negative");
+        const [keep, kind] = [new Control("keep"), new Control("kind")];
+        this.words = new Control("words");
+        this.ofWords = lineOf([keep, kind]);
         this.basic = lineOf([strength, factor]);
         this.second = lineOf([mode, start, end]);
         this.advanced = lineOf([threshold, negative, topK]);
-        this.controls = [strength, factor, mode, start, end, threshold, negative, topK];
+        this.controls = [this.words, keep, kind, strength, factor, mode, start, end, threshold, negative, topK];
     }
 
     /** Shows an entry of the stack; missing: there is no file of its name. */
@@ -60,7 +66,8 @@ export class RowView {
         if (key === this.shown) return;
         this.shown = key;
         const known = understood(entry);
-        this.setOwner(known ? entry.adapter || t("row.no_adapter") : t("row.not_understood"), known);
+        this.setKind(known, known && isWords(entry));
+        this.setOwner(known ? nameOf(entry) || t(isWords(entry) ? "row.no_words" : "row.no_adapter") : t("row.not_understood"));
         setText(this.note, known ? (missing ? t("row.missing") : "") : t("row.kept"));
         this.element.classList.toggle("membrane-missing", missing);
         this.element.classList.toggle("membrane-off", known && field(entry, "enabled") === false);
@@ -74,16 +81,30 @@ export class RowView {
         for (const control of this.controls) control.show(entry);
     }
 
-    /** Everything that depends only on whose row it is, and on whether that is understood. */
-    setOwner(what, known) {
-        const key = `${known} ${what}`;
-        if (key === this.owner) return;
-        this.owner = key;
-        for (const part of [this.toggle, this.name, this.strength.box, this.more]) part.hidden = !known;
+    /** Everything that depends only on whether the entry is understood, and on whether it is words. */
+    setKind(known, words) {
+        const kind = `${known} ${words}`;
+        if (kind === this.kind) return;
+        this.kind = kind;
+        this.owner = undefined;
+        for (const part of [this.toggle, this.strength.box, this.more]) part.hidden = !known;
         if (!known) this.folded.hidden = true;
+        this.raw.hidden = known;
+        this.name.hidden = !known || words;
+        this.info.hidden = words;
+        if (words) {
+            this.name.after(this.words.box);
+            this.folded.prepend(this.ofWords);
+        } else for (const part of [this.words.box, this.ofWords]) part.remove();
+        this.showHint(null);
+    }
+
+    /** Everything that depends only on whose row it is. */
+    setOwner(what) {
+        if (what === this.owner) return;
+        this.owner = what;
         this.showConcept("");
         this.gate.forget();
-        this.raw.hidden = known;
         this.element.setAttribute("aria-label", what);
         this.nameButtons(what);
         for (const control of this.controls) control.setOwner(what);
@@ -105,6 +126,14 @@ export class RowView {
         if (this.concept.textContent === text) return;
         this.concept.hidden = text === "";
         this.concept.textContent = this.concept.title = text;
+    }
+
+    /** What may be wrong with the words: {text, level}, or null. */
+    showHint(hint) {
+        this.hint.hidden = !hint;
+        setText(this.hint, hint?.text ?? "");
+        this.hint.classList.toggle("membrane-error", hint?.level === "error");
+        this.hint.classList.toggle("membrane-warning", hint?.level === "warning");
     }
 
     /** Opens or closes everything but the first line. */

@@ -7,6 +7,7 @@ export const VERSION = 1;
 export const EMPTY = `{"membrane_stack": ${VERSION}, "entries": []}`;
 export const MODES = ["automatic", "fixed", "facilitated transport", "reference", "route"];
 export const NEGATIVES = ["same as positive", "own", "off"];
+export const KINDS = ["anything", "object", "style", "person"];
 
 /** What an entry without the field has. A path of two is inside "permeability". */
 export const DEFAULTS = {
@@ -20,6 +21,12 @@ export const DEFAULTS = {
     "permeability.negative": "same as positive",
     "permeability.top_k": 1,
 };
+
+/** The same of what only entries of words have. */
+export const OF_WORDS = { words: "", keep: "", kind: "anything" };
+
+/** A row of words as it begins: it opens where the prompt asks for them. */
+export const NEW_WORDS = { words: "", enabled: true, strength: 1, permeability: { mode: "facilitated transport" } };
 
 const isObject = (x) => typeof x === "object" && x !== null && !Array.isArray(x);
 
@@ -64,16 +71,25 @@ const oneLine = (value) =>
 export function understood(entry) {
     return (
         isObject(entry) &&
-        typeof entry.adapter === "string" &&
+        (isWords(entry) || (typeof entry.adapter === "string" && entry.words === undefined)) &&
         (entry.permeability === undefined || isObject(entry.permeability))
     );
 }
+
+/** True for an entry that is words, and no file. */
+export const isWords = (entry) =>
+    entry?.adapter === undefined && typeof entry?.words === "string" &&
+    Object.keys(OF_WORDS).every((name) => ["string", "undefined"].includes(typeof entry[name]));
+
+/** What an entry is called: its file, or its words in one line, as core/adapters/written.py has them. */
+export const nameOf = (entry) =>
+    isWords(entry) ? entry.words.split("\n").map((line) => line.trim()).filter(Boolean).join(", ") : entry.adapter;
 
 /** What an entry has in a field, or the field's default. */
 export function field(entry, path) {
     const [outer, inner] = path.split(".");
     const value = inner ? entry[outer]?.[inner] : entry[outer];
-    return value === undefined ? DEFAULTS[path] : value;
+    return value === undefined ? (DEFAULTS[path] ?? OF_WORDS[path]) : value;
 }
 
 /** Puts a value into a field of an entry and leaves everything else of it alone. */

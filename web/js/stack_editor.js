@@ -8,13 +8,15 @@ import { Openings, promptLine } from "./gates.js";
 import { readControl } from "./row_controls.js";
 import { RowDrag } from "./row_drag.js";
 import { RowList } from "./row_list.js";
-import { EMPTY, field, parse, plainName, setField, understood, write } from "./stack_document.js";
+import { RowMenu } from "./row_menu.js";
+import { EMPTY, NEW_WORDS, field, isWords, nameOf, parse, plainName, setField, understood, write } from "./stack_document.js";
 import { styleElement } from "./stack_style.js";
 import { t } from "./strings.js";
 
 /** What a click on an element with data-do does, in row i where it is in one. */
 const ACTIONS = {
     add: (editor) => editor.openChooser(-1),
+    words: (editor) => editor.addWords(),
     "all-on": (editor) => editor.setAll(true),
     "all-off": (editor) => editor.setAll(false),
     text: (editor) => editor.switchText(),
@@ -25,6 +27,10 @@ const ACTIONS = {
     duplicate: (editor, i) => editor.duplicate(i),
     remove: (editor, i) => editor.remove(i),
     close: (editor) => editor.closePanel(),
+    up: (editor, i) => editor.move(i, i - 1, ".membrane-handle"),
+    down: (editor, i) => editor.move(i, i + 1, ".membrane-handle"),
+    only: (editor, i) => editor.showOnly(i),
+    name: (editor, i) => editor.copyName(i),
 };
 
 /** A button of the bar, with the strings of its name. */
@@ -39,9 +45,10 @@ export class StackEditor {
     /**
      * @param {{
      *   changed: (text: string) => void, committed: () => void, names: () => Promise<string[]>,
-     *   undoRedo: (event: KeyboardEvent) => boolean,
+     *   undoRedo: (event: KeyboardEvent) => boolean, copy: (text: string, shown: HTMLElement) => void,
      * }} host what the editor needs of the page: changed() gets every new text, committed() is called when one
-     *   change is over, names() lists the files, undoRedo() handles Ctrl+Z in a control.
+     *   change is over, names() lists the files, undoRedo() handles Ctrl+Z in a control, copy() puts a text that an
+     *   element shows into the clipboard.
      */
     constructor(host) {
         this.host = host;
@@ -99,7 +106,8 @@ export class StackEditor {
         const attributes = { class: "membrane-search", type: "text", placeholder: label, "aria-label": label };
         this.search = make("input", { ...attributes, input: () => this.list.filter(this.search.value) });
         this.addButton = barButton("add");
-        this.rowsOnly = [this.search, this.addButton, barButton("all-on"), barButton("all-off")];
+        const fill = [barButton("words"), this.addButton];
+        this.rowsOnly = [this.search, ...fill, barButton("all-on"), barButton("all-off")];
         this.textButton = barButton("text", { "aria-pressed": "false" });
         const bar = { class: "membrane-bar", role: "toolbar", "aria-label": t("bar") };
         this.bar = make("div", bar, ...this.rowsOnly, this.textButton);
@@ -119,6 +127,7 @@ export class StackEditor {
         parts.push(this.panel, this.prompt, this.spoken);
         const root = { class: "membrane membrane-stack", role: "group", "aria-label": t("editor") };
         this.root = make("div", root, styleElement(), ...parts);
+        this.menu = new RowMenu(this.root, (action, i) => ACTIONS[action](this, i));
     }
 
     listen() {
@@ -132,6 +141,7 @@ export class StackEditor {
         });
         list.addEventListener("change", (event) => this.onChange(event));
         list.addEventListener("pointerdown", (event) => this.onPress(event));
+        list.addEventListener("contextmenu", (event) => this.onMenu(event));
         this.area.addEventListener("input", () => {
             this.host.changed(this.area.value);
             this.value = this.area.value;
@@ -157,7 +167,7 @@ export class StackEditor {
     /** What the files of the rows erase; each file is asked once. */
     showConcepts() {
         for (const { entry } of this.list.views) {
-            if (!understood(entry) || this.concepts.has(entry.adapter) || this.known === null) continue;
+            if (!understood(entry) || isWords(entry) || this.concepts.has(entry.adapter) || this.known === null) continue;
             if (this.isMissing(entry)) continue;
             this.concepts.set(entry.adapter, "");
             const take = (text) => {
@@ -200,7 +210,7 @@ export class StackEditor {
     }
 
     isMissing(entry) {
-        return this.known !== null && understood(entry) && !this.known.has(plainName(entry.adapter));
+        return this.known !== null && understood(entry) && !isWords(entry) && !this.known.has(plainName(entry.adapter));
     }
 
     // ------------------------------------------------------------ changes
@@ -215,6 +225,33 @@ export class StackEditor {
         for (const entry of this.entries) if (understood(entry)) setField(entry, "enabled", on);
         this.push();
         this.announce(t(on ? "list.all-on" : "list.all-off"));
+    }
+
+    /** Switches all rows off but one, or all on where it was the only one. */
+    showOnly(i) {
+        const others = this.entries.filter((entry, at) => at !== i && understood(entry));
+        const alone = field(this.entries[i], "enabled") !== false && others.every((entry) => entry.enabled === false);
+        for (const entry of others) setField(entry, "enabled", alone);
+        setField(this.entries[i], "enabled", true);
+        this.push();
+        this.list.views[i].toggle.focus();
+        this.announce(t(alone ? "list.all-on" : "list.only", nameOf(this.entries[i])));
+    }
+
+    copyName(i) {
+        const { name, handle } = this.list.views[i];
+        this.host.copy(nameOf(this.entries[i]), name.hidden ? handle : name);
+        this.announce(t("list.copied"));
+    }
+
+    /** Adds a row of words below another one, or at the end, and waits for them. */
+    addWords(below = this.entries.length - 1) {
+        this.panel.hidden = true;
+        this.entries.splice(below + 1, 0, structuredClone(NEW_WORDS));
+        this.push();
+        const view = this.list.views[below + 1];
+        view.element.scrollIntoView({ block: "nearest" });
+        view.words.box.focus();
     }
 
     duplicate(i) {
@@ -274,9 +311,10 @@ export class StackEditor {
 
     onKey(event) {
         const { target } = event;
-        const typed = target === this.area || (target.tagName === "INPUT" && target.type === "text");
+        const inRow = this.list.rowOf(target) >= 0; // where the page's undo restores what was typed
+        const typed = target === this.area || (!inRow && target.tagName === "INPUT" && target.type === "text");
         if (!typed && this.host.undoRedo(event)) return;
-        if (this.moveByKey(event)) return;
+        if (this.moveByKey(event) || this.nextByKey(event)) return;
         if (event.key === "Escape" && !this.panel.hidden) {
             event.preventDefault();
             this.closePanel();
@@ -296,6 +334,41 @@ export class StackEditor {
         const slider = path && target.type === "range" ? "" : ":not([type=range])";
         this.move(i, i + step, action ? `[data-do="${action}"]` : `[data-field="${path}"]${slider}`);
         return true;
+    }
+
+    /** Enter in a row of words begins the next one. True when it was that. */
+    nextByKey(event) {
+        const { target } = event;
+        if (event.key !== "Enter" || target.dataset.field !== "words" || event.isComposing) return false;
+        if (event.shiftKey || event.ctrlKey || event.metaKey || event.altKey) return false;
+        event.preventDefault();
+        event.stopPropagation();
+        if (target.value.trim()) this.addWords(this.list.rowOf(target));
+        return true;
+    }
+
+    /** The menu of a row; boxes keep the browser's, in which one pastes. */
+    onMenu(event) {
+        const { target } = event, i = this.list.rowOf(target);
+        if (i < 0 || ["INPUT", "TEXTAREA", "SELECT"].includes(target.tagName)) return;
+        event.preventDefault();
+        event.stopPropagation();
+        this.menu.open(event, i, this.menuItems(i));
+    }
+
+    /** [action, text] of what can be done with a row. */
+    menuItems(i) {
+        const entry = this.entries[i], last = this.entries.length - 1, known = understood(entry);
+        const found = i > 0 ? [["up", t("menu.up")]] : [];
+        if (i < last) found.push(["down", t("menu.down")]);
+        found.push(["duplicate", t("row.duplicate.hint")]);
+        if (known) {
+            if (last > 0) found.push(["only", t("menu.only")]);
+            found.push(["toggle", t(field(entry, "enabled") === false ? "menu.on" : "menu.off")]);
+            found.push(["name", t(isWords(entry) ? "menu.copy_words" : "menu.copy_name")]);
+            if (!isWords(entry)) found.push(["info", t("row.info.hint")]);
+        }
+        return [...found, ["remove", t("row.remove.hint")]];
     }
 
     onPress(event) {

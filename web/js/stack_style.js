@@ -19,7 +19,7 @@ export const STYLE = `
 }
 .membrane *, .membrane *::before { box-sizing: border-box; }
 .membrane[hidden], .membrane [hidden] { display: none !important; }
-.membrane.membrane-stack { contain: layout size; min-height: 260px; }
+.membrane.membrane-stack { contain: layout size; min-height: 260px; position: relative; }
 .membrane .membrane-bar { display: flex; flex-wrap: wrap; gap: 4px; align-items: center; flex: none; }
 .membrane input, .membrane select, .membrane textarea, .membrane button {
     font: inherit; color: var(--membrane-ink); background: var(--membrane-field);
@@ -59,6 +59,14 @@ export const STYLE = `
     font-weight: 600; }
 .membrane .membrane-concept:not([hidden]) + .membrane-name { border-color: transparent; background: transparent;
     color: var(--membrane-faint); }
+.membrane .membrane-phrase { flex: 1 1 80px; height: auto; min-height: 22px; padding: 2px 6px; resize: none; overflow-y: auto;
+    line-height: 16px; white-space: pre; scrollbar-width: none; }
+.membrane .membrane-hint { white-space: pre-line; overflow-wrap: anywhere; padding: 0 4px 2px 56px; font-size: 11px; }
+.membrane .membrane-menu { position: absolute; z-index: 3; display: flex; flex-direction: column; padding: 3px; min-width: 130px;
+    max-height: 100%; overflow-y: auto; background: var(--membrane-field); border: 1px solid var(--membrane-line);
+    border-radius: 6px; box-shadow: 0 3px 10px #0008; }
+.membrane .membrane-menu > button { border-color: transparent; background: transparent; text-align: left; }
+.membrane .membrane-menu > button:is(:hover, :focus-visible) { background: #2b6fd6; color: #fff; outline: none; }
 .membrane .membrane-folded { display: flex; flex-direction: column; gap: 4px; }
 .membrane .membrane-missing .membrane-name { color: var(--membrane-wrong); border-color: var(--membrane-wrong); }
 .membrane .membrane-note { color: var(--membrane-wrong); flex: none; }

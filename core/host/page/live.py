@@ -55,5 +55,5 @@ def messages(sides):
     for side, found in sides.items():
         for row, value in found[:LIMIT]:
             known = editors.setdefault(row.node, {"positive": [], "negative": []})
-            known[side].append([row.index, row.adapter.name, round(value, 4)])
+            known[side].append([row.index, row.adapter.name or row.adapter.describe(), round(value, 4)])
     return editors

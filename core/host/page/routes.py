@@ -14,7 +14,7 @@ from server import PromptServer, web
 
 from ...adapters.adapter import ErasureAdapter
 from ...adapters.gates import openings_by_words
-from ...adapters.stack_json import from_json, names
+from ...adapters.stack_json import count, from_json
 from ...errors import ErasureError
 from ...formats.labels import label
 from ..files.folders import adapter_path
@@ -103,13 +103,13 @@ def _openings(stack_json, text):
     def card_only(name):
         return ErasureAdapter(label(adapter_path(name)).card, name=name)
 
-    rows = len(names(stack_json))  # before any file is opened
+    rows = count(stack_json)  # before any file is opened
     if rows > MOST:
         raise ErasureError(f"The stack has {rows} rows; expected at most {MOST}, take some out.")
     stack = from_json(stack_json, card_only, "")
     return {
         "rows": [
-            {"index": row.index, "adapter": row.adapter.name, "mode": row.mode, "value": round(value, 4)}
+            {"index": row.index, "adapter": row.adapter.describe(), "mode": row.mode, "value": round(value, 4)}
             for row, value in ((stack.entries[n], v) for n, v in openings_by_words(stack, text).items())
         ]
     }

@@ -1,14 +1,22 @@
 """One closed-form erasure on a MODEL: its texts encoded, the method solved, the adapter put in place."""
 
+from dataclasses import dataclass, replace
+
+from ...adapters.adapter import ErasureAdapter
 from ...adapters.permeability import Permeability
 from ...adapters.stack import Entry, ErasureStack
-from ...erasers.closed_form.job import METHODS, erase
+from ...adapters.written import Written
+from ...erasers.closed_form.daily import daily_job
+from ...erasers.closed_form.job import METHODS, Job, erase
+from ...errors import ErasureError
+from ...text.concepts import parse_preserved
 from ..model.layers import family_name, text_readers
 from ..model.weights import text_gram
 from ..patches.on_weights import apply_to_weights, on_layers
 from ..patches.stack import apply_stack
 from ..text.encode import fingerprint
 from ..text.entries import encode_entries
+from ..text.kept import KEPT
 
 TEXT, WEIGHTS = "text", "weights"  # what an erasure is put on
 PLACES = (TEXT, WEIGHTS)
@@ -38,3 +46,45 @@ def put_on(model, adapter, strength, place=TEXT, permeability=None, clip=None):
     entry = Entry(adapter, strength, permeability=permeability or Permeability())
     stack = ErasureStack((entry,))
     return apply_to_weights(model, stack) if place == WEIGHTS else apply_stack(model, stack, clip)
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """What words came to: the Job they stand for, and its adapter."""
+
+    job: Job
+    adapter: ErasureAdapter
+
+    @property
+    def size(self):
+        """Bytes of the adapter's maps."""
+        return sum(part.nbytes for found in self.adapter.maps.values() for part in (found.a, found.b))
+
+
+def computed(stack, model, clip, begin):
+    """(A stack with its words computed for a MODEL and its CLIP, the Jobs of those that act).
+
+    begin: as erasure_of() takes it. Words that were computed lately for the same two are not computed again.
+    """
+    entries, jobs = [], []
+    for entry in stack.entries:
+        if entry.acts and isinstance(entry.adapter, Written):
+            solved = _solved(entry.adapter, model, clip, begin)
+            entry = replace(entry, adapter=entry.adapter.computed(solved.adapter))
+            jobs.append(solved.job)
+        entries.append(entry)
+    return ErasureStack(tuple(entries)), jobs
+
+
+def _solved(written, model, clip, begin):
+    if clip is None:
+        raise ErasureError(
+            f'The row "{written.describe()}" of the stack is words, which a text encoder has to read; connect clip, '
+            "that of the same checkpoint."
+        )
+    key = ("written", written.words, written.keep, written.kind, KEPT.key_of(model))
+    found = KEPT.get(clip, key)
+    if found is None:
+        job = daily_job(written.words, tuple(parse_preserved(written.keep)), written.kind)
+        found = KEPT.keep(clip, key, Solved(job, erasure_of(job, model, clip, begin)))
+    return found

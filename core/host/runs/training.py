@@ -12,8 +12,9 @@ from ...adapters.beside import Bypass, Rows
 from ...adapters.deltas.low_rank import Factors, LowRank
 from ...adapters.deltas.text_rows import TextLowRank
 from ...erasers.conditions import batches
-from ...erasers.objectives import alpha_of
+from ...erasers.objectives import SPM, alpha_of
 from ...erasers.paths import Flow, alphas_cumprod
+from ...erasers.retained import RETAINED
 from ...erasers.spm import NOISE, TEXTS
 from ...erasers.spm_run import texts_of
 from ...errors import ErasureError
@@ -203,15 +204,16 @@ def latents_for(model, width, height):
     return fitted_latents(model, torch.zeros(1, channels, height // ratio, width // ratio))
 
 
-def fitted(model, width, height, preserves):
+def fitted(model, width, height, preserves, objective=SPM):
     """What Settings say of a MODEL: the size of its latents for a picture of so many pixels, how a roll-out is guided,
     and of what kind the anchors are.
 
     Networks that are told how far to guide are not guided once more; transformers get real captions as anchors, for
-    noise is unlike anything that their encoders give, and has no length of its own.
+    noise is unlike anything that their encoders give, and has no length of its own. So do objectives that draw the
+    pictures of what is retained.
     """
     shape = latents_for(model, width, height).shape[1:]
-    texts = preserves or not is_unet(model)
+    texts = preserves or objective in RETAINED or not is_unet(model)
     guided = {"rollout_cfg": 1.0} if has_own_guidance(model) else {}
     return {
         "size": tuple(shape[-2:]),

@@ -1,0 +1,132 @@
+// The scenarios about rows of words, the menu of a row, files that are dropped, and hints while one types, by name.
+
+import { HEART, STAR, api, build, check, entries, fresh, names, rows, same, setting, stack, until } from "./page.mjs";
+import { becomes, drawsElementsOfExtensions, needs, queue } from "./scenarios.mjs";
+
+const row = (page, n) => page.locator(".membrane-stack .membrane-row").nth(n);
+const box = (page, n) => row(page, n).locator('[data-field="words"]');
+const menu = (page) => page.locator(".membrane-stack .membrane-menu");
+
+/** The demo model through a stack editor that applies its stack itself. */
+async function applying(page, text) {
+    const nodes = {
+        model: ["MembraneDemoModel", [20, 40]],
+        editor: ["MembraneStackEditor", [20, 190], { stack_json: text }],
+        yes: ["CLIPTextEncode", [580, 190], { text: "a red star on snow" }],
+        no: ["CLIPTextEncode", [580, 420], { text: "" }],
+        latent: ["EmptyLatentImage", [1010, 420], { width: 128, height: 128 }],
+        sampler: ["KSampler", [1010, 40], { steps: 3, cfg: 3, seed: Date.now() }],
+        decode: ["VAEDecode", [580, 650]],
+        save: ["SaveImage", [1010, 560], { filename_prefix: "membrane/words" }],
+    };
+    const wires = [["model", 0, "editor", "model"], ["model", 1, "editor", "clip"], ["model", 1, "yes", "clip"], ["model", 1, "no", "clip"]];
+    wires.push(["editor", 2, "sampler", "model"], ["yes", 0, "sampler", "positive"], ["no", 0, "sampler", "negative"]);
+    wires.push(["latent", 0, "sampler", "latent_image"], ["sampler", 0, "decode", "samples"], ["model", 2, "decode", "vae"], ["decode", 0, "save", "images"]);
+    const made = await build(page, nodes, wires);
+    await page.locator(".membrane-stack").first().waitFor({ state: "visible", timeout: 15000 });
+    return made;
+}
+
+const picture = (page) => api(page, () => {
+    const node = app.graph._nodes.find((n) => n.type === "SaveImage");
+    return (app.nodeOutputs?.[node.id]?.images ?? node.images)?.[0]?.filename ?? null;
+});
+
+async function wordsAsARow(page) {
+    await applying(page, stack());
+    await page.click('.membrane-stack [data-do="words"]');
+    check(await box(page, 0).evaluate((element) => element === document.activeElement), "the new row waits for words");
+    await page.keyboard.type("star -> circle");
+    await page.keyboard.press("Enter");
+    await page.keyboard.type("heart");
+    same((await entries(page)).map((e) => [e.words, e.strength, e.permeability.mode]), [["star -> circle", 1, "facilitated transport"], ["heart", 1, "facilitated transport"]], "rows that were typed");
+    await row(page, 0).locator('[data-do="more"]').click();
+    await row(page, 0).locator('[data-field="kind"]').selectOption("object");
+    const keep = `square ${Date.now()}`; // else the host has the run from the page before
+    await row(page, 0).locator('[data-field="keep"]').fill(keep);
+    same((await entries(page))[0], { words: "star -> circle", enabled: true, strength: 1, permeability: { mode: "facilitated transport" }, kind: "object", keep }, "the row");
+    await row(page, 0).locator('[data-do="more"]').click();
+    check(!(await row(page, 0).locator('[data-do="choose"]').isVisible()), "a row of words has no file");
+    await queue(page);
+    await until(() => picture(page), "the picture", 60000);
+    const said = page.locator(".membrane-report:visible .membrane-words");
+    await until(async () => (await said.allInnerTexts()).some((text) => text.startsWith("Erased: star -> circle. Kept: 1.")), "what was erased, on the node");
+    await row(page, 0).locator(".membrane-gate").waitFor({ state: "visible" });
+    same((await row(page, 0).locator(".membrane-gate b").allInnerTexts())[0], "1.00", "how far the row opened for a star");
+    check(Number((await row(page, 1).locator(".membrane-gate b").allInnerTexts())[0]) < 0.5, "the heart stays nearly closed");
+}
+
+async function theMenuOfARow(page) {
+    await fresh(page, { text: stack({ adapter: STAR }, { words: "heart -> square" }, { adapter: HEART }) });
+    const open = async (n) => {
+        await row(page, n).locator('[data-do="handle"]').click({ button: "right" });
+        await menu(page).waitFor({ state: "visible", timeout: 4000 });
+    };
+    const choose = async (n, action) => {
+        await open(n);
+        await menu(page).locator(`[data-menu="${action}"]`).click();
+    };
+    const offered = async (n) => {
+        await open(n);
+        const found = await menu(page).locator("button").evaluateAll((all) => all.map((item) => item.dataset.menu));
+        await page.keyboard.press("Escape");
+        return found;
+    };
+    same(await offered(0), ["down", "duplicate", "only", "toggle", "name", "info", "remove"], "what the first row offers");
+    same(await offered(1), ["up", "down", "duplicate", "only", "toggle", "name", "remove"], "what a row of words offers");
+    check(!(await menu(page).isVisible()), "Escape closes it");
+    const order = async () => (await entries(page)).map((e) => e.adapter ?? e.words);
+    await choose(1, "up");
+    same(await order(), ["heart -> square", STAR, HEART], "moved up");
+    await choose(0, "only");
+    same((await entries(page)).map((e) => e.enabled ?? true), [true, false, false], "only this one");
+    await choose(0, "only");
+    same((await entries(page)).map((e) => e.enabled ?? true), [true, true, true], "all again");
+    await choose(1, "toggle");
+    same((await entries(page))[1].enabled, false, "turned off");
+    await choose(1, "name");
+    await until(async () => (await api(page, () => navigator.clipboard.readText())) === STAR, "the copied name");
+    await choose(0, "name");
+    await until(async () => (await api(page, () => navigator.clipboard.readText())) === "heart -> square", "the copied words");
+    await choose(1, "duplicate");
+    same(await order(), ["heart -> square", STAR, STAR, HEART], "duplicated");
+    await choose(2, "remove");
+    await open(2);
+    for (const key of ["ArrowUp", "Enter"]) await page.keyboard.press(key);
+    same(await order(), ["heart -> square", STAR], "removed by keyboard");
+    const inside = await open(1).then(() => menu(page).evaluate((element) => {
+        const [own, root] = [element, element.closest(".membrane-stack")].map((part) => part.getBoundingClientRect());
+        return own.top >= root.top && own.bottom <= root.bottom && own.left >= root.left && own.right <= root.right;
+    }));
+    check(inside, "the menu lies inside the editor");
+}
+
+export const ROWS = {
+    async words_are_a_row_that_is_erased_when_the_stack_is_applied(page) {
+        await wordsAsARow(page);
+    },
+
+    async words_are_a_row_in_nodes_2(page) {
+        await inNodes2(page, () => wordsAsARow(page));
+    },
+
+    async a_row_has_a_menu(page) {
+        await theMenuOfARow(page);
+    },
+
+    async a_row_has_a_menu_in_nodes_2(page) {
+        await inNodes2(page, () => theMenuOfARow(page));
+    },
+};
+
+/** Does something while the page draws nodes as elements. */
+async function inNodes2(page, action) {
+    await needs(page, () => typeof app.extensionManager?.setting?.get("Comfy.VueNodes.Enabled") === "boolean", "Nodes 2.0");
+    try {
+        await setting(page, "Comfy.VueNodes.Enabled", true);
+        await drawsElementsOfExtensions(page);
+        await action();
+    } finally {
+        await setting(page, "Comfy.VueNodes.Enabled", false);
+    }
+}
