@@ -418,6 +418,7 @@ def main():
     parser.add_argument("--methods", nargs="*", help="only rows whose names begin so")
     parser.add_argument("--untrained", action="store_true", help="without the rows that have to be trained")
     parser.add_argument("--remedies", action="store_true", help="only the remedies")
+    parser.add_argument("--finished", action="store_true", help="only the report, of the rows that are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)  # two spinning threads on busy cores are slower than one
     folder = STORE.with_name("erasure_dit_quick") if args.quick else STORE
@@ -425,6 +426,8 @@ def main():
     if args.fresh or args.quick:
         for file in folder.glob("*"):
             file.unlink()
+    if args.finished:
+        return tell(*finished(folder))
     found, remedies = {}, {}
     node, tidy = start()
     try:
@@ -441,7 +444,20 @@ def main():
             remedies = measure(node, "transformer", wanted, sizes, folder / "remedies.json")
     finally:
         tidy()
-    if not args.quick and len(found) == len(MODELS) and tasks == list(TASKS):
+    whole = not args.quick and len(found) == len(MODELS) and tasks == list(TASKS)
+    return tell(found, remedies, whole)
+
+
+def finished(folder):
+    """(rows by model, remedies) of all that is kept."""
+    kept = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")}
+    kept = {name: {task: of for task, of in tasks.items() if len(of) > 1} for name, tasks in kept.items()}
+    return {model: kept[model] for model in MODELS if kept.get(model)}, kept.get("remedies", {})
+
+
+def tell(found, remedies, whole=True):
+    """Prints the figures, and writes the report where it is whole."""
+    if whole:
         write(ROOT / "benchmarks" / "results" / "erasure_dit.md", report(found, remedies))
     print(json.dumps({"figures": figures_of(found | ({"remedies": remedies} if remedies else {}))}))
 
