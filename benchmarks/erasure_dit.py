@@ -265,7 +265,7 @@ REMEDIES = {
     "rows as published, bare word": expert(rows="as published", templates="{}"),
     "map behind block 2 of 3": after_block(1),
 }
-REMEDY_TASKS = ("1 colour",)  # where the default leaves most
+REMEDY_TASKS = ("1 texture", "1 colour")  # where the default leaves most
 
 
 # ---------------------------------------------------------------- pictures and counts
@@ -440,7 +440,9 @@ def main():
                 wanted = {t: {n: m for n, m in of.items() if n.startswith(begin)} for t, of in wanted.items()}
             found[model] = measure(node, model, wanted, sizes, folder / f"{model}.json")
         if args.remedies or (tasks == list(TASKS) and "transformer" in args.models):
-            wanted = {task: REMEDIES for task in REMEDY_TASKS if task in tasks}
+            begin = tuple(args.methods or [""])
+            chosen = {name: method for name, method in REMEDIES.items() if name.startswith(begin)}
+            wanted = {task: chosen for task in REMEDY_TASKS if task in tasks}
             remedies = measure(node, "transformer", wanted, sizes, folder / "remedies.json")
     finally:
         tidy()
