@@ -277,7 +277,7 @@ def sets_of(task, plain, other):
     names = world.NAMES[attribute]
     gone = [names.index(concept) for concept, _ in pairs]
     rest = [i for i in range(len(names)) if i not in gone]
-    return Set(attribute, gone, 1031, plain, other), Set(attribute, rest, 5032, plain, other)
+    return Set(attribute, gone, 1031, plain, other, other), Set(attribute, rest, 5032, plain, other, other)
 
 
 class Bench:
@@ -300,7 +300,7 @@ class Bench:
         if method is not None:
             found = self.paint(task, **method(self.painter, *TASKS[task]))
         row = {
-            what: part.seen(self.judge, pictures)
+            what: part.counts(self.judge, pictures)
             for what, part, pictures in zip(("left", "kept"), sets_of(task, *self.sizes), found)
         }
         return row | {"moved": training.moved(found[1], plain[1]), "same": training.same(found[1], plain[1])}

@@ -40,8 +40,8 @@ class Attack:
     """An attacker's view of the demo model: the U-Net with gradients, its text, and what the judge says."""
 
     def __init__(self, pictures):
-        from evaluate import Sampler, load_text, load_unet
-        from train_unet import alphas_cumprod
+        from membrane.tools.pixel_world.evaluate import Sampler, load_text, load_unet
+        from membrane.tools.pixel_world.train_unet import alphas_cumprod
 
         assets = ROOT / "assets" / "pixel_world"
         unet = load_unet(assets / "day.safetensors").requires_grad_(False)

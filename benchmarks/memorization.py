@@ -163,8 +163,8 @@ class Attacker:
     """Searches text embeddings with gradients through the whole (pruned) network."""
 
     def __init__(self, masks):
-        from evaluate import ASSETS, Sampler, load_text, load_unet, tokenizers
-        from train_unet import alphas_cumprod
+        from membrane.tools.pixel_world.evaluate import ASSETS, Sampler, load_text, load_unet, tokenizers
+        from membrane.tools.pixel_world.train_unet import alphas_cumprod
 
         unet = load_unet(ASSETS / "day.safetensors").requires_grad_(False)
         prune(unet, masks)

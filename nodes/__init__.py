@@ -1,10 +1,25 @@
 """Membrane's nodes, one file per subject."""
 
-from . import adapters, compare, demo, detect, erase, evaluate, forget, locate, mitigate, preview, stack, stress, train
+from . import (
+    adapters,
+    compare,
+    demo,
+    detect,
+    erase,
+    evaluate,
+    forget,
+    locate,
+    mitigate,
+    preview,
+    shield,
+    stack,
+    stress,
+    train,
+)
 
 _NODES = [
     *demo.NODES, *forget.NODES, *erase.NODES, *adapters.NODES, *stack.NODES, *train.NODES, *preview.NODES,
-    *evaluate.NODES, *compare.NODES, *stress.NODES, *detect.NODES, *locate.NODES, *mitigate.NODES,
+    *evaluate.NODES, *compare.NODES, *stress.NODES, *detect.NODES, *locate.NODES, *mitigate.NODES, *shield.NODES,
 ]  # fmt: skip
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: node.TITLE for node in _NODES}

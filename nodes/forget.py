@@ -1,6 +1,6 @@
 """Erasing concepts with a few words, and the settings that are left out there."""
 
-from ..core.adapters.permeability import TRANSPORT, Permeability
+from ..core.adapters.permeability import MEANING, TRANSPORT, Permeability
 from ..core.erasers.closed_form.daily import daily_job, receipt
 from ..core.host.page.progress import Progress
 from ..core.host.runs.erasing import TEXT, erasure_of, put_on
@@ -70,7 +70,8 @@ class MembraneForget:
         job = daily_job(remove, preserved, kind, **settings["job"])
         adapter = erasure_of(job, model, clip, Progress, **settings["run"])
         follows = only_where_asked and apply_to == TEXT
-        erased = put_on(model, adapter, strength, apply_to, Permeability(TRANSPORT) if follows else None, clip)
+        opens = Permeability(MEANING if adapter.probed else TRANSPORT) if follows else None
+        erased = put_on(model, adapter, strength, apply_to, opens, clip)
         title, remarks = receipt(job), closed_form.taken(job, clip)
         more = [closed_form.EVERY_PROMPT] if only_where_asked and not follows else []
         report = part(title, [*remarks, *more], warning=bool(remarks))

@@ -2,14 +2,15 @@
 
 import torch
 
-from ..core.adapters.gates import openings, openings_report
+from ..core.adapters.gates import follow_meaning, meanings, openings, openings_report, responses_report, side_by_side
+from ..core.errors import ErasureError
 from ..core.host.model.layers import family, text_readers
 from ..core.host.model.weights import text_gram
 from ..core.host.page.progress import Progress
 from ..core.host.patches.stack import concepts_for
 from ..core.host.runs.erasing import computed
 from ..core.host.text.encode import encode
-from ..core.host.text.entries import encode_for
+from ..core.host.text.entries import encode_entries, encode_for
 from ..core.measures.chart import bar_chart
 from ..core.measures.impact import impacts, report
 from ..core.text.similarity import calibration_report, matches
@@ -83,21 +84,60 @@ class MembranePreview:
                     "stack": inputs.stack("The adapters to look at."),
                     "prompts": inputs.PROMPTS,
                 },
+                "optional": {
+                    "model": inputs.model(
+                        "Only for the permeability meaning: the model, where it changes the text before it reads it."
+                    ),
+                },
             }
         )
 
-    def preview(self, clip, stack, prompts):
+    def preview(self, clip, stack, prompts, model=None):
         lines = inputs.prompt_lines(prompts)
         progress = Progress(len(lines))
         encoded = encode(clip, lines, progress.at)
         concepts = concepts_for(stack, clip)
-        score = matches(concepts, encoded)
+        texts = _as_read(stack, clip, model, lines)
+        score = side_by_side(matches(concepts, encoded), _meanings(stack, texts))
         rows = openings(stack, lines, score, concepts.names if concepts else ())
         bars = [(f"{opening.prompt}: {opening.adapter}", opening.value) for opening in rows]
         title = "How far adapters open" + (f" ({MOST_BARS} of {len(bars)})" if len(bars) > MOST_BARS else "")
-        report = "\n\n".join(filter(None, (openings_report(rows), calibration_report(concepts, encoded))))
+        report = "\n\n".join(
+            filter(
+                None,
+                (openings_report(rows), calibration_report(concepts, encoded), responses_report(stack, lines, texts)),
+            )
+        )
         chart = torch.from_numpy(bar_chart(title, bars[:MOST_BARS]))[None]
         return shown((chart, report), part(title, report))
+
+
+def _as_read(stack, clip, model, lines):
+    """[{text entry: (1, T, d)}] of prompts as a model reads them, for gates that follow meaning; [] where none does.
+
+    Without a MODEL the rows that the text encoder gives, which the model reads where no norm and no layer comes first.
+    """
+    adapters = [stack.entries[number].adapter for number, _ in follow_meaning(stack)]
+    maps = {name: found for adapter in adapters for name, found in adapter.maps.items()}
+    if not maps:
+        return []
+    if model is not None:
+        entries = encode_entries(model, clip, lines, pooled=None)
+    else:
+        normed = next((a for a in adapters if any(found.normed for found in a.maps.values())), None)
+        if normed is not None:
+            raise ErasureError(
+                f"The adapter {normed.describe()} follows the meaning of a text as the model reads it, behind a norm; "
+                "connect the model to Preview Permeability."
+            )
+        encoded = encode(clip, lines, pooled="pooled" in maps)
+        entries = {"text": encoded} | ({"pooled": encoded.pooled} if encoded.pooled else {})
+    return [{name: encoded[line].rows[None] for name, encoded in entries.items()} for line in lines]
+
+
+def _meanings(stack, texts):
+    found = [meanings(stack, text) for text in texts]
+    return torch.cat(found) if found else None
 
 
 NODES = [MembraneImpact, MembranePreview]

@@ -21,7 +21,8 @@ MODE_TOOLTIP = (
     "How far an adapter opens. automatic: as its method was published. fixed: always fully. facilitated transport: "
     "by how well the prompt matches its concepts, from the text and its tokens. reference: as the published SPM code "
     "combines adapters, to repeat its pictures. route: only the best match opens (top_k of Tune Permeability), so "
-    "that many adapters do not disturb each other."
+    "that many adapters do not disturb each other. meaning: by what the model reads of the prompt, so that synonyms "
+    "open it and all other prompts keep their pictures; for closed-form adapters."
 )
 
 

@@ -1,5 +1,7 @@
 """Training of SPM adapters in the graph."""
 
+import torch
+
 from ..core.adapters.adapter import Card
 from ..core.erasers.objectives import METHODS, OBJECTIVES, SPM, require_surrogates
 from ..core.erasers.paths import PUBLISHED, TIMESTEPS
@@ -85,8 +87,8 @@ class MembraneTrain:
                 ),
                 "adapter": ("ERASURE_ADAPTER", {"tooltip": "A trained adapter to go on from, with the same settings."}),
                 "preview_every": inputs.whole(
-                    100, 0, 100_000, "Steps after which a small picture of the concept is shown on the node, with "
-                    "previews switched on in the host. 0 shows none."
+                    100, 0, 100_000, "Steps after which two small pictures of the concept from one seed are shown on "
+                    "the node: the original at the left, erased so far at the right. 0 shows none."
                 ),
                 "timestep": inputs.choice(
                     TIMESTEPS,
@@ -152,17 +154,18 @@ class MembraneTrain:
         path, name = new_adapter_path(filename_prefix)
         run = TrainingRun(card, settings, name, lambda found: native.save(found, path), save_every)
         run.start, run.preview_every = steps_done(adapter, settings) if adapter else 0, preview_every
-        run.show, run.say = shown_on(Progress(settings.steps), model, unique_id)
+        run.show, run.say = shown_on(Progress(settings.steps), model, unique_id, run)
         start = resumed(model, adapter, sites) if adapter else None
         result = trained(run, model, clip, sites, rank, start, pairs, kept, (width, height))
         return shown(result, part(f"Trained: {name}", result[1]))
 
 
-def shown_on(progress, model, node):
-    """(show(step, latents), say(text)) of a training run on a node."""
+def shown_on(progress, model, node, run):
+    """(show(step, latents), say(text)) of a training run on a node; pictures beside what they were without it."""
 
     def show(step, latents):
-        progress.at(step, None if latents is None else progress.picture(model, latents))
+        pair = None if latents is None else torch.cat((run.original, latents), dim=-1)
+        progress.at(step, None if pair is None else progress.picture(model, pair))
 
     return show, lambda text: progress.say(text, node)
 

@@ -41,6 +41,12 @@ class ErasureAdapter:
         return self.deltas.get("map", {})
 
     @property
+    def probed(self):
+        """Whether its probes tell the texts of every concept from others, so that it can follow their meaning."""
+        own = {probe.concept for found in self.maps.values() for probe in found.probes}
+        return bool(own) and own == set(range(len(self.card.concepts)))
+
+    @property
     def low_rank(self):
         """{site: LowRank}."""
         return self.deltas.get("low_rank", {})

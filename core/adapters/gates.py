@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ErasureError
-from .permeability import FIXED, OFF, ROUTE, SAME, Permeability
+from .permeability import FIXED, MEANING, OFF, ROUTE, SAME, Permeability
 
 WORD = re.compile(r"\w+")
 
@@ -51,8 +51,72 @@ def gated(entry):
 
 def wanted_concepts(stack):
     """The concepts that the gates of a stack compare texts with, each once, in order."""
-    acting = (e for e in stack.entries if e.acts and e.mode != FIXED)
+    acting = (e for e in stack.entries if e.acts and e.mode not in (FIXED, MEANING))
     return tuple(dict.fromkeys(concept for entry in acting for concept in entry.adapter.card.concepts))
+
+
+def follow_meaning(stack):
+    """(number of an entry, its concept's index) of what in a stack opens by probes, in the order of columns()."""
+    return tuple(
+        (number, index)
+        for number, entry in enumerate(stack.entries)
+        if entry.acts and entry.mode == MEANING
+        for index in range(len(entry.adapter.card.concepts))
+    )
+
+
+def columns(stack, names):
+    """{number of an entry that follows the text: the column of each of its concepts} in the matches of texts.
+
+    One column for each of the names that texts are compared with, then one for each of follow_meaning().
+    """
+    place = {name: i for i, name in enumerate(names)}
+    found = {}
+    for number, entry in enumerate(stack.entries):
+        if entry.acts and entry.mode not in (FIXED, MEANING):
+            found[number] = tuple(place[name] for name in entry.adapter.card.concepts)
+    for column, (number, _) in enumerate(follow_meaning(stack), len(names)):
+        found[number] = (*found.get(number, ()), column)
+    return found
+
+
+def meanings(stack, texts):
+    """(rows, P) matches of texts by the probes of a stack, in the order of follow_meaning(); None where P is 0.
+
+    texts: {text entry: (rows, T, d)} as the model reads them, without those that a conditioning does not have. Of
+    probes of several entries the best match counts. Raises ErasureError for an adapter without probes.
+    """
+    wanted = follow_meaning(stack)
+    rows = max((len(text) for text in texts.values()), default=1)
+    found = torch.zeros(rows, len(wanted))
+    for column, (number, index) in enumerate(wanted):
+        adapter = stack.entries[number].adapter
+        require_probes(adapter)
+        for name, mapped in adapter.maps.items():
+            text = texts.get(name)
+            if text is not None and text.shape[-1] == mapped.width:
+                for probe in mapped.probes:
+                    if probe.concept == index:
+                        found[:, column] = torch.maximum(found[:, column], probe.match(text).cpu())
+    return found if wanted else None
+
+
+def side_by_side(score, meaning):
+    """(rows, C + P) of matches (rows, C) with names and meanings (rows, P); either may be None, and both."""
+    if score is None or meaning is None:
+        return meaning if score is None else score
+    rows = max(len(score), len(meaning))
+    return torch.cat([score.expand(rows, -1), meaning.expand(rows, -1)], dim=1)
+
+
+def require_probes(adapter):
+    """Raises ErasureError for an adapter that cannot follow the meaning of a text."""
+    if not adapter.probed:
+        raise ErasureError(
+            f"The adapter {adapter.describe()} has no probe for each of its concepts, by which its permeability could "
+            "follow the meaning of a text; compute it again with Erase Concepts and captions, or set the permeability "
+            'to "facilitated transport".'
+        )
 
 
 def gates_of(stack, names=()):
@@ -61,7 +125,7 @@ def gates_of(stack, names=()):
 
     names: what texts are compared with, at least wanted_concepts(stack).
     """
-    place = {name: i for i, name in enumerate(names)}
+    places = columns(stack, names)
     gates = []
     for number, entry in enumerate(stack.entries):
         if not entry.acts:
@@ -69,7 +133,7 @@ def gates_of(stack, names=()):
         for concepts, label in _pieces(entry):
             gates.append(
                 Gate(
-                    tuple(place[name] for name in concepts),
+                    tuple(places[number][i] for i in concepts),
                     entry.strength,
                     entry.mode,
                     entry.permeability,
@@ -83,12 +147,13 @@ def gates_of(stack, names=()):
 
 
 def _pieces(entry):
-    """(concepts, label) of the gates of one entry."""
+    """(indices of concepts, label) of the gates of one entry."""
     adapter, label = entry.adapter, entry.adapter.describe()
-    own = adapter.card.concepts
+    names = adapter.card.concepts
+    own = tuple(range(len(names)))
     if entry.mode == FIXED:
         return [((), label)]
-    pieces = [((name,), f"{label} ({name})" if len(own) > 1 else label) for name in own] if adapter.maps else []
+    pieces = [((i,), f"{label} ({names[i]})" if len(own) > 1 else label) for i in own] if adapter.maps else []
     if (adapter.of_layers or not pieces) and (own, label) not in pieces:
         pieces.append((own, label))
     return pieces
@@ -193,11 +258,41 @@ def openings_report(found):
     return "\n".join(lines)
 
 
+def responses_report(stack, prompts, texts):
+    """What the gates that follow meaning are made of, as text; "" where there are none.
+
+    texts: {text entry: (1, T, d)} of each prompt.
+    """
+    wanted = follow_meaning(stack)
+    if not wanted:
+        return ""
+    lines = [
+        "How prompts respond: r is the largest cosine of what the model reads with the probe of the concept; up to low",
+        "the gate is closed, from high on it is open. Of several text entries the one that opens further counts.",
+    ]
+    for prompt, text in zip(prompts, texts):
+        lines.append(prompt)
+        for number, index in wanted:
+            adapter = stack.entries[number].adapter
+            for name, found in adapter.maps.items():
+                for probe in found.probes:
+                    if probe.concept == index and name in text:
+                        lines.append(_response_line(adapter.card.concepts[index], name, probe, text[name]))
+    return "\n".join(lines)
+
+
+def _response_line(concept, entry, probe, text):
+    r, match = probe.response(text)[0], probe.match(text)[0]
+    return f"  {concept}, {entry}: r {r:6.3f}  low {probe.low:6.3f}  high {probe.high:6.3f}  match {match:5.3f}"
+
+
 def openings_by_words(stack, text):
     """{number of an entry: its opening} as far as the words of a prompt tell, without a text encoder."""
     names = wanted_concepts(stack)
     gates = gates_of(stack, names)
-    return by_entry(gates, gate_values(gates, shared_words(names, text) if names else None))
+    probed = [stack.entries[number].adapter.card.concepts[index] for number, index in follow_meaning(stack)]
+    compared = (*names, *probed)
+    return by_entry(gates, gate_values(gates, shared_words(compared, text) if compared else None))
 
 
 def shared_words(names, text):

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from ..errors import ErasureError
 
-AUTOMATIC, FIXED, TRANSPORT, REFERENCE, ROUTE = MODES = (
+AUTOMATIC, FIXED, TRANSPORT, REFERENCE, ROUTE, MEANING = MODES = (
     "automatic",
     "fixed",
     "facilitated transport",
     "reference",
     "route",
+    "meaning",
 )
 SAME, OWN, OFF = NEGATIVES = ("same as positive", "own", "off")
 
@@ -24,6 +25,7 @@ class Permeability:
     mode: "fixed", always by `factor`; "facilitated transport", by factor * (how well the text matches the
     adapter's concepts), the paper's linear rule; "reference", as the published code combines adapters: squared
     and with cross terms; "route", like facilitated transport but only the top_k best matches of the stack open;
+    "meaning", by what the adapter's probes say of the vectors that the model reads, see probe.py;
     "automatic", facilitated transport for SPM adapters and fixed for all others, as each was published.
     threshold: matches below it leave the adapter closed. negative: what the negative prompt gets, the positive
     prompt's value (as published), a value of its own, or none.

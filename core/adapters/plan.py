@@ -10,8 +10,8 @@ from ..families.table import FAMILIES
 from ..text.similarity import Concepts
 from .deltas import low_rank, mask, text_map
 from .deltas.delta import OPEN, Term
-from .gates import gated, gates_of
-from .permeability import FIXED, REFERENCE
+from .gates import columns, gated, gates_of, require_probes
+from .permeability import MEANING, REFERENCE
 from .written import require_computed
 
 
@@ -121,9 +121,9 @@ def make_plan(
     code does differ in rank, or one changes the text's rows of a layer of which they are not known.
     """
     require_computed(stack)
-    gates = gates_of(stack, concepts.names if concepts else ())
+    names = concepts.names if concepts else ()
+    gates, own_columns = gates_of(stack, names), columns(stack, names)
     place = {(gate.entry, gate.concepts): k for k, gate in enumerate(gates)}
-    names = {name: i for i, name in enumerate(concepts.names)} if concepts else {}
     known = {entry.name: entry for entry in entries}
     maps, layers = {}, {}
     for number, entry in enumerate(stack.entries):
@@ -131,7 +131,9 @@ def make_plan(
         require_entries(adapter, entries)
         if not entry.acts:
             continue
-        own = tuple(names[name] for name in adapter.card.concepts) if entry.mode != FIXED else ()
+        if entry.mode == MEANING:
+            require_probes(adapter)
+        own = own_columns.get(number, ())
         for name, delta in adapter.maps.items():
             once = name in known and known[name].pooled  # a model reads it once for all steps
             if name in known and (entry.always or not once):

@@ -102,34 +102,37 @@ class Report:
         return self.erase + self.anchor
 
 
-def walk(denoiser, x, k, texts, settings, path):
-    """Latents of a roll-out from noise x (1, C, h, w) for the concept, with the adapter and guidance: after 0, 1, ... k
-    steps, one after the other."""
+def walk(denoiser, x, k, texts, settings, path, on=True):
+    """Latents of a roll-out from noise x (1, C, h, w) for the concept, with guidance: after 0, 1, ... k steps, one
+    after the other. on: with the adapter, or without."""
     guided = settings.rollout_cfg != 1
     x = path.beginning(x)
     yield x
     for i in range(k):
         with torch.no_grad():
-            found = predicted(denoiser, x, path.levels[i], [texts.empty] * guided + [texts.concept], on=True)
+            found = predicted(denoiser, x, path.levels[i], [texts.empty] * guided + [texts.concept], on)
             empty, concept = found.chunk(2) if guided else (0.0, found)
             x = path.after(x, empty + settings.rollout_cfg * (concept - empty), i)
         yield x
 
 
-def rollout(denoiser, x, k, texts, settings, path):
+def rollout(denoiser, x, k, texts, settings, path, on=True):
     """Latents after k steps, see walk()."""
-    *_, x = walk(denoiser, x, k, texts, settings, path)
+    *_, x = walk(denoiser, x, k, texts, settings, path, on)
     return x
 
 
-def preview(denoiser, texts, settings, path=None):
-    """A picture of the concept as the adapter makes it now, latents (1, C, h, w), always from the same noise."""
+def preview(denoiser, texts, settings, path=None, on=True):
+    """A picture of the concept as the adapter makes it now, latents (1, C, h, w), always from the same noise.
+
+    on: with the adapter, or as it was without.
+    """
     path = path or NoiseSchedule(settings)
     generator = torch.Generator().manual_seed(settings.seed)
     x = torch.randn(1, *settings.channels, *settings.size, generator=generator)
-    x = rollout(denoiser, x, settings.rollout_steps - 1, texts, settings, path)
+    x = rollout(denoiser, x, settings.rollout_steps - 1, texts, settings, path, on)
     with torch.no_grad():
-        return path.clean(x, predicted(denoiser, x, path.levels[-1], [texts.concept], on=True))
+        return path.clean(x, predicted(denoiser, x, path.levels[-1], [texts.concept], on))
 
 
 def noise_anchors(count, concept, generator):

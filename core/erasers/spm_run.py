@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from ..adapters.adapter import Card, ErasureAdapter
 from ..adapters.deltas.text_rows import TextLowRank
 from ..errors import ErasureError
@@ -52,7 +54,7 @@ class TrainingRun:
     save_every: steps after which it is written anew; start: steps that are done already; preview_every: steps after
     which a picture of the first concept is shown, 0 for none; show(step, latents): called after each step, latents (1,
     4, h, w) or None, may raise to stop; say(text): called with a line on how it goes; path: of the roll-outs,
-    None for Stable Diffusion's noise schedule.
+    None for Stable Diffusion's noise schedule. original: the same picture without the adapter, once one was shown.
     """
 
     card: Card
@@ -67,6 +69,7 @@ class TrainingRun:
     path: Flow | None = None
     reports: list = field(default_factory=list)
     saved: str = ""
+    original: torch.Tensor | None = None
 
     def __call__(self, denoiser, texts):
         """(ErasureAdapter, report as text). An exception, such as Cancel, leaves a file of what was trained."""
@@ -76,6 +79,8 @@ class TrainingRun:
             nonlocal told
             self.reports.append(report)
             shown = self.preview_every and report.step % self.preview_every == 0
+            if shown and self.original is None:
+                self.original = preview(denoiser, texts[0], self.settings, self.path, on=False)
             latents = preview(denoiser, texts[0], self.settings, self.path) if shown else None
             now, last = time.monotonic(), report.step == self.settings.steps
             told = told or now
@@ -91,6 +96,7 @@ class TrainingRun:
         except BaseException:
             if self.reports:  # Cancel, out of memory, a loss that is not finite: what was trained stays
                 self._keep(denoiser, self.reports[-1].step)
+                self.say(f"Stopped. {self.saved} To go on, load it and connect it to the input adapter.")
             raise
         adapter = self._keep(denoiser, self.settings.steps)
         return adapter, f"{self.saved}\n{self._losses(len(self.reports))}"

@@ -66,6 +66,12 @@ class TextEntry:
         changed[:, self.layer] = change(tensor[:, self.layer])
         return changed
 
+    def texts(self, tensor):
+        """The entry's rows (n, T, d) of all prompts in its tensor of a conditioning."""
+        if self.pooled:
+            return tensor[:, None]
+        return tensor if self.layer is None else tensor[:, self.layer]
+
     def rows(self, tensor):
         """The entry's rows (T, d) of the first prompt in its tensor of a conditioning."""
         own = tensor[0] if self.layer is None else tensor[0, self.layer]

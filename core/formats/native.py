@@ -10,10 +10,14 @@ What each version holds, where <site> is a layer and <entry> a text entry:
 4   maps of any entry, map.<entry>.a, .b, .concept and, where the rows were taken after a norm, .normed; and every
     other kind of delta as <kind>.<site>.<part>. The low-rank changes and masks of versions 2 and 3 stay.
 
+Maps of every version may have probes: <map>.probe (vectors), .probe_concept and .probe_range (low, high). Releases that
+do not know them read the map without.
+
 A file gets the oldest version that can hold its adapter, so that older releases read what they can.
 """
 
 import zlib
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,6 +26,7 @@ from ..adapters.adapter import ErasureAdapter
 from ..adapters.deltas.delta import KINDS
 from ..adapters.deltas.mask import Mask
 from ..adapters.deltas.text_map import TextMap
+from ..adapters.probe import Probe
 from ..errors import ErasureError
 from ..files import save_whole
 from . import containers
@@ -34,6 +39,7 @@ TEXT_MAP_VERSION, LAYERS_VERSION, MASKS_VERSION, VERSION = 1, 2, 3, 4
 MAP_PARTS = ("a", "b", "concept")
 OLD_MAPS = {"text": "text_map", "pooled": "pooled_map"}  # names of versions 1 to 3
 MAP = "map."
+PROBE_PARTS = ("probe", "probe_concept", "probe_range")
 MASK_PARTS = {"bits": (torch.uint8, 1), "shape": (torch.int64, 1), "kept": (torch.float16, 1)}  # type, dimensions
 LARGEST_LAYER, LARGEST_MODEL = 2**28, 2**33  # weights; bound what a few deflated bytes may grow to
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -46,6 +52,7 @@ def save(adapter, path):
         prefix = MAP + entry if version == VERSION else OLD_MAPS[entry]
         owners = torch.tensor(found.concept, dtype=torch.int32)
         tensors |= {f"{prefix}.a": found.a.float(), f"{prefix}.b": found.b.float(), f"{prefix}.concept": owners}
+        tensors |= _probe_tensors(prefix, found.probes)
         if found.normed:
             tensors[f"{prefix}.normed"] = torch.tensor(1, dtype=torch.uint8)
     for kind, layer, delta in adapter.of_layers:
@@ -59,6 +66,17 @@ def save(adapter, path):
         "modelspec.description": f"Erasure adapter ({card.method}){what}",
     }
     save_whole(tensors, path, metadata)
+
+
+def _probe_tensors(prefix, probes):
+    if not probes:
+        return {}
+    found = (
+        torch.stack([probe.vector.float() for probe in probes]),
+        torch.tensor([probe.concept for probe in probes], dtype=torch.int32),
+        torch.tensor([[probe.low, probe.high] for probe in probes], dtype=torch.float64),
+    )
+    return {f"{prefix}.{part}": tensor for part, tensor in zip(PROBE_PARTS, found)}
 
 
 def _version(adapter):
@@ -235,7 +253,29 @@ def _text_map(name, tensors, card, prefix):
             f'"{name}" has terms for concept number {max(owners)} but names {len(card.concepts)} concepts; '
             "it is damaged, save the adapter again."
         )
-    return TextMap(a, b, owners, f"{prefix}.normed" in tensors)
+    found = TextMap(a, b, owners, f"{prefix}.normed" in tensors)
+    return replace(found, probes=_probes(name, tensors, card, prefix, found.width))
+
+
+def _probes(name, tensors, card, prefix, width):
+    """Probes of a text map of a width, none where the file has none."""
+    found = [tensors.get(f"{prefix}.{part}") for part in PROBE_PARTS]
+    if all(tensor is None for tensor in found):
+        return ()
+    damaged = ErasureError(f'"{name}" holds probes that do not fit together; it is damaged, save the adapter again.')
+    if any(tensor is None for tensor in found):
+        raise damaged
+    vectors, owners, ranges = found
+    count = owners.numel()
+    fit = owners.dim() == 1 and vectors.shape == (count, width) and ranges.shape == (count, 2)
+    types = vectors.is_floating_point() and ranges.is_floating_point() and owners.dtype in INTEGERS
+    if not (fit and types) or any(not 0 <= i < len(card.concepts) for i in owners.tolist()):
+        raise damaged
+    each = zip(owners.tolist(), vectors.float(), ranges.tolist())
+    try:
+        return tuple(Probe(concept, vector.clone(), *ends) for concept, vector, ends in each)
+    except ErasureError as error:
+        raise damaged from error
 
 
 def _check_header(contents):

@@ -12,6 +12,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sample
+import latent_preview
 import torch
 
 
@@ -174,6 +175,15 @@ def show_text(server, text, node):
     """Shows a line of text on a node while it runs; hosts before 2025 have no place for it."""
     if hasattr(server, "send_progress_text"):
         server.send_progress_text(text, node)
+
+
+def rgb_previewer(latent_format):
+    """The host's previewer that needs no file, None for a latent format without one; hosts of March 2024 know factors
+    alone."""
+    factors = getattr(latent_format, "latent_rgb_factors", None)
+    names = ("latent_rgb_factors_bias", "latent_rgb_factors_reshape")
+    more = [getattr(latent_format, name) for name in names if hasattr(latent_format, name)]
+    return latent_preview.Latent2RGBPreviewer(factors, *more) if factors is not None else None
 
 
 def encode_with_extras(clip, tokens):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapters.gates import gate_values
+from ..adapters.gates import gate_values, meanings, side_by_side
 from ..adapters.plan import make_plan
 from ..errors import ErasureError
 from ..families.unet import TEXT
@@ -58,7 +58,7 @@ def impacts(stack, encoded, weight_gram, concepts=None, entry=TEXT, heard=None):
         gates = None
         if plan.gates:
             text = (heard or encoded)[prompt.prompt]
-            score = matches(concepts, [text])
+            score = side_by_side(matches(concepts, [text]), meanings(stack, {entry.name: prompt.rows[None]}))
             gates = gate_values(plan.gates, score)
         delta = part.delta(rows[None], gates)[0] if part else torch.zeros_like(rows)
         found.append(Impact(prompt.prompt, relative_change(delta, rows, weight_gram)))

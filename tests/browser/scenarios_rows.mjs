@@ -101,7 +101,85 @@ async function theMenuOfARow(page) {
     check(inside, "the menu lies inside the editor");
 }
 
+/** Drops a file on an element: bytes of one of the host's files under another name, or some text. */
+const drop = (page, selector, name, from) => page.evaluate(async ([selector, name, from]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([from], name));
+    const target = document.querySelector(selector);
+    for (const type of ["dragover", "drop"]) {
+        target.dispatchEvent(new DragEvent(type, { bubbles: true, cancelable: true, dataTransfer: data }));
+    }
+}, [selector, name, from]);
+
+/** What the nodes say of words while they are written, without a run. */
+async function hintsWhileOneTypes(page) {
+    const nodes = { model: ["MembraneDemoModel", [20, 40]], forget: ["MembraneForget", [360, 40]], editor: ["MembraneStackEditor", [800, 40], { stack_json: stack({ words: "star" }) }] };
+    const { forget } = await build(page, nodes, [["model", 0, "forget", "model"], ["model", 1, "forget", "clip"]]);
+    const hints = page.locator(".membrane-hints:visible .membrane-words");
+    const write = (name, text) => api(page, ([id, name, text]) => {
+        const widget = app.graph.getNodeById(id).widgets.find((w) => w.name === name);
+        if (widget.inputEl) widget.inputEl.value = text;
+        widget.value = text;
+    }, [forget, name, text]);
+    await page.waitForTimeout(1200);
+    same(await hints.count(), 0, "hints of empty boxes");
+    const height = () => api(page, (id) => app.graph.getNodeById(id).size[1], forget);
+    const before = await height();
+    await write("remove", "-> circle");
+    await until(async () => /names no concept before/.test(await hints.innerText()), "the sentence about an arrow");
+    check(/membrane-error/.test(await hints.getAttribute("class")), "it is a mistake");
+    await write("remove", "star, moon, heart");
+    await until(async () => /write one per line to erase all three\./.test(await hints.innerText()), "the sentence about commas");
+    await write("remove", "star");
+    await write("keep", "heart\nstar");
+    await until(async () => /"star" is also to be kept/.test(await hints.innerText()), "the sentence about what is kept as well");
+    const saved = await api(page, () => app.graph.serialize().nodes.find((n) => n.type === "MembraneForget").widgets_values);
+    check(!JSON.stringify(saved).includes("also to be kept"), "the file has no hint");
+    await write("keep", "heart");
+    await until(async () => (await hints.count()) === 0, "the end of the hint");
+    const after = await height();
+    check(Math.abs(after - before) < 8, `the node has its height again: ${before} and ${after}`);
+    await box(page, 0).fill("star -> star");
+    const own = row(page, 0).locator(".membrane-hint");
+    await until(async () => /is to be replaced by itself/.test(await own.innerText()), "the sentence in the row");
+    await box(page, 0).fill("star -> circle");
+    await until(async () => !(await own.isVisible()), "the end of it");
+}
+
 export const ROWS = {
+    async words_that_look_wrong_are_told_while_one_types(page) {
+        await hintsWhileOneTypes(page);
+    },
+
+    async words_that_look_wrong_are_told_in_nodes_2(page) {
+        await inNodes2(page, () => hintsWhileOneTypes(page));
+    },
+
+    async a_file_is_dropped_on_the_editor(page) {
+        await fresh(page, { text: stack() });
+        const line = page.locator(".membrane-stack .membrane-prompt");
+        await drop(page, ".membrane-stack", "star_00001_.safetensors", "not looked at");
+        await becomes(() => names(page), [STAR], "a row for a file that is there already, in its folder");
+        await drop(page, ".membrane-stack", "wrong.safetensors", "no adapter");
+        await until(async () => (await line.innerText()).includes('"wrong.safetensors" is no erasure adapter'), "the sentence");
+        same(await names(page), [STAR], "rows after a file that is none");
+        const name = `dropped${Date.now()}.safetensors`;
+        await page.evaluate(async ([selector, name]) => {
+            const text = JSON.stringify({
+                __metadata__: { "membrane.format": "erasure_adapter", "membrane.version": "1", "membrane.method": "UCE", "membrane.concepts": '["star"]', "membrane.surrogates": "[]", "membrane.family": "", "membrane.text_encoder": "", "membrane.settings": "{}" },
+                "text_map.a": { dtype: "F32", shape: [4, 1], data_offsets: [0, 16] },
+                "text_map.b": { dtype: "F32", shape: [1, 4], data_offsets: [16, 32] },
+                "text_map.concept": { dtype: "I64", shape: [1], data_offsets: [32, 40] },
+            });
+            const header = new TextEncoder().encode(text.padEnd(Math.ceil(text.length / 8) * 8));
+            const length = new BigUint64Array([BigInt(header.length)]), data = new DataTransfer();
+            data.items.add(new File([length, header, new Uint8Array(40)], name));
+            document.querySelector(selector).dispatchEvent(new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer: data }));
+        }, [".membrane-stack", name]);
+        await becomes(() => names(page), [STAR, name], "a row for a file that was sent");
+        check(!(await row(page, 1).getAttribute("class")).includes("membrane-missing"), "the host has the file");
+    },
+
     async words_are_a_row_that_is_erased_when_the_stack_is_applied(page) {
         await wordsAsARow(page);
     },

@@ -14,7 +14,7 @@ from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.errors import ErasureError
 from membrane.core.formats import native
-from membrane.core.host.files import calibrations, folders
+from membrane.core.host.files import calibrations, folders, uploads
 from membrane.core.host.files.reports import Place
 from membrane.core.host.page import routes
 from membrane.core.measures.detection import Calibration
@@ -211,6 +211,8 @@ def test_routes_only_read(host, ask, star):
     for path in ("/membrane/adapter", "/membrane/openings"):
         for method in ("PUT", "DELETE", "PATCH"):
             assert ask(method, path)[0] == 405
+    for method in ("GET", "PUT", "DELETE", "PATCH"):
+        assert ask(method, "/membrane/upload")[0] == 405
     assert ask("POST", "/membrane/adapter")[0] == 405 and ask("GET", "/membrane/openings")[0] == 405
     assert ask("GET", "/membrane/adapter", params={"name": star})[0] == 200
     assert {path: os.stat(path).st_mtime_ns for path in everything(host.work)} == before
@@ -235,8 +237,10 @@ def test_what_cannot_be_read_is_an_answer(ask, root, outside):
     "body", [b"", b"\xff\xfe", b"[" * 500_000, b"{" * 500_000, b'{"text": "a"}', b"null", b"9" * 5000]
 )
 def test_bodies(ask, body):
-    status, found = ask("POST", "/membrane/openings", data=body)
-    assert status == 400 and found["error"].endswith(".")
+    for route in ("/membrane/openings", "/membrane/words"):
+        status, found = ask("POST", route, data=body)
+        if not (route == "/membrane/words" and body.startswith(b'{"text"')):  # which is a question there
+            assert status == 400 and found["error"].endswith(".")
 
 
 def test_large_requests(ask, star):
@@ -263,3 +267,87 @@ def test_rows_are_counted_before_files_are_opened(ask, star, monkeypatch):
     text = json.dumps({"membrane_stack": 1, "entries": [{"adapter": star}] * (routes.MOST + 1)})
     status, found = ask("POST", "/membrane/openings", json={"stack_json": text, "text": ""})
     assert status == 400 and "expected at most" in found["error"] and not opened
+
+
+# ---------------------------------------------------------------- uploads
+
+BYTES = {"Content-Type": routes.BYTES}
+WRONG = [
+    *OUT, "", ".safetensors", "..safetensors", "a.pt", "a.safetensors.exe", "a/b.safetensors", "a\\b.safetensors",
+    "../a.safetensors", "C:a.safetensors", "con.safetensors", "NUL.x.safetensors", "a?.safetensors", "a .safetensors ",
+    " a.safetensors", "a..safetensors", ".a.safetensors", "a\nb.safetensors", "a\0.safetensors",
+    "\u202ea.safetensors", "x" * 300 + ".safetensors",
+]  # fmt: skip
+
+
+def file_of(folder):
+    path = folder / "made.safetensors"
+    native.save(adapter(), str(path))
+    return path.read_bytes()
+
+
+def upload(ask, name, data, headers=BYTES):
+    name = name.encode("utf-8", "replace").decode()
+    return ask("POST", "/membrane/upload", params={"name": name}, data=data, headers=headers)
+
+
+def test_a_file_is_uploaded_once(ask, root, tmp_path):
+    data, path = file_of(tmp_path), os.path.join(root, "sent.safetensors")
+    try:
+        assert upload(ask, "sent.safetensors", data) == (200, {"name": "sent.safetensors"})
+        with open(path, "rb") as file:
+            assert file.read() == data
+        status, found = upload(ask, "sent.safetensors", data + b"x")
+        assert status == 400 and "There is a file" in found["error"]
+        with open(path, "rb") as file:
+            assert file.read() == data
+        assert folders.load_adapter("sent.safetensors").card.concepts == ("star",)
+    finally:
+        os.remove(path)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_names_of_uploads(host, ask, outside, tmp_path_factory, name):
+    data, before = file_of(tmp_path_factory.mktemp("made")), everything(host.work)
+    status, found = upload(ask, name, data)
+    assert status == 400 and found["error"].endswith(".")
+    assert everything(host.work) == before
+
+
+def test_what_is_no_adapter_is_not_kept(host, root, ask, tmp_path, monkeypatch):
+    data, link_to = file_of(tmp_path), os.path.join(root, "hanging.safetensors")
+    before, torch_file = everything(host.work), tmp_path / "torch.pt"
+    torch.save({"a": torch.ones(1)}, torch_file)
+    for wrong in (b"", b"\xff" * 100, data[:-1], torch_file.read_bytes(), b"{}"):
+        status, found = upload(ask, "wrong.safetensors", wrong)
+        assert status == 400 and "is no erasure adapter in a safetensors file" in found["error"]
+    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "multipart/form-data"}):
+        status, found = upload(ask, "wrong.safetensors", data, headers)
+        assert status == 400 and "holds no file" in found["error"]
+    link(link_to, tmp_path / "nowhere.safetensors")
+    try:
+        assert upload(ask, "hanging.safetensors", data)[0] == 400 and not (tmp_path / "nowhere.safetensors").exists()
+    finally:
+        os.unlink(link_to)
+    monkeypatch.setattr(uploads, "LARGEST", 1 << 18)
+    status, found = upload(ask, "large.safetensors", _pieces())
+    assert status == 400 and "is larger than" in found["error"]
+    assert everything(host.work) == before
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced(ask, root, tmp_path, monkeypatch):
+    path, look = os.path.join(root, "race.safetensors"), uploads._require_adapter
+
+    def late(name, temporary):
+        look(name, temporary)
+        with open(path, "wb") as file:
+            file.write(b"other")
+
+    monkeypatch.setattr(uploads, "_require_adapter", late)
+    try:
+        assert upload(ask, "race.safetensors", file_of(tmp_path))[0] == 400
+        with open(path, "rb") as file:
+            assert file.read() == b"other"
+        assert [name for name in os.listdir(root) if "race" in name] == ["race.safetensors"]
+    finally:
+        os.remove(path)

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import comfy.model_base
 import comfy.model_management
+import comfy.utils
 import folder_paths
+import numpy as np
 import pytest
 import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
@@ -132,6 +134,25 @@ def test_a_trained_adapter_comes_out_and_is_in_a_file(train, demo, node):
     after = demo[0].model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items()) and left_behind(demo[0]) == []
     assert node("MembraneStack", adapter=loaded)[0].entries[0].mode == "facilitated transport"
+
+
+def test_original_and_erased_are_shown_while_it_trains(train, monkeypatch):
+    pictures = []
+
+    class Bar:
+        def __init__(self, total):
+            pass
+
+        def update_absolute(self, value, total=None, preview=None):
+            if preview is not None:
+                pictures.append(torch.from_numpy(np.array(preview[1])).float())
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    train(preview_every=2, learning_rate=0.05, filename_prefix="shown")
+    assert len(pictures) == 2 and all(picture.shape[1] == 2 * picture.shape[0] for picture in pictures)
+    (before, after), (again, later) = [picture.chunk(2, dim=1) for picture in pictures]
+    assert torch.equal(before, again)
+    assert (before - after).abs().mean() > 1 and (after - later).abs().mean() > 0
 
 
 def test_the_same_seed_gives_the_same_adapter(train):

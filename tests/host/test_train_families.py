@@ -22,6 +22,7 @@ FAMILIES = (
     "newbie", "sd3", "sd35_medium", "wan21", "wan22_5b", "cosmos_predict2", "anima", "hunyuan_video", "hunyuan_image",
 )  # fmt: skip
 PIXELS = 64
+METHODS = {"spm": "SPM", "esd": "ESD", "gem": "GEM", "projected gradient": "Projected gradient"}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -125,7 +126,7 @@ def state_of(model):
     return {key: value.clone() for key, value in model.model.state_dict().items()}
 
 
-@pytest.mark.parametrize("objective", ["spm", "esd", "gem"])
+@pytest.mark.parametrize("objective", ["spm", "esd", "gem", "projected gradient"])
 def test_an_adapter_is_trained_and_acts(tiny, node, objective):
     name, model, clip = tiny
     comfy.model_management.load_models_gpu([model])  # takes off what another test has patched onto the weights
@@ -148,7 +149,7 @@ def test_an_adapter_is_trained_and_acts(tiny, node, objective):
     assert any(change.up.abs().max() > 0 for change in changes.values())
     after = model.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert adapter.card.method == {"spm": "SPM", "esd": "ESD", "gem": "GEM"}[objective]
+    assert adapter.card.method == METHODS[objective]
     stack = node("MembraneStack", adapter=adapter, permeability="fixed")[0]
     changed = node("MembraneApply", model=model, clip=clip, stack=stack)[0]
     conditioning = clip_encoded(clip, STAR)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.low_rank import LowRank
-from membrane.core.erasers.spm import Settings, Texts
+from membrane.core.erasers.spm import Settings, Texts, preview
 from membrane.core.erasers.spm_presets import CUSTOM, PRESETS, settings_of
 from membrane.core.erasers.spm_run import TrainingRun, steps_done
 from membrane.core.errors import ErasureError
@@ -47,14 +47,28 @@ def test_it_tells_shows_and_saves():
     assert adapter.name == "star_00001_" and torch.equal(adapter.low_rank["layer"].up, saved[-1].low_rank["layer"].up)
 
 
+def test_pictures_stand_beside_what_they_were_without_the_adapter():
+    shown = []
+    training = run(show=lambda step, latents: shown.append((training.original, latents)))[0]
+    assert training.original is None
+    training(Toy(), TEXTS)
+    (first, one), (second, two) = [pair for pair in shown if pair[1] is not None]
+    untrained = Toy()
+    untrained.up = torch.zeros(4, 1)
+    expected = preview(untrained, TEXTS[0], SETTINGS)
+    assert torch.equal(first, expected) and torch.equal(second, expected)
+    assert not torch.equal(one, expected) and not torch.equal(one, two)
+
+
 def test_what_is_trained_stays_after_a_stop():
     def stop(step, latents):
         if step == 3:
             raise KeyboardInterrupt
 
-    training, saved, *_ = run(show=stop)
+    training, saved, _, said = run(show=stop)
     with pytest.raises(KeyboardInterrupt):
         training(Toy(), TEXTS)
+    assert said[-1].startswith("Stopped. Saved as star_00001_ after 3 steps. To go on, load it")
     assert [one.card.settings["trained_steps"] for one in saved] == [2, 3]
 
 

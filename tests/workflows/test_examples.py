@@ -15,6 +15,8 @@ LOADERS = {
     "CheckpointLoaderSimple": ("checkpoints", 1), "UNETLoader": ("diffusion_models", 1),
     "CLIPLoader": ("text_encoders", 1), "DualCLIPLoader": ("text_encoders", 2), "VAELoader": ("vae", 1),
 }  # fmt: skip
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))  # subgraphs that newer pages list among their nodes
+INPUTS, OUTPUTS = -10, -20  # ids of a subgraph's own ends
 KINDS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "FILES": str}
 
 
@@ -170,3 +172,28 @@ def test_groups_say_in_which_order(workflow):
             for left, top, wide, high in (group["bounding"] for group in groups)
         ]
         assert sum(inside) == 1, node["type"]
+
+
+@pytest.mark.parametrize("file", BLUEPRINTS, ids=lambda file: file.stem)
+def test_a_blueprint_fits_the_contract(file):
+    """Values and sockets of its nodes, and both ends of each link; what it shows of them is there."""
+    blueprint = json.loads(file.read_text(encoding="utf-8"))
+    (outer,) = blueprint["nodes"]
+    (inner,) = blueprint["definitions"]["subgraphs"]
+    assert outer["type"] == inner["id"] and outer["title"] == inner["name"] == file.stem
+    nodes = {node["id"]: node for node in inner["nodes"]}
+    for node in nodes.values():
+        contract = NODES[node["type"]]
+        assert [slot["name"] for slot in node["inputs"]] == [input["name"] for input in contract["inputs"]]
+        assert [slot["name"] for slot in node["outputs"]] == [output["name"] for output in contract["outputs"]]
+        assert len(node["widgets_values"]) == len(widget_names(node))
+    for link in inner["links"]:
+        origin, target = link["origin_id"], link["target_id"]
+        start = inner["inputs"] if origin == INPUTS else nodes[origin]["outputs"]
+        end = inner["outputs"] if target == OUTPUTS else nodes[target]["inputs"]
+        assert start[link["origin_slot"]]["type"] == end[link["target_slot"]]["type"] == link["type"]
+    assert [(slot["name"], slot["type"]) for slot in outer["inputs"]] == [
+        (slot["name"], slot["type"]) for slot in inner["inputs"]
+    ]
+    for key, name in outer["properties"]["proxyWidgets"]:
+        assert name in widget_names(nodes[int(key)])

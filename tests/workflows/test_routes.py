@@ -63,3 +63,43 @@ def test_which_rows_the_words_open(server, file):
 def test_what_is_no_question(server, body, sentence):
     code, found = refusal(lambda: server.post("/membrane/openings", body))
     assert code == 400 and sentence in found and "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        ({"concepts": "star -> circle"}, []),
+        ({}, []),
+        ({"concepts": " \n", "preserve": "heart", "templates": "automatic", "kind": "object"}, []),
+        ({"concepts": "-> circle"}, [("error", 'names no concept before "->"')]),
+        ({"concepts": "a -> b -> c"}, [("error", "has 2 arrows")]),
+        ({"concepts": "art", "kind": "style"}, [("error", "is to be replaced by itself")]),
+        ({"concepts": "star", "surrogate": "star"}, [("error", "is to be replaced by itself")]),
+        ({"concepts": "star, moon, heart"}, [("warning", "write one per line to erase all three")]),
+        ({"concepts": "star: circle"}, [("warning", 'write "concept -> replacement"')]),
+        ({"concepts": "star", "preserve": "heart\nStar"}, [("warning", "is also to be kept")]),
+        ({"templates": "a photo"}, [("error", "has 0 places for the concept")]),
+        (
+            {"concepts": "star, moon", "templates": "a photo"},
+            [("error", "has 0 places"), ("warning", "was taken as one concept")],
+        ),
+    ],
+)
+def test_what_is_wrong_with_words(server, words, hints):
+    found = server.post("/membrane/words", words)["hints"]
+    assert [hint["level"] for hint in found] == [level for level, _ in hints]
+    assert all(part in hint["text"] and hint["text"].endswith(".") for hint, (_, part) in zip(found, hints))
+
+
+@pytest.mark.parametrize("body", [[], {"concepts": 1}, {"concepts": "a", "kind": ["object"]}, "star"])
+def test_what_are_no_words(server, body):
+    code, found = refusal(lambda: server.post("/membrane/words", body))
+    assert code == 400 and "holds no words" in found
+
+
+def test_newer_hosts_list_the_blueprint(server):
+    try:
+        found = server.get("/global_subgraphs")
+    except urllib.error.HTTPError:
+        pytest.skip("this host has no subgraphs")
+    assert "Erase Concepts with Captions" in {entry["name"] for entry in found.values()}

@@ -57,10 +57,20 @@ export async function ask(route, body) {
         headers: { "Content-Type": "application/json" },
         body: JSON.stringify(body),
     };
+    return answered(route, options);
+}
+
+async function answered(route, options) {
     const answer = await api.fetchApi(route, options);
     const found = await answer.json().catch(() => ({}));
     if (!answer.ok) throw new Error(found.error ?? t("problem.host", answer.status, route));
     return found;
+}
+
+/** Sends an adapter's file to the model folder; raises an Error with the host's sentence. */
+export async function uploadAdapter(file) {
+    const options = { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file };
+    await answered(`/membrane/upload?name=${encodeURIComponent(file.name)}`, options);
 }
 
 /** The pack's strings in the page's language, as locales/ has them; none in English, and from hosts of 2024. */

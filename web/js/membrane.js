@@ -5,9 +5,10 @@
 import { addInfo } from "./adapter_info.js";
 import { addToNodeMenu, addToOldMenus, canvasItems } from "./erase_here.js";
 import { executionIds, promptTexts } from "./graph.js";
+import { watchWords } from "./hints.js";
 import {
     adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, sendToClipboard, stayMounted, translations,
-    undoRedo, whileInGraph,
+    toast, undoRedo, uploadAdapter, whileInGraph,
 } from "./host.js";
 import { keepReport, listenForReports } from "./report.js";
 import { StackEditor } from "./stack_editor.js";
@@ -26,9 +27,20 @@ function keepTrack(node, editor) {
     after(node, "onRemoved", () => editors.delete(node));
     const look = () => {
         editors.set(node, editor);
+        editor.checkWords();
         stayMounted(node, editor.root, ".membrane-stack");
     };
     whileInGraph(node, look, 500);
+}
+
+/** Files that are dropped on the node beside its editor. */
+function takeFiles(node, editor) {
+    node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file");
+    node.onDragDrop = (event) => {
+        const files = [...(event.dataTransfer?.files ?? [])];
+        if (files.length) editor.dropFiles(files);
+        return files.length > 0;
+    };
 }
 
 /** The widget of the node's text: the editor, whose value is the text. */
@@ -41,6 +53,8 @@ function stackWidget(node, name, spec) {
         names: adapterNames,
         undoRedo,
         copy: sendToClipboard,
+        upload: uploadAdapter,
+        tell: (text) => toast("info", text),
     });
     if (spec[1]?.default) editor.value = spec[1].default;
     const widget = node.addDOMWidget(name, "membrane_stack", editor.root, {
@@ -52,6 +66,7 @@ function stackWidget(node, name, spec) {
         getMinHeight: () => 280,
     });
     passCanvasGestures(editor.root, hasScrollBar);
+    takeFiles(node, editor);
     keepTrack(node, editor);
     watchPrompt(node, editor);
     return { widget, minWidth: 500, minHeight: 380 };
@@ -98,6 +113,7 @@ app.registerExtension({
     nodeCreated(node) {
         if (node.comfyClass === "MembraneLoadAdapter") addInfo(node);
         if (node.comfyClass?.startsWith("Membrane")) keepReport(node);
+        watchWords(node);
         addToNodeMenu(node);
     },
 

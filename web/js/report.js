@@ -33,6 +33,13 @@ function linkTo({ label, url }) {
     return href && make("a", { href, target: "_blank", rel: "noopener" }, label);
 }
 
+/** How many pixels a text takes on a node. */
+export function textHeight(node, text) {
+    const letters = Math.max(20, ((node.size?.[0] ?? 300) - 40) / CHARACTER);
+    const lines = text.split("\n").map((line) => Math.max(1, Math.ceil(line.length / letters)));
+    return Math.min(TALLEST, lines.reduce((sum, count) => sum + count, 0) * LINE);
+}
+
 /** The part of one node. */
 class NodePart {
     constructor(node) {
@@ -56,7 +63,7 @@ class NodePart {
         this.body.replaceChildren(...parts);
         const height = this.heightOf(report);
         this.root.style.minHeight = `${height}px`;
-        if (this.height !== height) this.hide();
+        if (this.height !== height) this.free();
         if (!this.widget) this.widget = addPart(this.node, "membrane_report", this.root, height);
         this.height = height;
     }
@@ -71,9 +78,7 @@ class NodePart {
     }
 
     heightOf({ parts, pairs }) {
-        const letters = Math.max(20, ((this.node.size?.[0] ?? 300) - 40) / CHARACTER);
-        const linesOf = (text) => text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
-        const text = parts.map((part) => Math.min(TALLEST, linesOf(textOf(part)) * LINE) + EDGES);
+        const text = parts.map((part) => textHeight(this.node, textOf(part)) + EDGES);
         return text.reduce((sum, height) => sum + height, pairs?.length ? PICTURE : 0);
     }
 
@@ -83,9 +88,14 @@ class NodePart {
         this.root.classList.toggle("membrane-stale", stale);
     }
 
-    hide() {
+    /** Gives the room back; the element stays where the page has it, for what is shown next. */
+    free() {
         if (this.widget) removePart(this.node, this.widget, this.height);
         this.widget = null;
+    }
+
+    hide() {
+        this.free();
         this.root.remove();
     }
 }

@@ -3,6 +3,7 @@
 
 import { icon, make, setText } from "./elements.js";
 import { GateView } from "./gates.js";
+import { Checker, severest, wordsOf } from "./hints.js";
 import { Control } from "./row_controls.js";
 import { field, isWords, nameOf, understood } from "./stack_document.js";
 import { t } from "./strings.js";
@@ -17,6 +18,7 @@ export class RowView {
     constructor() {
         this.entry = null;
         this.gate = new GateView();
+        this.checker = new Checker((hints) => this.showHints(hints));
         this.makeButtons();
         this.makeControls();
         this.note = make("span", { class: "membrane-note" });
@@ -96,7 +98,7 @@ export class RowView {
             this.name.after(this.words.box);
             this.folded.prepend(this.ofWords);
         } else for (const part of [this.words.box, this.ofWords]) part.remove();
-        this.showHint(null);
+        this.showHints([]);
     }
 
     /** Everything that depends only on whose row it is. */
@@ -128,12 +130,17 @@ export class RowView {
         this.concept.textContent = this.concept.title = text;
     }
 
-    /** What may be wrong with the words: {text, level}, or null. */
-    showHint(hint) {
-        this.hint.hidden = !hint;
-        setText(this.hint, hint?.text ?? "");
-        this.hint.classList.toggle("membrane-error", hint?.level === "error");
-        this.hint.classList.toggle("membrane-warning", hint?.level === "warning");
+    /** What may be wrong with the words. @param {import("./hints.js").Hint[]} hints */
+    showHints(hints) {
+        this.hint.hidden = !hints.length;
+        setText(this.hint, wordsOf(hints));
+        this.hint.className = `membrane-hint membrane-${severest(hints)}`;
+    }
+
+    /** Looks at words again that may have changed. */
+    checkWords() {
+        const { words, keep, kind } = isWords(this.entry) ? this.entry : { words: "" };
+        if (words || this.checker.seen !== "{}") this.checker.look(words ? { concepts: words, preserve: keep, kind } : {});
     }
 
     /** Opens or closes everything but the first line. */

@@ -5,7 +5,7 @@ import { t } from "./strings.js";
 
 export const VERSION = 1;
 export const EMPTY = `{"membrane_stack": ${VERSION}, "entries": []}`;
-export const MODES = ["automatic", "fixed", "facilitated transport", "reference", "route"];
+export const MODES = ["automatic", "fixed", "facilitated transport", "reference", "route", "meaning"];
 export const NEGATIVES = ["same as positive", "own", "off"];
 export const KINDS = ["anything", "object", "style", "person"];
 
@@ -26,7 +26,7 @@ export const DEFAULTS = {
 export const OF_WORDS = { words: "", keep: "", kind: "anything" };
 
 /** A row of words as it begins: it opens where the prompt asks for them. */
-export const NEW_WORDS = { words: "", enabled: true, strength: 1, permeability: { mode: "facilitated transport" } };
+export const NEW_WORDS = { words: "", enabled: true, strength: 1, permeability: { mode: "meaning" } };
 
 const isObject = (x) => typeof x === "object" && x !== null && !Array.isArray(x);
 

@@ -46,9 +46,11 @@ export class StackEditor {
      * @param {{
      *   changed: (text: string) => void, committed: () => void, names: () => Promise<string[]>,
      *   undoRedo: (event: KeyboardEvent) => boolean, copy: (text: string, shown: HTMLElement) => void,
+     *   upload: (file: File) => Promise<void>, tell: (text: string) => void,
      * }} host what the editor needs of the page: changed() gets every new text, committed() is called when one
      *   change is over, names() lists the files, undoRedo() handles Ctrl+Z in a control, copy() puts a text that an
-     *   element shows into the clipboard.
+     *   element shows into the clipboard, upload() sends a file to the host or raises an Error,
+     *   tell() shows a short message over the page.
      */
     constructor(host) {
         this.host = host;
@@ -87,12 +89,14 @@ export class StackEditor {
         const { stack, problem } = parse(this.text);
         this.stack = stack;
         this.problemText = problem;
+        this.refused = null; // why a file that was dropped was not taken
         this.openings.assign(this.entries);
         this.render();
     }
 
     /** Puts the changed entries into the text. */
     push(commit = true) {
+        this.refused = null;
         this.text = write(this.stack);
         this.host.changed(this.text);
         this.render();
@@ -142,6 +146,8 @@ export class StackEditor {
         list.addEventListener("change", (event) => this.onChange(event));
         list.addEventListener("pointerdown", (event) => this.onPress(event));
         list.addEventListener("contextmenu", (event) => this.onMenu(event));
+        this.root.addEventListener("dragover", (event) => this.onFiles(event));
+        this.root.addEventListener("drop", (event) => this.onFiles(event));
         this.area.addEventListener("input", () => {
             this.host.changed(this.area.value);
             this.value = this.area.value;
@@ -414,6 +420,11 @@ export class StackEditor {
         if (chooser.box.isConnected) chooser.list();
     }
 
+    /** Asks what may be wrong with rows of words. */
+    checkWords() {
+        for (const view of this.list.views) view.checkWords();
+    }
+
     /** Gives a row another file, or a new row a file. */
     take(i, name) {
         const { entries } = this;
@@ -436,6 +447,43 @@ export class StackEditor {
         body.replaceChildren(await adapterInfo(name).then(infoList, (error) => error.message));
     }
 
+    // ------------------------------------------------------------ files that are dropped
+
+    /** Takes files that are dragged over the editor, which the page would look for a workflow in. */
+    onFiles(event) {
+        if (!event.dataTransfer?.types.includes("Files")) return;
+        event.preventDefault();
+        if (event.type !== "drop") return;
+        event.stopPropagation();
+        this.dropFiles([...event.dataTransfer.files]);
+    }
+
+    /** Adds a row for each file, which is sent to the host where that has none of its name. */
+    async dropFiles(files) {
+        this.panel.hidden = true;
+        this.refused = null;
+        for (const file of files) {
+            await this.refreshNames();
+            const known = this.names.find((name) => plainName(name).split("/").at(-1) === file.name);
+            this.say(t("drop.sending", file.name));
+            try {
+                if (known === undefined) await this.host.upload(file);
+                this.host.tell(t(known === undefined ? "drop.sent" : "drop.known", known ?? file.name));
+            } catch (error) {
+                this.say((this.refused = error.message), true);
+                return;
+            }
+            await this.refreshNames();
+            if (this.stack) this.take(-1, known ?? file.name);
+        }
+    }
+
+    /** Says something in the line below the rows, until the prompt is looked at again. */
+    say(text, wrong = false) {
+        this.prompt.classList.toggle("membrane-refused", wrong);
+        setText(this.prompt, text);
+    }
+
     // ------------------------------------------------------------ what the rows got, and what the prompt asks for
 
     /** Shows a sampling's openings. */
@@ -452,7 +500,6 @@ export class StackEditor {
 
     /** The line below the rows: what the words of the connected prompt would open. */
     showPrompt(answer) {
-        this.prompt.classList.toggle("membrane-refused", Boolean(answer.problem));
-        setText(this.prompt, promptLine(answer));
+        if (!this.refused) this.say(promptLine(answer), Boolean(answer.problem));
     }
 }

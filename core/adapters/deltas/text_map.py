@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from ...errors import ErasureError
+from ..probe import Probe
 from .delta import OPEN, Delta, register
 from .low_rank import LowRank
 
@@ -19,7 +20,8 @@ class TextMap(Delta):
     (UCE, Gandikota et al. 2024, eq. 7, factored). A sum of terms; each belongs to one concept.
 
     a: (d, n) and b: (n, d), float32; concept: n indices into the card's concepts. normed: whether it maps the vectors
-    as they are after the norm that stands before the layers, in families that have one.
+    as they are after the norm that stands before the layers, in families that have one. probes: of those concepts whose
+    texts can be told from others at the entry.
     """
 
     kind: ClassVar[str] = "map"
@@ -29,6 +31,7 @@ class TextMap(Delta):
     b: torch.Tensor
     concept: tuple[int, ...]
     normed: bool = False
+    probes: tuple[Probe, ...] = ()
 
     def __post_init__(self):
         n = len(self.concept)
@@ -36,6 +39,12 @@ class TextMap(Delta):
             raise ErasureError(
                 f"A text map has factors of shapes {tuple(self.a.shape)} and {tuple(self.b.shape)} for {n} terms; "
                 "expected (width, terms) and (terms, width); the file is damaged, save the adapter again."
+            )
+        odd = next((len(probe.vector) for probe in self.probes if len(probe.vector) != self.width), None)
+        if odd is not None:
+            raise ErasureError(
+                f"A text map of width {self.width} has a probe of width {odd}; the file is damaged, save the adapter "
+                "again."
             )
 
     @property

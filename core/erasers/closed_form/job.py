@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from ...adapters.adapter import Card, ErasureAdapter
@@ -9,6 +10,7 @@ from ...text.concepts import Concept, fill, mentions, parse_concepts, same, up_t
 from .double_projection import DOUBLE_PROJECTIONS
 from .groups import FIRST, NEEDED, SUBJECT
 from .method import METHODS, register
+from .probes import probes_of
 from .rece import RECE, REGULARISED
 from .speed import SPEED
 from .uce import UCE
@@ -133,11 +135,12 @@ def solve(job, encoded, weight_gram=None, on_round=None):
     return METHODS[job.method].solve(job, encoded, weight_gram, on_round)
 
 
-def erase(job, entries, family, text_encoder, weight_gram=None, on_round=None):
+def erase(job, entries, family, text_encoder, weight_gram=None, on_round=None, others=MappingProxyType({})):
     """ErasureAdapter of a job.
 
     entries: {name of a text entry: Encoded of the job's prompts there}, the main one first, whose layers weight_gram is
-    of; family and text_encoder go on the card.
+    of; family and text_encoder go on the card. others: the same of everyday_captions(), which the probes need; maps of
+    entries that are not among them get none.
     """
     settings = {"preserve": list(job.preserve), "templates": list(job.templates), **asdict(job.settings)}
     if job.edition != FIRST:
@@ -148,5 +151,6 @@ def erase(job, entries, family, text_encoder, weight_gram=None, on_round=None):
     for name, encoded in entries.items():
         main = not maps
         found = solve(job, encoded, weight_gram if main else None, on_round if main else None)
-        maps[name] = replace(found, normed=encoded.behind_norm)
+        probes = probes_of(job, encoded, others[name]) if name in others else ()
+        maps[name] = replace(found, normed=encoded.behind_norm, probes=probes)
     return ErasureAdapter(card, {"map": maps})

@@ -6,7 +6,7 @@ import latent_preview
 import torch
 from server import PromptServer
 
-from ..compat import show_text
+from ..compat import rgb_previewer, show_text
 
 
 class Progress:
@@ -21,8 +21,10 @@ class Progress:
         self.bar.update_absolute(min(self.base + done, self.total), self.total, picture)
 
     def picture(self, model, latents):
-        """Latents (1, 4, h, w) as a preview in the way the user has chosen; None when previews are off."""
-        previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        """Latents (1, 4, h, w) as a preview in the way the user has chosen, a rough one when previews are off; None for
+        a kind of latents that has none."""
+        latent_format = model.model.latent_format
+        previewer = latent_preview.get_previewer(model.load_device, latent_format) or rgb_previewer(latent_format)
         if previewer is None:
             return None
         with torch.no_grad():

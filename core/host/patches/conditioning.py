@@ -3,12 +3,13 @@
 import contextlib
 import logging
 import weakref
+from types import MappingProxyType
 
 import comfy.conds
 import comfy.utils
 import torch
 
-from ...adapters.gates import gate_values, of_negative, stronger
+from ...adapters.gates import gate_values, meanings, of_negative, side_by_side, stronger
 from ...adapters.patch import Patch
 from ...text.similarity import opening_matches
 from ..compat import patched_layers_called
@@ -70,13 +71,14 @@ class ErasedConditioning(Patch):
     Clones may share it, and copies share what it learns, which belongs to one sampling. entries: the TextEntries whose
     maps act here, before `extra_conds` or, where it runs layers of the model, on what it gives. rows: the Rows of the
     gated layers. read: the entry whose text travels as it was before the map too, for calls in which the map acts
-    where the text is read.
+    where the text is read. texts: Texts of the entries that gates follow by meaning, None where none does.
     """
 
     function, erases = EXTRA_CONDS, True
 
-    def __init__(self, base, stack, plan, entries, travels, previous, rows, read=None):
+    def __init__(self, base, stack, plan, entries, travels, previous, rows, read=None, texts=None):
         super().__init__(base, previous)
+        self.texts = texts
         self.read, self.mapped, self.watches, self.told = read, [], None, False
         self.count = [0]  # of texts that were mapped
         self.rows, self.timed = rows, [k for k, gate in enumerate(plan.gates) if not gate.always]
@@ -91,7 +93,7 @@ class ErasedConditioning(Patch):
         if self.watches is not None and noise is not None and not self.runs.knows(noise):
             self.runs.of(noise)
             self.watches.watch(noise)
-        gates = self.gates(text, kwargs.get("prompt_type"), noise) if self.plan.gates else None
+        gates = self.gates(text, kwargs.get("prompt_type"), noise, kwargs) if self.plan.gates else None
         if "gligen" in kwargs and self.read is not None and not self.told:
             self.told = True
             log.warning(
@@ -148,16 +150,11 @@ class ErasedConditioning(Patch):
         part = self.plan.maps[entry.name]
         return entry.mapped(vectors, lambda rows: part.erased(rows, gates))
 
-    def gates(self, text, prompt_type, noise):
-        """Values (rows, K) of the plan's gates for a conditioning's text (rows, T, d) or None."""
-        gates, concepts = self.plan.gates, self.plan.concepts
-        score = None
-        if concepts is not None:
-            if text is None:
-                score = torch.zeros(1, len(concepts.names))
-            else:
-                score = self._match(text)
-        values = gate_values(gates, score)
+    def gates(self, text, prompt_type, noise, given=MappingProxyType({})):
+        """Values (rows, K) of the plan's gates for a conditioning's text (rows, T, d) or None; given: all that the
+        conditioning brings besides."""
+        gates = self.plan.gates
+        values = gate_values(gates, self._score(text, given))
         run = self.runs.of(noise)
         side = "negative" if prompt_type == "negative" else "positive"
         if side == "negative":
@@ -184,7 +181,19 @@ class ErasedConditioning(Patch):
 
     def opening(self, text):
         """Values (rows, K) of the plan's gates for a text (rows, T, d) that no conditioning brings."""
-        return gate_values(self.plan.gates, None if self.plan.concepts is None else self._match(text))
+        return gate_values(self.plan.gates, self._score(text, {}))
+
+    def _score(self, text, given):
+        """Matches (rows, C) of a text (rows, T, d) or None, in the order of columns(); None where nothing is read."""
+        score, concepts = None, self.plan.concepts
+        if concepts is not None:
+            score = torch.zeros(1, len(concepts.names)) if text is None else self._match(text)
+        if self.texts is None:
+            return score
+        closed = torch.zeros(1, len(self.plan.gates), device=given.get("device") or "cpu")
+        with patched_layers_called(), self.rows.lent(closed, ()):  # of layers that stand before an entry
+            texts = self.texts({**given, "cross_attn": text})
+        return side_by_side(score, meanings(self.stack, texts))
 
     def _match(self, text):
         """(rows, C) matches of a text (rows, T, d) with the plan's concepts."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...adapters.gates import gate_values
+from ...adapters.gates import follow_meaning, gate_values
 from ...errors import ErasureError
 from ..model.layers import family, plain_key, text_width
 from ..model.weights import text_weights
@@ -60,7 +60,7 @@ def _opened(model, width):
     if found is None:
         return text, layers
     plan = found.plan
-    score = torch.ones(1, len(plan.concepts.names)) if plan.concepts else None
+    score = torch.ones(1, len(plan.concepts.names if plan.concepts else ()) + len(follow_meaning(found.stack)))
     gates = torch.cat([gate_values(plan.gates, score)[0], torch.ones(1)]).double()  # the last one is for OPEN
     part = plan.maps.get(family(model).text.name)
     if part is not None:

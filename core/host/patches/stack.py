@@ -16,7 +16,7 @@ import comfy.lora
 from ...adapters.beside import Bypass, Changes, Rows
 from ...adapters.deltas.delta import KINDS, OPEN
 from ...adapters.deltas.low_rank import Part
-from ...adapters.gates import gated, wanted_concepts
+from ...adapters.gates import follow_meaning, gated, wanted_concepts
 from ...adapters.plan import make_plan
 from ...adapters.stack import ErasureStack
 from ...errors import ErasureError
@@ -37,6 +37,7 @@ from ..model.layers import (
     text_rows,
 )
 from ..text.calibration import compared_with
+from ..text.entries import Texts
 from ..text.known_tokens import PROMPTS
 from .conditioning import EXTRA_CONDS, ErasedConditioning
 from .places import foreign
@@ -150,7 +151,7 @@ def _put(patched, model, whole, plan):
     read = unet.TEXT if unet.TEXT in family(model).entries and (unet.TEXT in entries or plan.follows) else None
     travels = bool(timed) or follows or (read is not None and bool(plan.gates))
     previous = foreign(model, EXTRA_CONDS)
-    conditioning = ErasedConditioning(base, whole, plan, early, travels, previous, rows, read)
+    conditioning = ErasedConditioning(base, whole, plan, early, travels, previous, rows, read, _texts(model, whole))
     patched.add_object_patch(EXTRA_CONDS, conditioning)
     if (inside or plan.running) and family(model).cache:
         options = patched.model_options["transformer_options"] = dict(patched.model_options["transformer_options"])
@@ -159,6 +160,13 @@ def _put(patched, model, whole, plan):
     if read is not None or travels or plan.tells_rows or (plan.running and folds_activations(base.diffusion_model)):
         steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
         patched.add_object_patch(APPLY_MODEL, steps)
+
+
+def _texts(model, stack):
+    """Texts of the entries of a MODEL that gates of a stack follow by meaning, None where none does."""
+    adapters = [stack.entries[number].adapter for number, _ in follow_meaning(stack)]
+    wanted = {name for adapter in adapters for name, found in adapter.maps.items() if found.probes}
+    return Texts(model, [entry for entry in text_entries(model) if entry.name in wanted]) if wanted else None
 
 
 def _put_on_layers(patched, model, plan, inside, rows):

@@ -10,6 +10,7 @@ from ...erasers.closed_form.daily import daily_job
 from ...erasers.closed_form.job import METHODS, Job, erase
 from ...errors import ErasureError
 from ...text.concepts import parse_preserved
+from ...text.everyday import everyday_captions
 from ..model.layers import family_name, text_readers
 from ..model.weights import text_gram
 from ..patches.on_weights import apply_to_weights, on_layers
@@ -31,12 +32,15 @@ def erasure_of(job, model, clip, begin, pooled=None, role=""):
     """
     prompts, needs_gram = job.prompts(), METHODS[job.method].needs_gram
     count = len(list(text_readers(model))) if needs_gram else 0
-    progress = begin(len(prompts) + count + job.rounds)
+    everyday = everyday_captions()
+    progress = begin(len(prompts) + len(everyday) + count + job.rounds)
     entries = encode_entries(model, clip, prompts, progress.at, pooled)
     progress.next_phase(len(prompts))
+    others = encode_entries(model, clip, everyday, progress.at, pooled)
+    progress.next_phase(len(everyday))
     gram = text_gram(model, progress.at) if needs_gram else None
     progress.next_phase(count)
-    adapter = erase(job, entries, family_name(model), fingerprint(clip), gram, progress.at)
+    adapter = erase(job, entries, family_name(model), fingerprint(clip), gram, progress.at, others)
     progress.next_phase(job.rounds)
     return on_layers(model, adapter, role) if role else adapter
 

@@ -59,7 +59,7 @@ def _of_each(model, clip, prompts, entries, on_progress):
     missing = [p for p in dict.fromkeys(prompts) if any(KEPT.get(clip, (*keys[entry], p)) is None for entry in entries)]
     given = [(prompt, tokens, _on_cpu(found)) for prompt, tokens, found in each_given(clip, missing, on_progress)]
     behind = [entry for entry in entries if not entry.direct]
-    read = Reading(model, behind) if behind and given else lambda found: {}
+    read = Reading.loaded(model, behind) if behind and given else lambda found: {}
     fresh = {}
     for prompt, tokens, found in given:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -117,17 +117,23 @@ class Reading:
     """What a MODEL's layers read of a conditioning: it is prepared as for sampling, by the model's own `extra_conds`,
     and where a norm or more stands before an entry, the network is run up to the layer that reads it.
 
-    entries: TextEntries that are not read as the encoder gives them. What acts on the MODEL already is not seen.
+    entries: TextEntries that are not read as the encoder gives them. What acts on the MODEL already is not seen, but
+    for what is put on layers that stand before an entry.
     """
 
     def __init__(self, model, entries):
-        comfy.model_management.load_models_gpu([model])
         self.base, self.device, self.entries = model.model, model.load_device, entries
         self.layers = {}
         for entry in entries:
             found = next((module for _, module in readers(model, entry)), None) if entry.norm else None
             self.layers[entry] = found
         self.latent = empty_latent(model.model.latent_format)
+
+    @classmethod
+    def loaded(cls, model, entries):
+        """The same of a MODEL that is put on its device first."""
+        comfy.model_management.load_models_gpu([model])
+        return cls(model, entries)
 
     def __call__(self, given):
         """{entry: rows (T, d) float32 on the CPU} of what encoding one prompt gave, where it has rows for it."""
@@ -170,3 +176,49 @@ class Reading:
             f"The network of {type(self.base).__name__} never reached the layer behind {entry.norm}, where it should "
             "read its text; update ComfyUI or Membrane."
         )
+
+
+OF_PICTURES = (
+    "noise",
+    "device",
+    "prompt_type",
+    "control",
+    "denoise_mask",
+    "latent_image",
+    "concat_latent_image",
+    "concat_mask",
+    "reference_latents",
+)  # fmt: skip  of a conditioning, without a part in its text
+
+
+class Texts:
+    """What text entries of a MODEL read of a conditioning when it is sampled, of all its prompts; entries: TextEntries.
+
+    An entry that the conditioning has nothing for is left out.
+    """
+
+    def __init__(self, model, entries):
+        self.direct = [entry for entry in entries if entry.direct]
+        behind = [entry for entry in entries if not entry.direct]
+        self.read = Reading(model, behind) if behind else None
+
+    def __call__(self, given):
+        """{name of an entry: rows (n, T, d)} of what the host's `extra_conds` is called with."""
+        there = [entry for entry in self.direct if given.get(entry.argument) is not None]
+        found = {entry.name: entry.texts(given[entry.argument]) for entry in there}
+        if self.read is None or given.get("cross_attn") is None:
+            return found
+        own = {name: value for name, value in given.items() if name not in OF_PICTURES and name != "cross_attn"}
+        each = [self.read(_of_prompt(own, i, given["cross_attn"])) for i in range(len(given["cross_attn"]))]
+        names = [entry for entry in self.read.entries if all(entry in rows for rows in each)]
+        return found | {entry.name: torch.stack([rows[entry] for rows in each]) for entry in names}
+
+
+def _of_prompt(given, place, text):
+    """What is given for all prompts of a text (n, T, d), for one of them."""
+    own = {name: value[place : place + 1] if _of_each_row(value, text) else value for name, value in given.items()}
+    return {**own, "cond": text[place : place + 1]}
+
+
+def _of_each_row(value, text):
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == len(text) > 1
