@@ -126,8 +126,9 @@ class MembraneTrain:
                 "quality": inputs.choice(
                     QUALITIES,
                     AS_SET,
-                    "How long to train: steps, learning rate, warm-up, cycles and rollout_steps, in place of those "
-                    "here. quick: 200 steps at 0.001; normal: 1000 at 0.0003; thorough: the published 3000 at 0.0001.",
+                    "How long to train: steps, learning rate, warm-up, cycles, rollout_steps and, but for thorough, "
+                    "anchoring, in place of those here. quick: 200 steps at 0.01; normal: 600 at 0.003, both with "
+                    "anchoring 10; thorough: the published 3000 at 0.0001.",
                 ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
