@@ -119,7 +119,9 @@ class MembraneTrain:
                     "esd: the concept is pushed to the other side of the empty prompt. gem: it is drawn to the "
                     "surrogate and away from where it was, along a roll-out. esd and gem have no anchors. "
                     "weighted sum: as spm, with each kept prompt held in pictures of its own. projected gradient: the "
-                    "same, without the part of each step that would harm what is kept.",
+                    "same, without the part of each step that would harm what is kept. "
+                    "adversarial: the concept is erased from text vectors too that are searched for while it trains, "
+                    "which holds under attack and is some ten times as slow.",
                 ),
                 "quality": inputs.choice(
                     QUALITIES,

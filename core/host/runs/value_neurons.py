@@ -14,7 +14,7 @@ from .sampling import conditioning, run
 from .steps import encoded, measure
 
 VALUES = ("cross_attention.value",)
-SEEDS = 1  # noises of a score; in several steps one tells as much as more
+SEEDS = 2  # noises of a score
 
 
 @dataclass
