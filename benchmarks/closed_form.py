@@ -392,6 +392,7 @@ def wide_text(size, figures):
             memory = f"{used[0][0] / 1e9:.2f}" if used else "-"
             row(f"    {name}", rows, f"{took:.2f}", f"{spent:.1f}", memory, len(found[0].concept))
             figures[f"wide_{width}_{key}_seconds"] = round(took, 2)
+            figures[f"wide_{width}_{key}_processor_seconds"] = round(spent, 1)
             peak = max(peak, used[0][0] if used else 0)
         if peak:
             figures[f"wide_{width}_peak_gb"] = round(peak / 1e9, 2)

@@ -16,7 +16,7 @@ trained ones are those of benchmarks/training_dit.py, trained on the bare word, 
 
 --remedies compares, once, what else could be done where a T5 spreads a word over the whole prompt: which rows, how much
 of the pooled map, a map behind the first blocks, the values of the blocks alone. Finished rows are kept in
-output/erasure_dit; --fresh starts anew.
+output/erasure_dit; --fresh starts anew, --finished writes the report of what is there.
 """
 
 import argparse
@@ -251,19 +251,21 @@ def inside_blocks(first):
 
 
 REMEDIES = {
-    "rows as published, bare word": expert(rows="as published", templates="{}"),
+    "all rows, pooled map (the default)": expert(),
+    "erased concept weighed 3 times": expert(erase_scale=3.0),
     "rows as published": expert(rows="as published"),
-    "all rows, bare word": expert(templates="{}"),
-    "all rows (the default)": expert(),
     "pooled map left out": expert(pooled="leave"),
     "pooled map at half strength": pooled_by(0.5),
     "pooled map at 1.5": pooled_by(1.5),
+    "all rows, bare word": expert(templates="{}"),
     "map behind block 1 of 3": after_block(0),
-    "map behind block 2 of 3": after_block(1),
     "keys and values inside the blocks": inside_blocks(loops.KEYS),
     "values inside the blocks": inside_blocks(loops.VALUES),
+    "anchor 0.05": expert(anchor=0.05),
+    "rows as published, bare word": expert(rows="as published", templates="{}"),
+    "map behind block 2 of 3": after_block(1),
 }
-REMEDY_TASKS = ("1 shape", "4 shapes")
+REMEDY_TASKS = ("1 texture", "1 colour")  # where the default leaves most
 
 
 # ---------------------------------------------------------------- pictures and counts
@@ -413,8 +415,10 @@ def main():
     parser.add_argument("--fresh", action="store_true", help="measure every row again")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="*", help="only rows whose names begin so")
     parser.add_argument("--untrained", action="store_true", help="without the rows that have to be trained")
     parser.add_argument("--remedies", action="store_true", help="only the remedies")
+    parser.add_argument("--finished", action="store_true", help="only the report, of the rows that are kept")
     args = parser.parse_args()
     torch.set_num_threads(1)  # two spinning threads on busy cores are slower than one
     folder = STORE.with_name("erasure_dit_quick") if args.quick else STORE
@@ -422,6 +426,8 @@ def main():
     if args.fresh or args.quick:
         for file in folder.glob("*"):
             file.unlink()
+    if args.finished:
+        return tell(*finished(folder))
     found, remedies = {}, {}
     node, tidy = start()
     try:
@@ -429,13 +435,31 @@ def main():
             wanted = {task: methods_of(model, task) for task in tasks}
             if args.untrained or args.quick:
                 wanted = {task: {n: m for n, m in of.items() if n not in TRAINED} for task, of in wanted.items()}
+            if args.methods:
+                begin = tuple(args.methods)
+                wanted = {t: {n: m for n, m in of.items() if n.startswith(begin)} for t, of in wanted.items()}
             found[model] = measure(node, model, wanted, sizes, folder / f"{model}.json")
         if args.remedies or (tasks == list(TASKS) and "transformer" in args.models):
-            wanted = {task: REMEDIES for task in REMEDY_TASKS if task in tasks}
+            begin = tuple(args.methods or [""])
+            chosen = {name: method for name, method in REMEDIES.items() if name.startswith(begin)}
+            wanted = {task: chosen for task in REMEDY_TASKS if task in tasks}
             remedies = measure(node, "transformer", wanted, sizes, folder / "remedies.json")
     finally:
         tidy()
-    if not args.quick and len(found) == len(MODELS) and tasks == list(TASKS):
+    whole = not args.quick and len(found) == len(MODELS) and tasks == list(TASKS)
+    return tell(found, remedies, whole)
+
+
+def finished(folder):
+    """(rows by model, remedies) of all that is kept."""
+    kept = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")}
+    kept = {name: {task: of for task, of in tasks.items() if len(of) > 1} for name, tasks in kept.items()}
+    return {model: kept[model] for model in MODELS if kept.get(model)}, kept.get("remedies", {})
+
+
+def tell(found, remedies, whole=True):
+    """Prints the figures, and writes the report where it is whole."""
+    if whole:
         write(ROOT / "benchmarks" / "results" / "erasure_dit.md", report(found, remedies))
     print(json.dumps({"figures": figures_of(found | ({"remedies": remedies} if remedies else {}))}))
 

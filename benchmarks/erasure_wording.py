@@ -96,7 +96,8 @@ class Painter:
 
 
 class Set:
-    """Prompts in all styles with some values of an attribute: so many in the plain caption, in each other style, and with synonyms."""
+    """Prompts in all styles with some values of an attribute: so many in the plain caption, in each other style, and
+    with synonyms."""
 
     def __init__(self, attribute, values, seed, plain=IN_STYLE_PICTURES, other=HELD_OUT_PICTURES, synonyms=SYNONYMS):
         self.attribute, self.seed = attribute, seed

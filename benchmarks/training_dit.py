@@ -35,7 +35,7 @@ from membrane.tools.host_library import start
 from membrane.tools.pixel_world import classifier, world
 
 STORE = ROOT / "output" / "training_dit"
-STEPS, CFG = 10, 1.5
+STEPS, CFG = 8, 1.0
 ERASED, KEPT = 64, 96
 CONCEPTS = {  # concept: (attribute, surrogate)
     "star": ("shape", "circle"),
@@ -268,7 +268,8 @@ def measure(node, rows, sizes, store, quick):
                 "megabytes": max(cost["megabytes"] for cost in costs),
                 "kilobytes": sum(cost["kilobytes"] for cost in costs),
             }
-            write(store, json.dumps(done, indent=1) + "\n")
+            again = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+            write(store, json.dumps(again | {name: done[name]}, indent=1) + "\n")  # others may run beside this one
         print(line(name, done[name]), flush=True)
     return {name: done[name] for name in rows}
 
@@ -321,6 +322,7 @@ def main():
     parser.add_argument("--models", nargs="*", choices=THREE, default=list(THREE))
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=[m for m in METHODS if m != THOROUGH])
     parser.add_argument("--rows", nargs="*", help="only rows whose names begin so")
+    parser.add_argument("--finished", action="store_true", help="only the report, of the rows that are kept")
     parser.add_argument("--one", choices=CONCEPTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -333,6 +335,9 @@ def main():
         for file in STORE.glob("*"):
             file.unlink()
     found = {}
+    if args.finished:
+        kept = {model: STORE / f"rows_{model}.json" for model in THREE}
+        return tell({m: json.loads(file.read_text(encoding="utf-8")) for m, file in kept.items() if file.is_file()})
     node, tidy = start()
     try:
         for model in args.models:
@@ -343,10 +348,14 @@ def main():
             found[model] = measure(node, rows, sizes, STORE / f"rows_{model}.json", args.quick)
     finally:
         tidy()
-    if not (args.quick or args.rows) and len(found) == len(THREE):
+    return tell(found, whole=not (args.quick or args.rows) and len(found) == len(THREE))
+
+
+def tell(found, whole=True):
+    """Prints the figures, and writes the report where it is whole."""
+    if whole:
         write(ROOT / "benchmarks" / "results" / "training_dit.md", report(found))
     print(json.dumps({"figures": figures_of(found)}))
-    return None
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ EVERY_PROMPT = (
     "The erasure is on the weights, which are the same for every prompt: it acts on prompts that do not ask for it too."
 )
 
+BY_WORDS = " It opens by the words of a prompt, as its meaning could not be told from that of others."
+
 
 def method():
     return {

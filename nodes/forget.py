@@ -1,9 +1,8 @@
 """Erasing concepts with a few words, and the settings that are left out there."""
 
-from ..core.adapters.permeability import MEANING, TRANSPORT, Permeability
 from ..core.erasers.closed_form.daily import daily_job, receipt
 from ..core.host.page.progress import Progress
-from ..core.host.runs.erasing import TEXT, erasure_of, put_on
+from ..core.host.runs.erasing import TEXT, erasure_of, following, put_on
 from ..core.text.captions import KINDS
 from ..core.text.concepts import parse_preserved
 from . import closed_form, inputs
@@ -70,9 +69,10 @@ class MembraneForget:
         job = daily_job(remove, preserved, kind, **settings["job"])
         adapter = erasure_of(job, model, clip, Progress, **settings["run"])
         follows = only_where_asked and apply_to == TEXT
-        opens = Permeability(MEANING if adapter.probed else TRANSPORT) if follows else None
+        opens = following(adapter) if follows else None
         erased = put_on(model, adapter, strength, apply_to, opens, clip)
         title, remarks = receipt(job), closed_form.taken(job, clip)
+        title += closed_form.BY_WORDS if follows and not adapter.probed else ""
         more = [closed_form.EVERY_PROMPT] if only_where_asked and not follows else []
         report = part(title, [*remarks, *more], warning=bool(remarks))
         return shown((erased, clip, adapter, "\n".join([title, *report["lines"]])), report)

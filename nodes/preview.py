@@ -3,6 +3,7 @@
 import torch
 
 from ..core.adapters.gates import follow_meaning, meanings, openings, openings_report, responses_report, side_by_side
+from ..core.adapters.written import by_words
 from ..core.errors import ErasureError
 from ..core.host.model.layers import family, text_readers
 from ..core.host.model.weights import text_gram
@@ -94,6 +95,7 @@ class MembranePreview:
 
     def preview(self, clip, stack, prompts, model=None):
         lines = inputs.prompt_lines(prompts)
+        stack = by_words(stack) if model is None else computed(stack, model, clip, Progress)[0]
         progress = Progress(len(lines))
         encoded = encode(clip, lines, progress.at)
         concepts = concepts_for(stack, clip)

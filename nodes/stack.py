@@ -117,7 +117,8 @@ class MembraneStackEditor:
     def build(self, stack_json, stack=None, lora_stack=None, model=None, clip=None, unique_id=None):
         whole = (stack or ErasureStack()) + from_json(stack_json, load_adapter, unique_id)
         for row in lora_stack or ():
-            whole = whole.with_entry(_lora_entry(row))
+            if not _is_empty(row):
+                whole = whole.with_entry(_lora_entry(row))
         concepts = dict.fromkeys(c for entry in whole.entries if entry.acts for c in entry.adapter.card.concepts)
         said = []
         if model is not None:
@@ -140,9 +141,15 @@ def _origin(model, clip, stack):
     return [part("Made elsewhere", said, warning=True)] if said else []
 
 
+def _is_empty(row):
+    """Whether a row of a LORA_STACK names no file, as other packs' stackers leave rows that are not used."""
+    return isinstance(row, list | tuple) and len(row) > 0 and (row[0] is None or row[0] in ("None", ""))
+
+
 def _lora_entry(row):
     """Entry of a row of a LORA_STACK: (file name, strength of the model, strength of the CLIP)."""
-    if not isinstance(row, list | tuple) or len(row) < 2 or not isinstance(row[0], str):
+    numbers = isinstance(row, list | tuple) and len(row) > 1 and isinstance(row[1], int | float)
+    if not numbers or not isinstance(row[0], str):
         raise ErasureError(
             f"The LORA_STACK has the row {row!r}; expected (file name, model strength, clip strength), "
             "connect a stack of LoRA files."

@@ -119,13 +119,16 @@ class MembraneTrain:
                     "esd: the concept is pushed to the other side of the empty prompt. gem: it is drawn to the "
                     "surrogate and away from where it was, along a roll-out. esd and gem have no anchors. "
                     "weighted sum: as spm, with each kept prompt held in pictures of its own. projected gradient: the "
-                    "same, without the part of each step that would harm what is kept.",
+                    "same, without the part of each step that would harm what is kept. "
+                    "adversarial: the concept is erased from text vectors too that are searched for while it trains, "
+                    "which holds under attack and is some ten times as slow.",
                 ),
                 "quality": inputs.choice(
                     QUALITIES,
                     AS_SET,
-                    "How long to train: steps, learning rate, warm-up, cycles and rollout_steps, in place of those "
-                    "here. quick: 200 steps at 0.001; normal: 1000 at 0.0003; thorough: the published 3000 at 0.0001.",
+                    "How long to train: steps, learning rate, warm-up, cycles, rollout_steps and, but for thorough, "
+                    "anchoring, in place of those here. quick: 200 steps at 0.01; normal: 600 at 0.003, both with "
+                    "anchoring 10; thorough: the published 3000 at 0.0001.",
                 ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},

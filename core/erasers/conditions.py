@@ -50,6 +50,18 @@ def together(texts):
     return torch.stack(list(texts)) if isinstance(texts[0], torch.Tensor) else list(texts)
 
 
+def rows_of(text):
+    """The vectors (T, d) of a text: those themselves, or the rows of Conditions."""
+    return text if isinstance(text, torch.Tensor) else text.given[text.main][0]
+
+
+def replaced(text, rows):
+    """A text with other vectors (T, d) in place of its own."""
+    if isinstance(text, torch.Tensor):
+        return rows
+    return Conditions({**text.given, text.main: rows[None]}, text.main, text.pooled)
+
+
 def batches(texts):
     """[(rows, {name: tensor (n, ...)})] of Conditions, those side by side in one batch where they fit."""
     groups = []

@@ -11,7 +11,7 @@ from ..errors import ErasureError
 from .conditions import together
 from .retained import PROJECTED, RETAINED, WEIGHTED
 
-SPM, ESD, GEM = "spm", "esd", "gem"
+SPM, ESD, GEM, ADVERSARIAL = "spm", "esd", "gem", "adversarial"
 GEM_WEIGHT = 100.0  # gamma
 GEM_PART = 10 / 28  # how far a roll-out goes, of its steps
 
@@ -69,19 +69,21 @@ def length(x):
 
 
 LOSSES = {SPM: spm_losses, ESD: esd_losses, GEM: gem_losses}
-OBJECTIVES = (*LOSSES, *RETAINED)  # the last ones see two sets of latents, see retained.py
+OBJECTIVES = (*LOSSES, *RETAINED, ADVERSARIAL)  # the last see other latents: retained.py, adversarial.py
 METHODS = {
     SPM: "SPM",
     ESD: "ESD",
     GEM: "GEM",
     WEIGHTED: "Weighted sum",
     PROJECTED: "Projected gradient",
+    ADVERSARIAL: "Adversarial",
 }  # as cards name them
 
 
 def alpha_of(objective, rank):
-    """The alpha of new factors, which their product is scaled by over the rank: 1 for SPM, the rank for GEM."""
-    return float(rank) if objective == GEM else 1.0
+    """The alpha of new factors, which their product is scaled by over the rank: the rank for GEM and adversarial
+    training, 1 for the others."""
+    return float(rank) if objective in (GEM, ADVERSARIAL) else 1.0
 
 
 def require_surrogates(objective, concepts):

@@ -59,15 +59,30 @@ class NoiseSchedule:
         a = self.alphas[self.levels[-1]].item()
         return (x - (1 - a) ** 0.5 * noise) / a**0.5
 
+    def drawn(self, low, generator):
+        """A level (1,) by chance, not among the lowest share `low`."""
+        return torch.randint(int(low * LEVELS), LEVELS, (1,), generator=generator)
+
+    def noised(self, clean, noise, level):
+        """Clean latents (1, C, h, w) with noise, at a level (1,)."""
+        a = self.alphas[level].item()
+        return a**0.5 * clean + (1 - a) ** 0.5 * noise
+
+
+def straight(clean, noise, sigma):
+    """Latents on the straight line between clean ones and noise (Liu et al. 2023)."""
+    return (1 - sigma) * clean + sigma * noise
+
 
 class Flow:
     """Euler steps between a model's own noise levels; predictions are velocities dx / dsigma (Liu et al. 2023, eq. 1).
 
-    sigmas: falling levels of a roll-out, without a 0 at the end; scaled(noise): latents at the first of them.
+    sigmas: falling levels of a roll-out, without a 0 at the end; scaled(noise): latents at the first of them;
+    mixed(clean, noise, sigma): latents at a level.
     """
 
-    def __init__(self, sigmas, scaled=lambda noise: noise):
-        self.levels, self.scaled = [float(sigma) for sigma in sigmas], scaled
+    def __init__(self, sigmas, scaled=lambda noise: noise, mixed=straight):
+        self.levels, self.scaled, self.mixed = [float(sigma) for sigma in sigmas], scaled, mixed
 
     def beginning(self, noise):
         """Latents that a roll-out begins with."""
@@ -84,3 +99,14 @@ class Flow:
     def clean(self, x, velocity):
         """The clean latents, from those at the last level and the prediction."""
         return x - self.levels[-1] * velocity
+
+    def drawn(self, low, generator):
+        """A level (1,) by chance between those of the roll-out, not among the lowest share `low` of its steps."""
+        place = float(torch.rand((), generator=generator)) * (1 - low) * (len(self.levels) - 1)
+        i, part = int(place), place % 1
+        after = self.levels[min(i + 1, len(self.levels) - 1)]
+        return torch.tensor([self.levels[i] + part * (after - self.levels[i])])
+
+    def noised(self, clean, noise, level):
+        """Clean latents (1, C, h, w) with noise, at a level (1,)."""
+        return self.mixed(clean, noise, level.item())

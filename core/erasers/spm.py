@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 
 from ..errors import ErasureError
+from .adversarial import Game
 from .conditions import Conditions, likeness, together
-from .objectives import LOSSES, OBJECTIVES, SPM, places, predicted
+from .objectives import ADVERSARIAL, LOSSES, OBJECTIVES, SPM, places, predicted
 from .paths import PUBLISHED, TIMESTEPS, NoiseSchedule
 from .retained import RETAINED, backward, drawn_texts, forget_loss, retain_loss, walked
 
@@ -80,12 +81,13 @@ class Settings:
 @dataclass(frozen=True, eq=False)
 class Texts:
     """Text vectors (T, d) of the concept, its surrogate and the empty prompt, and of preserved prompts (n, T, d); or
-    the Conditions of each."""
+    the Conditions of each. alone: whether the concept is the bare words, in no caption."""
 
     concept: torch.Tensor | Conditions
     surrogate: torch.Tensor | Conditions
     empty: torch.Tensor | Conditions
     preserved: torch.Tensor | list | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,18 +193,23 @@ def train(denoiser, parameters, texts, settings, on_step=lambda report: None, st
 
     path: of the roll-outs; None for Stable Diffusion's noise schedule. Deterministic for a seed on one device: each
     step draws from a generator of its own, so that a run that is resumed at step `start` draws what an uninterrupted
-    one would. Raises ErasureError when a loss is not finite; the parameters are then those from before that step.
+    one would; but the attacks of adversarial training begin anew. Raises ErasureError when a loss is not finite; the
+    parameters are then those from before that step.
     """
     parameters, path = list(parameters), path or NoiseSchedule(settings)
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    game = Game(denoiser, parameters, texts, settings, path) if settings.objective == ADVERSARIAL else None
     for step in range(start, settings.steps):
         generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) % 2**63)
-        which = texts[int(torch.randint(len(texts), (), generator=generator))]
-        k = int(torch.randint(1, settings.rollout_steps, (), generator=generator))
-        x = torch.randn(1, *settings.channels, *settings.size, generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.zero_grad(set_to_none=True)
+        if game is not None:
+            on_step(_played(game, generator, optimizer, step))
+            continue
+        which = texts[int(torch.randint(len(texts), (), generator=generator))]
+        k = int(torch.randint(1, settings.rollout_steps, (), generator=generator))
+        x = torch.randn(1, *settings.channels, *settings.size, generator=generator)
         if settings.objective in RETAINED:
             rows = drawn_texts(settings.anchors, which, generator)
             on_step(_retaining(denoiser, parameters, which, x, k, rows, settings, path, generator, optimizer, step))
@@ -224,6 +231,14 @@ def _step(denoiser, texts, x, after, anchors, settings, path, optimizer, step):
         erased, held = erased + erase.item() / len(after), held + anchor.item() / len(after)
     optimizer.step()
     return Report(step + 1, erased, held)
+
+
+def _played(game, generator, optimizer, step):
+    """Report of one step of the optimiser in adversarial training."""
+    erase, anchor = game(generator)
+    _require_finite(step, erase, anchor)
+    optimizer.step()
+    return Report(step + 1, erase, anchor)
 
 
 def _retaining(denoiser, parameters, texts, x, k, kept, settings, path, generator, optimizer, step):

@@ -21,17 +21,17 @@ log = logging.getLogger("membrane")
 TOLD_EVERY, TOLD_AFTER = 50, 5.0  # steps, or seconds where these take longer
 
 
-def texts_of(encoded, pairs, preserved):
+def texts_of(encoded, pairs, preserved, concepts=()):
     """[Texts] of pairs (prompt with the concept, with its surrogate) that are all among the encoded prompts, Conditions
     or rows, with the preserved prompts; their tensors are not inference tensors if this is called outside inference
-    mode."""
+    mode. concepts: the bare words."""
 
     def row(prompt):
         found = encoded[prompt]
         return found if isinstance(found, Conditions) else found.rows.clone()
 
     anchors = together([row(prompt) for prompt in preserved]) if preserved else None
-    return [Texts(row(text), row(other), row(""), anchors) for text, other in pairs]
+    return [Texts(row(text), row(other), row(""), anchors, text in concepts) for text, other in pairs]
 
 
 def steps_done(adapter, settings):

@@ -12,18 +12,61 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sample
+import comfy.utils
 import latent_preview
 import torch
 
 
-def ensure_uncompiled(model):
-    """Puts the network of a MODEL back in its place.
+def ensure_own_network(model):
+    """Puts the network of a MODEL back as it is without anybody's patches of whole modules.
 
-    Hosts of 2024 put a torch.compile wrapper there for as long as the compiled MODEL is loaded; every name below it is
-    another one then, also for the host's own LoRA loader. Unloading puts the network back.
+    Hosts of 2024 put a torch.compile wrapper in its place for as long as the compiled MODEL is loaded, and some packs
+    put modules of their own over an attention: every name below is another one then, also for the host's own LoRA
+    loader. Unloading puts everything back.
     """
-    if hasattr(model.model.diffusion_model, "_orig_mod"):
+    covered = _covered(model.model)
+    for name, before in covered.items():  # first, so that the host finds what it has noted at their layers
+        comfy.utils.set_attr(model.model, name, before)
+    if covered or hasattr(model.model.diffusion_model, "_orig_mod"):
         comfy.model_management.unload_all_models()
+
+
+def _backups(base):
+    """{path: what was there} of the patches of each MODEL of a base model that is loaded."""
+    for loaded in comfy.model_management.current_loaded_models:
+        patcher = loaded.model
+        if patcher is not None and getattr(patcher, "model", None) is base:
+            yield patcher.object_patches_backup
+
+
+def _covered(base):
+    """{path: module as it was} of those modules inside the network that patches stand for just now."""
+    found = {}
+    for backup in _backups(base):
+        for name, before in backup.items():
+            if name.startswith("diffusion_model.") and isinstance(before, torch.nn.Module):
+                found[name] = before
+    return {name: before for name, before in found.items() if module_at(base, name) is not before}
+
+
+def module_at(base, name):
+    """What lies at a path below the base model, None where it leads nowhere."""
+    try:
+        return comfy.utils.get_attr(base, name)
+    except AttributeError:
+        return None
+
+
+def undo_modules_first(base):
+    """Sees to it that the host can undo the patches of a base model that is loaded.
+
+    It undoes them in the order in which they came. Where another pack has put a module over a layer with a patch, the
+    layer cannot be reached before that module is gone again.
+    """
+    for backup in _backups(base):
+        ordered = sorted(backup.items(), key=lambda item: item[0].count("."))
+        backup.clear()
+        backup.update(ordered)
 
 
 _LOOKING = contextvars.ContextVar("looking", default=False)

@@ -18,6 +18,53 @@ def derived_vectors(vectors, edited_gram, cross_gram, penalty=0.1):
     return torch.linalg.solve(system, cross_gram @ vectors.to(torch.float64).T).T.float()
 
 
+# ---------------------------------------------------------------- vectors, by gradient
+
+CONCEPT, KEPT, EMPTY, NOISE = STARTS = ("the concept", "a kept caption", "the empty prompt", "noise")
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How to search for text vectors: Adam on all rows of a text, as P4D and UnlearnDiffAtk search (Chin et al. 2024,
+    eq. 5; Zhang et al. 2024, eq. 5), here without a projection onto words.
+
+    steps: of Adam; rate: its step, in root mean squares of the vectors; batch: noised pictures a step.
+    """
+
+    steps: int = 50
+    rate: float = 0.05
+    batch: int = 8
+
+
+def descended(vectors, loss, descent, rate, on_step=lambda done: None):
+    """Text vectors (T, d) found by Adam from `vectors`, (T, d); loss(leaf (T, d)) gives a scalar with a graph to it.
+
+    rate: of Adam, in the vectors' own unit.
+    """
+    leaf = vectors.clone().requires_grad_()
+    optimizer = torch.optim.Adam([leaf], lr=rate)
+    for step in range(descent.steps):
+        optimizer.zero_grad()
+        loss(leaf).backward(inputs=[leaf])
+        optimizer.step()
+        on_step(step + 1)
+    return leaf.detach()
+
+
+def size_of(vectors):
+    """The root mean square of text vectors, as a number."""
+    return float(vectors.float().square().mean().sqrt())
+
+
+def noise_like(vectors, seed):
+    """Noise with the shape and the root mean square of text vectors."""
+    drawn = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
+    return drawn.to(vectors) * size_of(vectors)
+
+
+# ---------------------------------------------------------------- words
+
+
 @dataclass(frozen=True)
 class Search:
     """How to search for words: a genetic search over prompts of `length` words (Ring-A-Bell, Tsai et al. 2024).

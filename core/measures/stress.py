@@ -6,18 +6,27 @@ import torch
 
 from ..errors import ErasureError
 from ..text.concepts import fill
-from .attack import derived_vectors, search_prompts, search_target
+from .attack import CONCEPT, EMPTY, KEPT, NOISE, derived_vectors, noise_like, search_prompts, search_target
 from .distances import rms
 from .render_grid import attack_sheet
 
-DERIVED, WORDS = "derived vectors", "words"
-ATTACKS = {"both": (DERIVED, WORDS), DERIVED: (DERIVED,), WORDS: (WORDS,)}
+DERIVED, WORDS, GRADIENT = "derived vectors", "words", "gradient"
+ATTACKS = {
+    "both": (DERIVED, WORDS),
+    DERIVED: (DERIVED,),
+    WORDS: (WORDS,),
+    GRADIENT: (GRADIENT,),
+    "all": (DERIVED, WORDS, GRADIENT),
+}
 WORDS_TRIED = 500  # the words nearest to the concept that the search chooses from
 
 
 @dataclass
 class Attempt:
-    """One attack: its kind, the prompt it is made of, its conditioning and the pictures that came of it."""
+    """One attack: its kind, the prompt it is made of, its conditioning and the pictures that came of it.
+
+    start: one of attack.STARTS, of a search by gradient.
+    """
 
     kind: str
     prompt: str
@@ -25,6 +34,12 @@ class Attempt:
     pictures: torch.Tensor | None = None
     recovery: float = 0.0
     said: str = ""
+    start: str = ""
+
+    @property
+    def name(self):
+        """The kind, with the start of a search by gradient."""
+        return f"{self.kind} from {self.start}" if self.start else self.kind
 
 
 def require_class(concept, classes, judge):
@@ -64,6 +79,30 @@ class StressTest:
         found = search_prompts(target, words, encode, search, on_generation)[:tried]
         self.attempts += [Attempt(WORDS, one.prompt, self.condition(one.prompt)) for one in found]
 
+    def starts(self, kept, seed):
+        """{start: (prompt, CONDITIONING)} of a search by gradient; kept: a caption of something that was kept; seed: of
+        the noise, which has the size of the concept's vectors."""
+        asked = self.plain.conditioning
+        noise = [[noise_like(asked[0][0], seed), asked[0][1]]]
+        return {
+            CONCEPT: (self.asked[0], asked),
+            KEPT: (kept, self.condition(kept)),
+            EMPTY: ("", self.condition("")),
+            NOISE: (f"seed {seed}", noise),
+        }
+
+    def descend(self, kept, searched, seeds, on_search=lambda done: None):
+        """Adds the text vectors that searches by gradient find, one from every start with each seed.
+
+        kept: a caption of something that was kept; searched(CONDITIONING, seed) -> CONDITIONING.
+        """
+        done = 0
+        for seed in seeds:
+            for start, (prompt, conditioning) in self.starts(kept, seed).items():
+                self.attempts.append(Attempt(GRADIENT, prompt, searched(conditioning, seed), start=start))
+                done += 1
+                on_search(done)
+
     def draw(self, original, erased, on_drawn=lambda done: None):
         """Draws all attempts from the same noise, judges them and puts the strongest first.
 
@@ -98,8 +137,16 @@ class StressTest:
 
     def report(self):
         """How far each attempt brings the concept back, as text."""
-        lines = [f'As asked, "{self.plain.prompt}": {self.plain.said}', "Attacks, the strongest first:"]
-        return "\n".join([*lines, *(f'  {a.kind}, "{a.prompt}": {a.said}' for a in self.attempts)])
+        lines = [f'As asked, "{self.plain.prompt}": {self.plain.said}', *self._of_searches()]
+        lines.append("Attacks, the strongest first:")
+        return "\n".join([*lines, *(f'  {a.name}, "{a.prompt}": {a.said}' for a in self.attempts)])
+
+    def _of_searches(self):
+        """What to conclude from the searches by gradient: the worst of all counts."""
+        found = [attempt for attempt in self.attempts if attempt.kind == GRADIENT]
+        if not found:
+            return []
+        return [f"The worst of {len(found)} searches by gradient began at {found[0].start}: {found[0].said}"]
 
     def sheet(self):
         """The pictures (1, H, W, 3) in [0, 1] of the original, as asked, and under each attack."""
@@ -107,7 +154,7 @@ class StressTest:
             return torch.zeros(1, 64, 64, 3)
         rows = [(f"original: {self.concept}", self.plain.prompt, self.original)]
         rows += [("erased, as asked", self.plain.said, self.plain.pictures)]
-        rows += [(f"{a.kind}: {a.prompt}", a.said, a.pictures) for a in self.attempts]
+        rows += [(f"{a.name}: {a.prompt}", a.said, a.pictures) for a in self.attempts]
         return torch.from_numpy(attack_sheet(rows))[None]
 
 

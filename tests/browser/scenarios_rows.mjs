@@ -1,6 +1,6 @@
 // The scenarios about rows of words, the menu of a row, files that are dropped, and hints while one types, by name.
 
-import { HEART, STAR, api, build, check, entries, fresh, names, rows, same, setting, stack, until } from "./page.mjs";
+import { Absent, HEART, STAR, api, build, check, entries, fresh, names, rows, same, setting, stack, until } from "./page.mjs";
 import { becomes, drawsElementsOfExtensions, needs, queue } from "./scenarios.mjs";
 
 const row = (page, n) => page.locator(".membrane-stack .membrane-row").nth(n);
@@ -39,12 +39,12 @@ async function wordsAsARow(page) {
     await page.keyboard.type("star -> circle");
     await page.keyboard.press("Enter");
     await page.keyboard.type("heart");
-    same((await entries(page)).map((e) => [e.words, e.strength, e.permeability.mode]), [["star -> circle", 1, "facilitated transport"], ["heart", 1, "facilitated transport"]], "rows that were typed");
+    same((await entries(page)).map((e) => [e.words, e.strength, e.permeability.mode]), [["star -> circle", 1, "meaning"], ["heart", 1, "meaning"]], "rows that were typed");
     await row(page, 0).locator('[data-do="more"]').click();
     await row(page, 0).locator('[data-field="kind"]').selectOption("object");
     const keep = `square ${Date.now()}`; // else the host has the run from the page before
     await row(page, 0).locator('[data-field="keep"]').fill(keep);
-    same((await entries(page))[0], { words: "star -> circle", enabled: true, strength: 1, permeability: { mode: "facilitated transport" }, kind: "object", keep }, "the row");
+    same((await entries(page))[0], { words: "star -> circle", enabled: true, strength: 1, permeability: { mode: "meaning" }, kind: "object", keep }, "the row");
     await row(page, 0).locator('[data-do="more"]').click();
     check(!(await row(page, 0).locator('[data-do="choose"]').isVisible()), "a row of words has no file");
     await queue(page);
@@ -146,7 +146,69 @@ async function hintsWhileOneTypes(page) {
     await until(async () => !(await own.isVisible()), "the end of it");
 }
 
+/** What was tried in an artist's first hour, [what to remove, what to keep, what the node says of it]. */
+const MISTAKES = [
+    [" \n", "", /^No concept to erase was given; write at least one/],
+    ["star -> star", "", /^The concept "star" is to be replaced by itself/],
+    ["-> circle", "", /names no concept before "->"/],
+    ["star ".repeat(90), "", /needs more than the 75 tokens/],
+    ["star, moon, heart", "", /write one per line to erase all three\./],
+    ["star => circle", "", /^Erased: star -> circle\./],
+    ["star", "heart\nstar", /"star" is also to be kept/],
+    ["dragon", "", /"dragon" is no word of the text encoder/],
+];
+
+/** The host's own dialogs about a failed run, which cover the graph. */
+async function closeDialogs(page) {
+    for (let tries = 0; tries < 3; tries++) await page.keyboard.press("Escape", { delay: 50 });
+    await api(page, () => app.ui?.dialog?.close?.());
+}
+
+/** The editor on a subgraph node that its text was promoted to: rows, changes both ways, and the prompt's text. */
+async function promotedToASubgraph(page) {
+    await needs(page, () => typeof app.canvas.graph?.convertToSubgraph === "function", "subgraphs");
+    await fresh(page, { text: stack({ adapter: STAR }, { adapter: HEART }) });
+    const drawn = await api(page, () => {
+        const { node } = app.canvas.graph.convertToSubgraph(new Set([app.graph._nodes.find((n) => n.type === "MembraneStackEditor")]));
+        const [inner] = node.subgraph.nodes, slot = inner.getSlotFromWidget(inner.widgets.find((w) => w.name === "stack_json"));
+        node.subgraph.addInput("stack_json", String(slot.type)).connect(slot, inner);
+        return (node.widgets ?? []).some((widget) => widget.type === "membrane_stack" && !widget.element);
+    });
+    if (!drawn) throw new Absent("this ComfyUI's page has no texts that are promoted as inputs");
+    const editor = page.locator(".membrane-stack:visible");
+    await becomes(() => editor.locator(".membrane-row .membrane-name").allTextContents(), [STAR, HEART], "rows on the subgraph node");
+    await editor.locator('[data-do="toggle"]').first().click();
+    const texts = () => api(page, () => app.graph._nodes.find((n) => n.subgraph).widgets.find((w) => w.name === "stack_json").value);
+    same(JSON.parse(await texts()).entries[0].enabled, false, "the switch");
+    const prompt = (await api(page, () => app.graphToPrompt())).output;
+    const sent = Object.values(prompt).find((n) => n.class_type === "MembraneStackEditor").inputs;
+    same(JSON.parse(sent.stack_json).entries[0].enabled, false, "what is sent to the host");
+    same(Object.values(prompt).some((n) => Object.keys(n.inputs).some((name) => name.startsWith("membrane_"))), false, "inputs of the drawing");
+    await api(page, (text) => void (app.graph._nodes.find((n) => n.subgraph).widgets.find((w) => w.name === "stack_json").value = text), stack({ words: "moon" }));
+    await until(async () => (await editor.locator('[data-field="words"]').inputValue()) === "moon", "a change from outside");
+}
+
 export const ROWS = {
+    async a_promoted_editor_draws_on_its_subgraph_node(page) {
+        await promotedToASubgraph(page);
+    },
+
+    async each_mistake_of_the_first_hour_is_a_sentence_on_the_node(page) {
+        const nodes = { model: ["MembraneDemoModel", [20, 40]], forget: ["MembraneForget", [360, 40]], save: ["MembraneSaveAdapter", [800, 40], { filename_prefix: "rows/mistake" }] };
+        const { forget } = await build(page, nodes, [["model", 0, "forget", "model"], ["model", 1, "forget", "clip"], ["forget", 2, "save", "adapter"]]);
+        const said = page.locator(".membrane-report:not(.membrane-hints) .membrane-words");
+        for (const [remove, keep, sentence] of MISTAKES) {
+            await api(page, ([id, words]) => {
+                for (const [name, text] of Object.entries(words)) app.graph.getNodeById(id).widgets.find((w) => w.name === name).value = text;
+            }, [forget, { remove, keep: `${keep}\nsquare ${Date.now()}` }]);
+            await queue(page);
+            const found = () => said.allInnerTexts().then((texts) => texts.some((text) => text.split("\n").some((line) => sentence.test(line.trim()))));
+            await until(found, `the sentence ${sentence} on ${JSON.stringify(remove)}`, 30000);
+            check(!(await said.allInnerTexts()).some((text) => /Traceback/.test(text)), "no trace of Python");
+            await closeDialogs(page);
+        }
+    },
+
     async words_that_look_wrong_are_told_while_one_types(page) {
         await hintsWhileOneTypes(page);
     },

@@ -21,6 +21,7 @@ from membrane.core.errors import ErasureError
 from membrane.core.formats import native, registry
 from membrane.core.formats.factors import gather, low_rank
 from membrane.core.formats.format import Format
+from membrane.core.host.files import folders
 from membrane.core.host.model.layers import layer_keys, modules
 from membrane.core.host.page import routes
 from membrane.core.host.patches.stack import apply_stack
@@ -712,6 +713,25 @@ def test_a_missing_file(node, pack):
     for row in ("name", ("name",), (1, 2.0, 3.0)):
         message = refusal(lambda row=row: node("MembraneStackEditor", stack_json="", lora_stack=[row]))
         assert "expected (file name, model strength, clip strength)" in message
+
+
+def test_rows_of_a_lora_stack_that_name_no_file(node):
+    """As other packs' stackers leave rows that are not used; a row without a number is a mistake."""
+    rows = [("None", 1.0, 1.0), ["None", None, None], (None, 1.0, 1.0), ("", 0.5, 0.5)]
+    assert not node("MembraneStackEditor", stack_json="", lora_stack=rows)[0].entries
+    for row in (("x.safetensors", None, None), ("x.safetensors", "1", 1.0), ("x.safetensors",), 3):
+        message = refusal(lambda row=row: node("MembraneStackEditor", stack_json="", lora_stack=[row]))
+        assert message.startswith("The LORA_STACK has the row")
+
+
+def test_the_time_in_a_file_name(node, demo, layers, monkeypatch):
+    """As ComfyUI's own nodes and its page write it."""
+    monkeypatch.setattr(folders.time, "localtime", lambda: (2026, 3, 4, 15, 6, 7, 2, 63, 0))
+    assert folders.dated("star_%date:yyyy-MM-dd%_%hour%%minute%") == "star_2026-03-04_1506"
+    assert folders.dated("100%_%width%") == "100%_%width%"
+    adapter = ErasureAdapter(Card("SPM", ("star",)), {"low_rank": {}})
+    saved = node("MembraneSaveAdapter", adapter=adapter, filename_prefix="%year%/star_%date:hhmmss%").ui["text"][0]
+    assert saved == "2026/star_150607_00001_.safetensors"
 
 
 def test_a_replaced_file_is_seen(node, pack, layers):

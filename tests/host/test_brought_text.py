@@ -8,9 +8,12 @@ from functools import partial
 
 import pytest
 import torch
+from comfy.gligen import GatedSelfAttentionDense, Gligen, PositionNet
+from comfy.model_patcher import ModelPatcher
 from membrane.core.adapters.permeability import Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
+from membrane.core.host.patches import brought, conditioning
 from membrane.core.host.patches.stack import applied, apply_stack
 from membrane.core.measures.compare import demo_judge
 
@@ -228,6 +231,45 @@ def test_a_text_that_a_wrapper_brings(demo, put, sample, close, region):
         close(sample(swapped_text(put(demo[0], **settings), region), HEART, "", steps=2), expected, base, 1e-3)
 
 
+def swapped_later(model, region, at=1):
+    """A clone of a MODEL whose wrapper gives the network another text from a step on, in rows of the same size."""
+    patched, steps = model.clone(), []
+
+    def wrapper(apply_model, args):
+        c = dict(args["c"])
+        steps.append(args["timestep"][0].item())
+        if len(set(steps)) > at:
+            c["c_crossattn"] = region.to(c["c_crossattn"]).expand(len(c["c_crossattn"]), -1, -1)
+        return apply_model(args["input"], args["timestep"], **c)
+
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
+@pytest.mark.parametrize("card", [False, True], ids=["processor", "as on a graphics card"])
+def test_a_text_that_is_swapped_in_a_later_step(card, demo, put, sample, close, region, monkeypatch):
+    monkeypatch.setattr(brought, "waits_for_a_look", lambda text: card)
+    run = {"positive": "a blue star on coal", "negative": "", "steps": 3}  # open as the region is
+    for settings in ({}, {"permeability": "facilitated transport"}, {"end_percent": 0.95}):
+        base = sample(swapped_later(demo[0], region), **run)
+        expected = sample(swapped_later(put(demo[0], "weights"), region), **run)
+        close(sample(swapped_later(put(demo[0], **settings), region), **run), expected, base, 1e-3)
+
+
+def swapped_at_the_attention(model, region, at=1):
+    """The same beside a patch of the attention, for which the text travels as it was."""
+    patched = swapped_later(model, region, at)
+    patched.set_model_attn2_patch(lambda n, context, value, options: (n, context, value))
+    return patched
+
+
+def test_a_swapped_text_beside_a_patch_of_the_attention(demo, put, sample, close, region):
+    for settings in FORMS.values():
+        base = sample(swapped_at_the_attention(demo[0], region), HEART, "", steps=3)
+        expected = sample(swapped_at_the_attention(put(demo[0], "weights"), region), HEART, "", steps=3)
+        close(sample(swapped_at_the_attention(put(demo[0], **settings), region), HEART, "", steps=3), expected, base)
+
+
 def test_a_wrapper_that_calls_the_network(demo, put, sample, close, random_adapter):
     """Text that is erased from beforehand stays so; what acts in the steps or by the prompt stops with a sentence."""
     base = sample(calls_the_network(demo[0]))
@@ -286,12 +328,73 @@ def test_an_ordinary_graph_is_as_ever(demo, put, sample, caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_the_words_of_gligen_boxes_are_not_erased_and_it_is_said(demo, put, text, caplog):
-    """Layers of another network read them, before this one is called."""
-    conditioning = applied(put(demo[0]))
+@pytest.fixture(scope="module")
+def gligen(demo):
+    """A GLIGEN of random weights for the demo model, as its loader gives it."""
+    torch.manual_seed(0)
+    network, width = demo[0].model.diffusion_model, len(demo[1].encode_from_tokens(demo[1].tokenize(""))[0, 0])
+    blocks = [m for name, m in network.named_modules() if name.endswith("transformer_blocks.0")]
+    layers = [GatedSelfAttentionDense(block.attn1.to_q.in_features, width, 2, 8) for block in blocks]
+    model = Gligen(layers, PositionNet(width, width), width)
+    for name, parameter in model.named_parameters():  # the host leaves them as they lie in memory
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        else:
+            torch.nn.init.constant_(parameter, 1.0 if "alpha" in name or "norm" in name else 0.0)
+    return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def boxed(node, demo, text, gligen):
+    """boxed(prompt, *words, by=None) -> CONDITIONING of a prompt with a box for each of the words, one over another;
+    by: what changes a box's vector (1, d)."""
+
+    def run(prompt, *words, by=lambda vector: vector):
+        found = text(prompt)
+        for i, word in enumerate(words):
+            found = node(
+                "GLIGENTextBoxApply", conditioning_to=found, clip=demo[1], gligen_textbox_model=gligen, text=word,
+                width=64, height=32, x=0, y=32 * i,
+            )[0]  # fmt: skip
+        boxes = [(by(vector), *place) for vector, *place in found[0][1]["gligen"][2]]
+        return [[found[0][0], {**found[0][1], "gligen": ("position", gligen, boxes)}]]
+
+    return run
+
+
+@pytest.mark.parametrize("form", ["text", "gated", "in the steps"])
+def test_the_words_of_gligen_boxes_are_erased(form, demo, put, sample, close, boxed, monkeypatch):
+    """Their vectors as if they were mapped by hand, those of two conditionings told from each other."""
+    settings = {"text": {}, "gated": GATED, "in the steps": {"end_percent": 0.95}}[form]
+    model, part = put(demo[0], **settings), applied(put(demo[0])).plan.maps["text"]
+
+    def by_hand(vector):
+        return part.erased(vector[None])[0]
+
+    run = {"negative": "", "steps": 2, "cfg": 2.0}
+    for words in (("star",), ("star", "red star")):
+        base = sample(model, boxed(HEART, *words, by=lambda vector: vector.clone()), **run)
+        with monkeypatch.context() as undone:
+            undone.setattr(conditioning.Boxes, "add", lambda self, gligen: None)
+            raw = sample(model, boxed(HEART, *words), **run)
+            expected = sample(model, boxed(HEART, *words, by=by_hand), **run)
+        close(base, expected, raw)
+    assert torch.equal(sample(demo[0], boxed(HEART, "star"), **run), sample(demo[0], boxed(HEART, "star"), **run))
+    both = boxed(HEART, "star") + boxed(MOON, "red star")
+    with monkeypatch.context() as undone:
+        undone.setattr(conditioning.Boxes, "add", lambda self, gligen: None)
+        raw = sample(model, both, **run)
+        expected = sample(model, boxed(HEART, "star", by=by_hand) + boxed(MOON, "red star", by=by_hand), **run)
+    close(sample(model, both, **run), expected, raw)
+
+
+def test_gligen_beside_adapters_of_layers_alone_is_said(demo, text, random_adapter, caplog):
+    """Layers of another network read the words, before this one is called."""
+    entry = Entry(random_adapter(1, STAR), permeability=TRANSPORT)
+    erasure = applied(apply_stack(demo[0], ErasureStack((entry,)), demo[1]))
     with caplog.at_level("WARNING", logger="membrane"):
         for _ in range(2):
-            conditioning(cross_attn=text(HEART)[0][0], noise=None, device="cpu", gligen=("position", None, []))
+            erasure(cross_attn=text(HEART)[0][0], noise=None, device="cpu", gligen=("position", None, []))
     assert caplog.text.count("GLIGEN boxes") == 1
 
 

@@ -149,5 +149,5 @@ def test_other_families(name, node):
     plain = drawn(model)
     found = drawn(node("MembraneShield", model=model, latents={"samples": plain[:1]}, threshold=0.5)[0])
     assert found.shape == plain.shape and not torch.allclose(found[0], plain[0], atol=1e-3)
-    far = {"samples": torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))}
+    far = {"samples": torch.randn(plain.shape, generator=torch.Generator().manual_seed(99))}  # no noise of the pictures
     assert torch.equal(drawn(node("MembraneShield", model=model, latents=far)[0]), plain)

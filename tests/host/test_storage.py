@@ -353,3 +353,17 @@ def test_training(node, demo, stored, storage):
     found, expected = (torch.cat([change.up.flatten() for change in each.values()]) for each in trained)
     assert expected.abs().max() > 1e-3 and (found - expected).norm() < 0.02 * expected.norm()
     assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("storage", ["fp8", "bf16"])
+def test_training_on_a_stored_network(node, demo, stored, storage):
+    """Gradients go through the numbers that the weights stand for."""
+    wanted = {"concepts": "star", "steps": 2, "learning_rate": 1e-3, "width": 64, "height": 64, "warmup": 0}
+    found, expected = (
+        node("MembraneTrain", model=model, clip=demo[1], rollout_steps=2, seed=3, **wanted)[0].low_rank
+        for model in stored(storage)
+    )
+    moved = {name for name, change in expected.items() if change.up.abs().max() > 0}
+    assert found.keys() == expected.keys() and len(moved) > 10
+    for name in moved:
+        assert (found[name].up - expected[name].up).norm() < 1e-3 * expected[name].up.norm(), name

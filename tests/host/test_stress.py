@@ -65,3 +65,24 @@ def test_strongest_conditioning_is_for_any_sampler(attack, node, demo):
         "KSampler", model=demo[0], positive=strongest, negative=strongest, latent_image=latent, steps=2, cfg=1.0
     )[0]["samples"]
     assert torch.isfinite(found).all()
+
+
+def test_searches_by_gradient_bring_back_what_a_text_map_hides(attack):
+    """From every start; the worst stands before all others."""
+    _, report, _, strongest = attack(attacks="gradient", classifier="demo world", search_steps=50)
+    lines = report.splitlines()
+    assert lines[0].endswith("recognised in 0 of 2")
+    assert lines[1].startswith("The worst of 4 searches by gradient began at ") and lines[1].endswith("in 2 of 2")
+    named = {line.split(" from ")[1].split(",")[0] for line in lines[3:]}
+    assert named == {"the concept", "a kept caption", "the empty prompt", "noise"} and len(lines) == 3 + 4
+    assert strongest[0][0].shape == (1, 77, 128) and not strongest[0][0].requires_grad
+
+
+def test_searches_have_a_seed_and_begin_where_they_are_told(attack):
+    def vectors(**inputs):
+        return attack(attacks="gradient", search_steps=2, pictures=1, steps=2, **inputs)
+
+    first, again, more = vectors(kept="heart"), vectors(kept="heart"), vectors(kept="heart", search_seeds=2)
+    assert first[1] == again[1] and '"a red heart on snow"' in first[1]
+    assert len(more[1].splitlines()) == len(first[1].splitlines()) + 4
+    assert "The worst of 8 searches" in more[1]

@@ -296,3 +296,31 @@ def test_models_that_cannot_be_trained(demo, train, monkeypatch):
         trainable_sites(demo[0], ("nothing",))
     with pytest.raises(ErasureError, match="No concept"):
         train(concepts="  ")
+
+
+def test_adversarial_training_draws_the_concept_to_its_surrogate(train, demo, node):
+    """A few steps on the demo model: the noise predicted for the star comes closer to the circle's, that of what is
+    kept stays, and the same seed gives the same adapter."""
+
+    def run(**inputs):
+        return train(
+            objective="adversarial", concepts="star -> circle", preserve="heart\nsquare\nmoon", rank=4, anchoring=10.0,
+            filename_prefix="adversarial", **inputs,
+        )[0]  # fmt: skip
+
+    first, again = (run(steps=1, learning_rate=0.01) for _ in range(2))
+    assert all(torch.equal(first.low_rank[n].up, again.low_rank[n].up) for n in first.low_rank)
+    assert any(change.up.abs().max() > 0 for change in first.low_rank.values())
+    adapter = run(steps=10, learning_rate=0.01)
+    assert adapter.card.method == "Adversarial" and adapter.card.settings["anchor_kind"] == "texts"
+    assert all(change.alpha == change.rank for change in adapter.low_rank.values())
+    texts = [node("CLIPTextEncode", clip=demo[1], text=word)[0][0][0] for word in ("star", "circle", "heart")]
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(1, 4, 8, 8, generator=g), torch.tensor([900])
+    denoiser = HostDenoiser(demo[0], trainable_sites(demo[0]), start=adapter.low_rank)
+    with torch.inference_mode(False), torch.no_grad(), denoiser:
+        off, on = ([denoiser.predict(x, t, one.clone(), side) for one in texts] for side in (False, True))
+    before = (off[0] - off[1]).norm()
+    assert (on[0] - off[1]).norm() < 0.9 * before
+    assert (on[2] - off[2]).norm() < 0.5 * before
+    assert left_behind(demo[0]) == []

@@ -9,7 +9,7 @@ from membrane.core.host.patches.stack import applied_stack
 from membrane.core.host.runs import erasing
 from membrane.core.host.text import entries, kept
 
-TRANSPORT = {"mode": "facilitated transport"}
+MEANING = {"mode": "meaning"}
 
 
 def stack_of(*rows):
@@ -17,7 +17,7 @@ def stack_of(*rows):
 
 
 def row(words="star -> circle", **fields):
-    return {"words": words, "keep": "heart\nsquare", "kind": "object", "permeability": TRANSPORT, **fields}
+    return {"words": words, "keep": "heart\nsquare", "kind": "object", "permeability": MEANING, **fields}
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,18 @@ def test_a_family_without_a_text_entry_says_why():
         own.text  # noqa: B018  the property raises
 
 
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ("HiDreamO1", "The text of HiDream-O1 models cannot be erased: it enters as token ids of the language model"),
+        ("Stable_Cascade_B", "The text of Stable Cascade B models cannot be erased: this stage only sharpens"),
+    ],
+)
+def test_families_whose_text_cannot_be_erased_are_refused_by_name(config, sentence):
+    with pytest.raises(ErasureError, match=sentence):
+        table.family_of((config, "BASE", "object")).text  # noqa: B018  the property raises
+
+
 def test_entries_know_their_readers():
     assert unet.TEXT.reads("input_blocks.1.1.transformer_blocks.0.attn2.to_k")
     assert not unet.TEXT.reads("input_blocks.1.1.transformer_blocks.0.attn1.to_k")

@@ -167,7 +167,7 @@ def test_words_are_the_same_for_both(page, tmp_path):
     assert page["OF_WORDS"] == {"words": "", **{name: getattr(written, name) for name in ("keep", "kind")}}
     entry = {**page["NEW_WORDS"], "words": " star => circle\n\n- moon ", "kind": "style"}
     (found,) = stack_json.from_json(json.dumps({"membrane_stack": 1, "entries": [entry]}), None).entries
-    assert found.mode == "facilitated transport" and found.adapter.kind == "style"
+    assert found.mode == "meaning" and found.adapter.kind == "style"
     script = f"""import {{ nameOf, understood }} from "./stack_document.js";
         const entry = {json.dumps(entry)};
         const wrong = [{{ adapter: "b" }}, {{ words: 1 }}, {{ kind: 1 }}, {{ keep: [] }}];

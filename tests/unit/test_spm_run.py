@@ -97,6 +97,6 @@ def test_presets():
     found = settings_of("nudity", steps=100, warmup=500, eta=2.0)
     assert (found.steps, found.eta, found.lam, found.warmup) == (15000, 3.0, 100.0, 500)
     quick = settings_of("nudity", "quick", steps=100, seed=4)
-    assert (quick.steps, quick.lr, quick.rollout_steps, quick.eta, quick.seed) == (200, 1e-3, 10, 3.0, 4)
+    assert (quick.steps, quick.lr, quick.rollout_steps, quick.eta, quick.seed) == (200, 1e-2, 10, 3.0, 4)
     assert settings_of(CUSTOM, "thorough", size=(8, 8)) == Settings(size=(8, 8))  # the published numbers
     assert set(PRESETS) == {CUSTOM, "object", "style", "nudity"}

@@ -96,6 +96,30 @@ def layers(subject):
     )  # fmt: skip
 
 
+def closed(subject):
+    """At strength 0 the node gives the model that it got."""
+    same = subject.applied(subject.adapter(subject.maps()), strength=0.0) is subject.model
+    return "ok" if same else "another model"
+
+
+def trained(subject):
+    """One step of an SPM adapter changes its factors, and these the prediction."""
+    adapter = subject.node(
+        "MembraneTrain", model=subject.model, clip=subject.clip, concepts="star -> circle", steps=1, learning_rate=0.05,
+        warmup=0, rollout_steps=2, rank=1, preview_every=0, filename_prefix=f"families/{subject.name}",
+        **_size(subject),
+    )[0]  # fmt: skip
+    found = subject.predict(subject.applied(adapter, permeability="fixed"))
+    if not all(side.isfinite().all() for side in found):
+        return "gives no numbers"
+    return "does nothing" if all(torch.equal(one, other) for one, other in zip(found, subject.base)) else "ok"
+
+
+def untouched(subject):
+    """After all the others: the model predicts what it did, by weights that are bit for bit the same."""
+    return "ok" if subject.is_as_it_was() else "changed"
+
+
 def preview(subject):
     """The prompt that is the concept opens fully, another one less."""
     stack = subject.stack(subject.adapter(subject.maps()), permeability="facilitated transport")
@@ -151,6 +175,7 @@ CHECKS = {
     "apply_to weights": on_weights,
     "gates": gates,
     "part of the steps": steps,
+    "strength 0": closed,
     "saved, loaded": files,
     **{method: erased(method) for method in METHODS},
     "adapter on layers": layers,
@@ -159,6 +184,8 @@ CHECKS = {
     "Impact": impact,
     "Stress-Test": stressed,
     "Detect": detected,
+    "Train": trained,
+    "base untouched": untouched,  # the last
 }
 
 
@@ -236,7 +263,21 @@ def table(results):
         lines += [""] * bool(said) + [f"- [{i + 1}] {sentence}" for i, sentence in enumerate(said)]
         absent = [name for name, row in found.items() if isinstance(row, str)]
         lines += ["", f"Not in this host: {', '.join(absent)}."] if absent else []
+    lines += ["", "## Not tried", "", untried()]
     return "\n".join(lines) + "\n"
+
+
+def untried():
+    """A sentence on the families that Membrane knows without a tiny network, and on those that it refuses."""
+    from membrane.core.families.table import FAMILIES
+
+    made = {network.config for network in networks.NETWORKS.values()}
+    others = [family for family in FAMILIES if not made & set(family.configs)]
+    known, refused = ([f.title for f in others if bool(f.refused) == no] for no in (False, True))
+    return (
+        f"Known by their descriptions, without a tiny network here: {', '.join(known)}. Refused by name: "
+        f"{', '.join(refused)}."
+    )
 
 
 def _cell(text, said):

@@ -7,7 +7,7 @@ import { addToNodeMenu, addToOldMenus, canvasItems } from "./erase_here.js";
 import { executionIds, promptTexts } from "./graph.js";
 import { watchWords } from "./hints.js";
 import {
-    adapterNames, after, api, app, ask, graphChanged, passCanvasGestures, sendToClipboard, stayMounted, translations,
+    adapterNames, addPart, after, api, app, ask, graphChanged, passCanvasGestures, removePart, sendToClipboard, stayMounted, translations,
     toast, undoRedo, uploadAdapter, whileInGraph,
 } from "./host.js";
 import { keepReport, listenForReports } from "./report.js";
@@ -15,6 +15,7 @@ import { StackEditor } from "./stack_editor.js";
 import { speak } from "./strings.js";
 
 const WIDGET = "MEMBRANE_STACK";
+const PROMOTED = 320; // pixels of an editor on a subgraph node
 const editors = new Map(); // of the nodes that are in a graph of the page
 
 function hasScrollBar(element) {
@@ -43,18 +44,22 @@ function takeFiles(node, editor) {
     };
 }
 
-/** The widget of the node's text: the editor, whose value is the text. */
-function stackWidget(node, name, spec) {
-    const editor = new StackEditor({
-        changed: (text) => {
-            widget.value = text;
-        },
+/** An editor; changed: gets every new text. */
+const newEditor = (changed) =>
+    new StackEditor({
+        changed,
         committed: graphChanged,
         names: adapterNames,
         undoRedo,
         copy: sendToClipboard,
         upload: uploadAdapter,
         tell: (text) => toast("info", text),
+    });
+
+/** The widget of the node's text: the editor, whose value is the text. */
+function stackWidget(node, name, spec) {
+    const editor = newEditor((text) => {
+        widget.value = text;
     });
     if (spec[1]?.default) editor.value = spec[1].default;
     const widget = node.addDOMWidget(name, "membrane_stack", editor.root, {
@@ -70,6 +75,37 @@ function stackWidget(node, name, spec) {
     keepTrack(node, editor);
     watchPrompt(node, editor);
     return { widget, minWidth: 500, minHeight: 380 };
+}
+
+/** Draws the editor on a subgraph node that its text was promoted to, where pages of 2026 draw nothing. */
+function drawPromoted(node) {
+    const drawn = new Map(); // {widget, editor} by the promoted text's name
+    const look = () => {
+        const texts = (node.widgets ?? []).filter((widget) => widget.type === "membrane_stack" && !widget.element);
+        for (const [name, { widget, editor }] of drawn) {
+            if (texts.some((text) => text.name === name)) continue;
+            removePart(node, widget, PROMOTED);
+            editor.root.remove();
+            drawn.delete(name);
+        }
+        for (const { name } of texts) {
+            const text = () => (node.widgets ?? []).find((widget) => widget.name === name);
+            if (!drawn.has(name)) {
+                const editor = newEditor((value) => {
+                    text().value = value;
+                });
+                const widget = addPart(node, `membrane_${name}`, editor.root, PROMOTED);
+                node.setSize([Math.max(node.size[0], 500), node.size[1]]);
+                passCanvasGestures(editor.root, hasScrollBar);
+                drawn.set(name, { widget, editor });
+            }
+            const { editor } = drawn.get(name);
+            editor.value = text().value;
+            editor.checkWords();
+            stayMounted(node, editor.root, ".membrane-stack");
+        }
+    };
+    whileInGraph(node, look, 500);
 }
 
 /** Keeps the line below the rows up to date with the prompt that the stack's model will get. */
@@ -115,6 +151,7 @@ app.registerExtension({
         if (node.comfyClass?.startsWith("Membrane")) keepReport(node);
         watchWords(node);
         addToNodeMenu(node);
+        if (node.isSubgraphNode?.()) drawPromoted(node);
     },
 
     // before any node is made

@@ -260,6 +260,10 @@ class Part:
         compile it again without. A type that a layer turned out to work in stays."""
         self._kept((active, *(self.wanted[1:] if self.wanted else (device, dtype))))
 
+    def forget(self):
+        """Gives back the factors on the device."""
+        self.wanted, self.ready, self.numbers, self.columns = None, None, (), None
+
     def _kept(self, wanted):
         if self.wanted != wanted:
             found = self.every.rows(wanted[0])

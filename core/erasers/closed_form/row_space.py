@@ -42,9 +42,12 @@ class Rows:
         return self.blocks[0].shape[1]
 
     def columns(self, size):
-        """Arrays (n, size) of X, from left to right."""
+        """Arrays (n, size) of X, from left to right, all in the same memory."""
+        room = np.empty(len(self) * min(size, self.width))
         for start in range(0, self.width, size):
-            part = np.concatenate([block[:, start : start + size] for block in self.blocks], dtype=np.float64)
+            found = [block[:, start : start + size] for block in self.blocks]
+            part = room[: len(self) * found[0].shape[1]].reshape(len(self), -1)
+            np.concatenate(found, out=part)
             if self.basis is not None:
                 part -= self.inside @ self.basis[start : start + size].T
             yield part
@@ -60,12 +63,18 @@ class Rows:
     def times(self, other):
         """X Y^T, (n, m), a tensor, with other Rows Y (m, d)."""
         size = _width(len(self) + len(other))
-        return torch.from_numpy(sum(x @ y.T for x, y in zip(self.columns(size), other.columns(size))))
+        total, product = np.zeros((len(self), len(other))), np.empty((len(self), len(other)))
+        for x, y in zip(self.columns(size), other.columns(size)):
+            total += np.matmul(x, y.T, out=product)
+        return torch.from_numpy(total)
 
     def combined(self, weights):
         """weights X, (k, d), a tensor, of weights (k, n)."""
         weights, size = weights.numpy(), _width(len(self))
-        return torch.from_numpy(np.concatenate([weights @ part for part in self.columns(size)], axis=1))
+        found = np.empty((len(weights), self.width))
+        for start, part in zip(range(0, self.width, size), self.columns(size)):
+            np.matmul(weights, part, out=found[:, start : start + size])
+        return torch.from_numpy(found)
 
 
 def _width(count):
@@ -87,7 +96,7 @@ def row_ridge(targets, preserved, target_scale, preserve_scale, anchor):
         system = torch.cat([torch.cat([system, both * cross], 1), low])
     system.diagonal().add_(anchor)
     factor = torch.linalg.cholesky(system)
-    if anchor <= 0 or not torch.isfinite(factor).all():
+    if anchor <= 0 or not torch.isfinite(factor.diagonal()).all():  # what is not finite spreads to the diagonal
         raise torch.linalg.LinAlgError("The ridge has no weight, and there are fewer rows than columns.")
     del system
     weights = torch.cholesky_solve(torch.eye(len(factor), n, dtype=torch.float64), factor).T

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import time
 from dataclasses import replace
 
 import folder_paths
@@ -13,6 +15,8 @@ CATEGORY = "erasure_adapters"
 EXTENSIONS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
 DEEPEST = 20  # folders in each other
 LONGEST = 200  # bytes of one part of a file's path; file systems take 255
+TIMES = ("year", "month", "day", "hour", "minute", "second")
+DATES = {"yyyy": "year", "MM": "month", "dd": "day", "hh": "hour", "mm": "minute", "ss": "second"}
 LARGEST_TEXT = 1 << 24  # bytes of a text file
 
 
@@ -67,12 +71,25 @@ def _is_inside(path, folder):
         return False
 
 
+def dated(prefix):
+    """A prefix with the time in place of %year%, %month%, %day%, %hour%, %minute% and %second%, as the host's own
+    saving nodes replace them, and of %date:yyyy-MM-dd%, as its page does."""
+    now = time.localtime()
+    values = {name: f"{value:02}" for name, value in zip(TIMES, now)}
+
+    def pattern(found):
+        return re.sub("|".join(DATES), lambda part: values[DATES[part[0]]], found[1])
+
+    prefix = re.sub("%date:([^%]*)%", pattern, prefix)
+    return re.sub(f"%({'|'.join(TIMES)})%", lambda found: values[found[1]], prefix)
+
+
 def clean_prefix(prefix, default, root, where):
     """A user's prefix of a file name as a path below a folder, with forward slashes; raises ErasureError otherwise.
 
     default: instead of an empty one; where: what the folder is called in the message.
     """
-    clean = os.path.normpath((prefix.strip() or default).replace("\\", "/")).replace("\\", "/")
+    clean = os.path.normpath((dated(prefix.strip()) or default).replace("\\", "/")).replace("\\", "/")
     parts = clean.split("/")
     if os.path.isabs(clean) or ".." in parts or ":" in clean or parts[-1] in ("", "."):
         raise ErasureError(

@@ -12,14 +12,14 @@ from ...families.family import LAST
 from ...families.joint import mixed
 from ...families.sites import site
 from ...families.table import family_of
-from ..compat import ensure_uncompiled, plain_numbers, text_after_picture
+from ..compat import ensure_own_network, plain_numbers, text_after_picture
 
 NETWORK, WEIGHT = "diffusion_model.", ".weight"
 
 
 def denoiser(model):
     """The network of a MODEL as its layers are named."""
-    ensure_uncompiled(model)
+    ensure_own_network(model)
     return model.model.diffusion_model
 
 
@@ -188,23 +188,20 @@ def require_fit(model, stack, keys):
                 "use an adapter made for this family."
             )
         missing += len(adapter.sites) - len(known)
-        for name in known:
-            _require_shape(model, adapter, name, keys[name], layers.get(plain_key(keys[name])))
+        for _, name, delta in adapter.of_layers:
+            if name in keys:
+                _require_shape(model, adapter, name, keys[name], layers.get(plain_key(keys[name])), delta)
     return missing
 
 
-def _require_shape(model, adapter, name, key, layer):
-    wanted = _shape(layer, key)
-    for _, place, delta in adapter.of_layers:
-        if place != name:
-            continue
-        found = delta.shape
-        # a change of low rank fits a convolution of one point and part of a fused layer as well
-        low_rank = delta.low_rank() is not None
-        if low_rank and (wanted is None or found == wanted or (*found, *[1] * (len(wanted) - 2)) == wanted):
-            continue
-        if low_rank or found != wanted or not isinstance(key, str):
-            raise _other_shape(model, adapter, name, found, wanted)
+def _require_shape(model, adapter, name, key, layer, delta):
+    wanted, found = _shape(layer, key), delta.shape
+    # a change of low rank fits a convolution of one point and part of a fused layer as well
+    low_rank = delta.low_rank() is not None
+    if low_rank and (wanted is None or found == wanted or (*found, *[1] * (len(wanted) - 2)) == wanted):
+        return
+    if low_rank or found != wanted or not isinstance(key, str):
+        raise _other_shape(model, adapter, name, found, wanted)
 
 
 def _other_shape(model, adapter, name, found, wanted):

@@ -11,7 +11,7 @@ from ...erasers.extract import BaseLayer
 from ...errors import ErasureError
 from ...families.sites import site
 from ...formats.weights import EditedWeights
-from ..compat import calculate_weight, ensure_uncompiled, key_patches, stored_weight
+from ..compat import calculate_weight, ensure_own_network, key_patches, stored_weight
 from .layers import NETWORK, WEIGHT, family, layer_keys, plain_key, readers, text_entries, text_readers
 
 
@@ -25,7 +25,7 @@ def effective_weight(model, key, patches):
 
 def _key_patches(model):
     """{key: stored weight and its patches} of the denoiser's weights and biases, as get_key_patches() means it."""
-    ensure_uncompiled(model)
+    ensure_own_network(model)
     return key_patches(model, NETWORK)
 
 

@@ -18,8 +18,13 @@ import torch
 from ...adapters.beside import PAST
 from ...adapters.gates import stronger
 from ...errors import ErasureError
+from ..compat import module_at
 from ..text.known_tokens import PROMPTS
 
+COVERED = (
+    "Another node has put a module of its own over the layer {} (LayerDiffuse does so), in which an adapter on that "
+    'layer would do nothing; leave one of the two out, or use an erasure of the text or apply_to "weights".'
+)
 log = logging.getLogger("membrane")
 
 RAW = "membrane_raw"  # a conditioning's text before the map, which travels with it
@@ -54,6 +59,11 @@ def _foreign(patch):
     return package[0] not in HOSTS and not getattr(patch, "keeps_text", False)
 
 
+def waits_for_a_look(text):
+    """Whether the processor would have to wait for a device to know what is in a tensor."""
+    return text.device.type != "cpu"
+
+
 def derived(text, known):
     """Which rows of a text (J, L, d) hold nothing but vectors of which rows of a known one (B, T, d): (J, B), bool.
 
@@ -81,7 +91,8 @@ class Brought:
         self.count = len(plan.gates)  # of the gates
         self.conditioning, self.rows = conditioning, rows
         self.opened, self.told = [], False
-        self.generation, self.trusted = 0, set()  # sizes of texts of the sampling that were found to be mapped
+        self.readers = [name for name, _ in base.diffusion_model.named_modules() if entry.reads(name)]
+        self.generation, self.known, self.trusted = 0, None, {}  # {size: a text of the sampling that was mapped}
 
     @contextlib.contextmanager
     def reading(self, text, gates, share):
@@ -90,6 +101,7 @@ class Brought:
         text: (B, T, d) of the call before the map; gates: (B or 1, K) of its rows; share: (K,) how far the gates are in
         their time range.
         """
+        self._require_readers()
         call, handles = _Call(self, text, gates, share), []
         for name, module in self.base.diffusion_model.named_modules():
             if self.entry.reads(name):
@@ -104,6 +116,12 @@ class Brought:
             for handle in handles:
                 handle.remove()
 
+    def _require_readers(self):
+        """Raises ErasureError where a module of another pack stands over a layer that reads the text."""
+        for name in self.readers:
+            if module_at(self.base.diffusion_model, name) is None:
+                raise ErasureError(COVERED.format(name))
+
     def opening(self, row):
         """Gates (1, K) of one text (1, L, d) that no conditioning has, as of a positive prompt."""
         for known, gates in self.opened:
@@ -117,27 +135,47 @@ class Brought:
         """Whether a text (B, T, d) is one that the layers read."""
         return self.part is None or text.shape[-1] == self.part.width
 
-    def is_mapped(self, text):
-        """Whether a text (B, T, d) of a call is the conditionings' with the map on it, in all rows.
-
-        It is looked at once for each size in a sampling as long as it is so: on a graphics card the look has to wait.
-        """
+    def mapped_rows(self, text):
+        """Which rows of a text (B, T, d) of a call are the conditionings' with the map on them: (B,), bool, on its
+        device, without waiting for it."""
         if self.conditioning.generation != self.generation:
-            self.generation, self.trusted = self.conditioning.generation, set()
-        if text.shape in self.trusted:
-            return True
-        found = bool(derived(text, self.conditioning.mapped_text(text)).any(dim=1).all())
-        if found:
-            self.trusted.add(text.shape)
-        return found
+            self.generation, self.known, self.trusted = self.conditioning.generation, None, {}
+        if self.known is None or self.known.device != text.device or self.known.shape[-1] != text.shape[-1]:
+            self.known = self.conditioning.mapped_text(text)
+        return derived(text, self.known).any(dim=1)
+
+    def is_mapped(self, text):
+        """Whether a text (B, T, d) of a call is the conditionings' with the map on it, in all rows."""
+        return bool(self.mapped_rows(text).all())
+
+    def unmapped_text(self, text, raw):
+        """The text (B, T, d) of a call as it was before the map, raw (B, T', d), in the rows that the map is on."""
+        mapped, raw = self.mapped_rows(text), raw.to(text)
+        if raw.shape == text.shape:
+            return torch.where(mapped[:, None, None], raw, text)
+        return raw if bool(mapped.all()) else text
 
     def checked_text(self, text, raw):
         """The text (B, T, d) of a call, with the map on those rows of it that another pack has put in place of the
-        conditioning's; raw: (B, T', d) before the map, or None."""
-        if self.part is None or self.is_mapped(text):
+        conditioning's; raw: (B, T', d) before the map, or None.
+
+        On a graphics card a look at the rows has to wait, so it is taken once for each size in a sampling: after that,
+        rows that are put in place of mapped ones are mapped with open gates, whatever they are.
+        """
+        if self.part is None:
             return text
-        strange = ~derived(text, self.conditioning.mapped_text(text)).any(dim=1)
-        text, known = text.clone(), None if raw is None else derived(text, raw).any(dim=1)
+        last = self.trusted.get(text.shape) if self.conditioning.generation == self.generation else None
+        waits = waits_for_a_look(text)
+        if last is not None and not waits and torch.equal(last, text):
+            return text
+        mapped = self.mapped_rows(text)
+        if last is not None and waits:
+            every = text.new_ones(1, self.count) if self.count else None
+            return torch.where(mapped[:, None, None], text, self.part.erased(text, every))
+        if bool(mapped.all()):
+            self.trusted[text.shape] = text
+            return text
+        strange, text, known = ~mapped, text.clone(), None if raw is None else derived(text, raw).any(dim=1)
         for place in strange.nonzero().flatten().tolist():
             row = text[place : place + 1]
             if (known is not None and known[place]) or PROMPTS.recall(row) != [None]:

@@ -11,10 +11,12 @@ import torch
 
 from ...adapters.gates import gate_values, meanings, of_negative, side_by_side, stronger
 from ...adapters.patch import Patch
+from ...errors import ErasureError
 from ...text.similarity import opening_matches
-from ..compat import patched_layers_called
+from ..compat import module_at, patched_layers_called, undo_modules_first
 from ..text.known_tokens import PROMPTS
-from .brought import RAW, Raw
+from .boxes import Boxes
+from .brought import COVERED, RAW, Raw
 
 log = logging.getLogger("membrane")
 
@@ -33,14 +35,28 @@ class Runs:
         self.under_way = []
 
     def of(self, noise):
-        """{"positive", "negative": values or None, "active": numbers of gates} of a sampling."""
+        """{"positive", "negative": values or None, "active": numbers of gates, "boxes": Boxes} of a sampling."""
         self.under_way = [(ref, state) for ref, state in self.under_way if ref() is not None]
         found = next((state for ref, state in self.under_way if ref() is noise), None)
         if found is None:
-            found = {"positive": None, "negative": None, "active": set()}
+            found = _nothing()
             if noise is not None:
                 self.under_way.append((weakref.ref(noise), found))
         return found
+
+    def begun(self, noise):
+        """The same for a positive prompt, with which a sampling begins: after a negative one, the next one does, with a
+        noise that somebody keeps."""
+        found = self.of(noise)
+        if found["negative"] is not None:
+            found.update(_nothing())
+        return found
+
+    def positive(self):
+        """Values of the positive prompt of the sampling that began last, for a negative one that nodes such as Perp-Neg
+        prepare in the middle of a step, when the noise is another; or None."""
+        found = [state["positive"] for ref, state in self.under_way if ref() is not None]
+        return next((values for values in reversed(found) if values is not None), None)
 
     def knows(self, noise):
         """Whether a sampling is under way already."""
@@ -50,10 +66,23 @@ class Runs:
         """Whether some sampling is under way."""
         return any(ref() is not None for ref, _ in self.under_way)
 
+    def boxes(self):
+        """Boxes of all samplings that are under way."""
+        found = Boxes()
+        for ref, state in self.under_way:
+            if ref() is not None:
+                for model, boxes in state["boxes"].known:
+                    found.add(("position", model, boxes))
+        return found
+
     def active(self, count):
         """Gates that some conditioning opens, in order; all of them when no sampling is known."""
         states = [state for ref, state in self.under_way if ref() is not None]
         return tuple(sorted(set().union(*(s["active"] for s in states)))) if states else tuple(range(count))
+
+
+def _nothing():
+    return {"positive": None, "negative": None, "active": set(), "boxes": Boxes()}
 
 
 class Gates(comfy.conds.CONDRegular):
@@ -81,6 +110,7 @@ class ErasedConditioning(Patch):
         self.texts = texts
         self.read, self.mapped, self.watches, self.told = read, [], None, False
         self.count = [0]  # of texts that were mapped
+        self.layers = {}  # {path of a patch: the module it is on}
         self.rows, self.timed = rows, [k for k, gate in enumerate(plan.gates) if not gate.always]
         self.stack, self.plan, self.travels = stack, plan, travels
         self.early = [entry for entry in entries if not entry.prepared]
@@ -90,16 +120,11 @@ class ErasedConditioning(Patch):
 
     def __call__(self, **kwargs):
         text, original, noise = kwargs.get("cross_attn"), self.original, kwargs.get("noise")
-        if self.watches is not None and noise is not None and not self.runs.knows(noise):
-            self.runs.of(noise)
-            self.watches.watch(noise)
+        if noise is None or not self.runs.knows(noise):
+            self._begin(noise)
         gates = self.gates(text, kwargs.get("prompt_type"), noise, kwargs) if self.plan.gates else None
-        if "gligen" in kwargs and self.read is not None and not self.told:
-            self.told = True
-            log.warning(
-                "Membrane: a conditioning has GLIGEN boxes, whose words are read by layers of GLIGEN's own that no "
-                "erasure reaches; leave what is erased out of them. This is said once."
-            )
+        if "gligen" in kwargs:
+            self._boxes(kwargs["gligen"], noise)
         for entry in self.early:
             vectors = kwargs.get(entry.argument)
             if vectors is not None:
@@ -122,6 +147,27 @@ class ErasedConditioning(Patch):
         if self.travels:
             out[GATES] = Gates(gates.cpu())
         return out
+
+    def _begin(self, noise):
+        """Sees to it, when a sampling begins, that what acts in the network is not past anybody's reach."""
+        for name, module in self.layers.items():
+            if module_at(self.owner, name.rpartition(".")[0]) is not module:
+                undo_modules_first(self.owner)
+                raise ErasureError(COVERED.format(name.removeprefix("diffusion_model.").rpartition(".")[0]))
+        if self.watches is not None and noise is not None:
+            self.runs.of(noise)
+            self.watches.watch(noise)
+
+    def _boxes(self, gligen, noise):
+        """Notes GLIGEN's boxes, which a map of the text reaches, or says that nothing else does."""
+        if self.read is not None and self.read.name in self.plan.maps:
+            self.runs.of(noise)["boxes"].add(gligen)
+        elif not self.told:
+            self.told = True
+            log.warning(
+                "Membrane: a conditioning has GLIGEN boxes, whose words are read by layers of GLIGEN's own that only "
+                "an erasure of the text reaches; leave what is erased out of them. This is said once."
+            )
 
     @contextlib.contextmanager
     def _lent(self, gates, device):
@@ -155,10 +201,11 @@ class ErasedConditioning(Patch):
         conditioning brings besides."""
         gates = self.plan.gates
         values = gate_values(gates, self._score(text, given))
-        run = self.runs.of(noise)
+        run = self.runs.begun(noise) if prompt_type == "positive" else self.runs.of(noise)
         side = "negative" if prompt_type == "negative" else "positive"
         if side == "negative":
-            values = of_negative(gates, values, run["positive"])
+            positive = self.runs.positive() if run["positive"] is None else run["positive"]
+            values = of_negative(gates, values, positive)
         run[side] = values if run[side] is None else stronger(run[side], values)
         run["active"].update(values.ne(0).any(dim=0).nonzero().flatten().tolist())
         for listener in LISTENERS:

@@ -3,6 +3,7 @@
 import copy
 
 from ...adapters.patch import Patch
+from .kept import let_go
 
 
 def _erases(patch):
@@ -36,4 +37,5 @@ def without_stack(model):
                 clone.object_patches.pop(name)
             else:
                 clone.object_patches[name] = patch.previous
+    let_go(clone)
     return clone

@@ -32,8 +32,13 @@ class Shield:
         known = self._patterns(tuple(pictures.shape[-2:]), usual.device)
         closest, which = likeness(pictures, known).max(dim=1)
         other = held_back(pictures, None if negative is None else frames(negative), known[which], self.strength)
-        found = torch.where((closest > self.threshold).view(-1, 1, 1, 1), other, pictures)
-        return found if usual.dim() == 4 else found.unflatten(0, (len(usual), -1)).movedim(1, 2)
+        hit = closest > self.threshold
+        if usual.dim() == 5:  # in the order of the usual ones in memory, or the network would add up in another order
+            hit = hit.view(len(usual), 1, -1, 1, 1)
+            other = other.unflatten(0, (len(usual), -1)).movedim(1, 2).contiguous()
+        else:
+            hit = hit.view(-1, 1, 1, 1)
+        return torch.where(hit, other, usual)
 
     def _patterns(self, size, device):
         """Patterns (K, C h w) of the known pictures at a size, kept for the next step."""

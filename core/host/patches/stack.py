@@ -8,6 +8,7 @@ which every host from March 2024 on undoes by itself when it switches to another
 host's own patch list.
 """
 
+import functools
 import logging
 from dataclasses import replace
 
@@ -39,7 +40,9 @@ from ..model.layers import (
 from ..text.calibration import compared_with
 from ..text.entries import Texts
 from ..text.known_tokens import PROMPTS
+from .brought import COVERED
 from .conditioning import EXTRA_CONDS, ErasedConditioning
+from .kept import keep
 from .places import foreign
 from .steps import APPLY_MODEL, ErasedSteps
 
@@ -84,7 +87,7 @@ def plan_for(model, stack, keys, concepts=None):
     """Plan of a stack on a MODEL; keys: keys_for() them. Raises ErasureError when they do not fit."""
     of_text = any(entry.adapter.maps for entry in stack.entries)
     entries = text_entries(model) if of_text else {}
-    return make_plan(stack, entries, concepts, keys, lambda key: text_rows(model, key))
+    return make_plan(stack, entries, concepts, keys, functools.cache(lambda key: text_rows(model, key)))
 
 
 def static_changes(model, stack, keys):
@@ -152,14 +155,29 @@ def _put(patched, model, whole, plan):
     travels = bool(timed) or follows or (read is not None and bool(plan.gates))
     previous = foreign(model, EXTRA_CONDS)
     conditioning = ErasedConditioning(base, whole, plan, early, travels, previous, rows, read, _texts(model, whole))
+    require_uncovered(model, plan, inside)
     patched.add_object_patch(EXTRA_CONDS, conditioning)
     if (inside or plan.running) and family(model).cache:
         options = patched.model_options["transformer_options"] = dict(patched.model_options["transformer_options"])
         options[family(model).cache] = {"device": "off"}  # else rows of before the erasure may come back
     parts = _put_on_layers(patched, model, plan, inside, rows)
+    on_layers = {name: patch for name, patch in patched.object_patches.items() if isinstance(patch, Bypass)}
+    conditioning.layers = {name: patch.owner for name, patch in on_layers.items()}
     if read is not None or travels or plan.tells_rows or (plan.running and folds_activations(base.diffusion_model)):
         steps = ErasedSteps(base, plan, conditioning, timed, rows, parts, foreign(model, APPLY_MODEL))
         patched.add_object_patch(APPLY_MODEL, steps)
+    keep(patched)
+
+
+def require_uncovered(model, plan, inside):
+    """Raises ErasureError where another pack's module stands over a layer that gets a patch."""
+    keys = [plain_key(key) for key in plan.running]
+    keys += [key for entry in inside for key, _ in readers(model, entry)]
+    covers = [name for name in model.object_patches if name.startswith(NETWORK)]
+    for key in keys:
+        path = key.removesuffix(WEIGHT)
+        if any(path == name or path.startswith(f"{name}.") for name in covers):
+            raise ErasureError(COVERED.format(path.removeprefix(NETWORK)))
 
 
 def _texts(model, stack):

@@ -13,10 +13,11 @@ from ...adapters.gates import gate_values
 from ...adapters.patch import Patch
 from ...errors import ErasureError
 from ..compat import patched_layers_called
+from .boxes import erased_boxes, open_gates
 from .brought import RAW, Brought, brings_text
 from .conditioning import GATES
 
-APPLY_MODEL = "apply_model"
+APPLY_MODEL, CPU = "apply_model", torch.device("cpu")
 
 
 class ErasedSteps(Patch):
@@ -52,6 +53,7 @@ class ErasedSteps(Patch):
         if self.timed:
             told, gates = None, self._in_range(gates, t)
         raw = kwargs.pop(RAW, None)
+        self._boxes(kwargs, x, t)
         reading, c_crossattn = self._text(c_crossattn, raw, gates, t, kwargs.get("transformer_options") or {})
         kwargs |= {name: self._erased(name, kwargs[name], gates) for name in self.texts if name in kwargs}
         active = tuple(range(len(self.plan.gates))) if reading else self._active()
@@ -64,6 +66,23 @@ class ErasedSteps(Patch):
         with patched_layers_called(), lent, reading or nullcontext():
             return original(x, t, c_concat, c_crossattn, *args, **kwargs)
 
+    def _boxes(self, call, x, t):
+        """Puts the map on the boxes of GLIGEN in a call."""
+        known = self.conditioning.runs.boxes()
+        if not known.known:
+            return
+        gates = open_gates(self.plan)
+        if gates is not None and self.timed:
+            gates = self._in_range(gates.to(t.device), t[:1]).cpu()
+        options, part = call.get("transformer_options") or {}, self.plan.maps[self.conditioning.read.name]
+        call["transformer_options"] = erased_boxes(options, known, part, gates, x)
+
+    def forget(self):
+        """See Patch."""
+        self.lent, self.bounds = None, None
+        self.maps = {name: part.to(CPU) for name, part in self.maps.items()}
+        self.rows.forget()
+
     def _text(self, text, raw, gates, t, options):
         """(context manager or None, the text of a call): the map acts while the context manager lasts where patches of
         other packs can bring text of their own, and has acted on the text where it is None."""
@@ -74,7 +93,7 @@ class ErasedSteps(Patch):
         if brings and raw is None and not self.late:
             brought.say()
         elif brings:
-            text = raw.to(text) if raw is not None and brought.is_mapped(text) else text
+            text = text if raw is None or brought.part is None else brought.unmapped_text(text, raw)
             share = gates.new_ones(1, gates.shape[1])
             share = self._in_range(share, t) if self.timed else share
             return brought.reading(text, gates, share.amax(dim=0)), text

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from ...adapters.adapter import ErasureAdapter
-from ...adapters.permeability import Permeability
+from ...adapters.permeability import MEANING, TRANSPORT, Permeability
 from ...adapters.stack import Entry, ErasureStack
 from ...adapters.written import Written
 from ...erasers.closed_form.daily import daily_job
@@ -21,6 +21,7 @@ from ..text.kept import KEPT
 
 TEXT, WEIGHTS = "text", "weights"  # what an erasure is put on
 PLACES = (TEXT, WEIGHTS)
+FOLLOWS = Permeability(MEANING)
 
 
 def erasure_of(job, model, clip, begin, pooled=None, role=""):
@@ -65,6 +66,11 @@ class Solved:
         return sum(part.nbytes for found in self.adapter.maps.values() for part in (found.a, found.b))
 
 
+def following(adapter, wanted=FOLLOWS):
+    """`wanted`, with Facilitated Transport in the place of "meaning" for an adapter whose probes tell nothing."""
+    return replace(wanted, mode=TRANSPORT) if wanted.mode == MEANING and not adapter.probed else wanted
+
+
 def computed(stack, model, clip, begin):
     """(A stack with its words computed for a MODEL and its CLIP, the Jobs of those that act).
 
@@ -74,7 +80,8 @@ def computed(stack, model, clip, begin):
     for entry in stack.entries:
         if entry.acts and isinstance(entry.adapter, Written):
             solved = _solved(entry.adapter, model, clip, begin)
-            entry = replace(entry, adapter=entry.adapter.computed(solved.adapter))
+            opens = following(solved.adapter, entry.permeability)
+            entry = replace(entry, adapter=entry.adapter.computed(solved.adapter), permeability=opens)
             jobs.append(solved.job)
         entries.append(entry)
     return ErasureStack(tuple(entries)), jobs

@@ -1,5 +1,5 @@
 """Gradients through a model of the host: its network made fit for them while they are needed, and what they tell of a
-prompt's words.
+prompt's words, or of the vectors in place of them.
 """
 
 import contextlib
@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ...adapters.beside import Bypass, Rows
 from ...errors import ErasureError
+from ...measures.attack import descended
 from ...measures.detection import gradient_lengths, text_part
+from ..compat import attention_with_gradients
 from ..model.layers import reads_vector
 from ..patches.steps import ErasedSteps
 from .sampling import ask_at
@@ -273,3 +275,59 @@ def _track_vectors(listening):
 
     listening.set_model_unet_function_wrapper(called)
     return leaves
+
+
+# ---------------------------------------------------------------- text vectors that bring a picture back
+
+
+def searched_text(model, start, clean, descent, rate, seed, on_step=lambda done: None):
+    """A CONDITIONING whose text vectors are searched for by gradient from those of `start`, so that a MODEL takes the
+    noise off pictures: mean square of (denoised - clean) / sigma over drawn pictures, noise and levels.
+
+    The gradient goes through the host's whole sampling path, with all that acts on the MODEL. clean: LATENTs' samples
+    (n, C, h, w) on the CPU; descent: Descent; rate: of Adam, in the vectors' own unit. Raises ErasureError where no
+    gradient reaches the text.
+    """
+    vectors, options = start[0]
+    listening = model.clone()
+    options_of = listening.model_options.setdefault("transformer_options", {})
+    listening.model_options["transformer_options"] = {**options_of, **attention_with_gradients()}
+    comfy.model_management.load_models_gpu([listening])  # patches weights, which are inference tensors
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode(False), torch.enable_grad():
+        (vectors, options), clean = _copied([[vectors, options]])[0], clean.clone()
+        beside = any(isinstance(patch, Bypass | ErasedSteps) for patch in listening.object_patches.values())
+
+        def loss(leaf):
+            chosen = clean[torch.randint(len(clean), (descent.batch,), generator=generator)]
+            return _removal(listening, [[leaf[None], options]], chosen, generator)
+
+        with Differentiable(listening, None if beside else Rows()):
+            try:
+                found = descended(vectors[0], loss, descent, rate, on_step)
+            except RuntimeError as error:
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                raise ErasureError(
+                    f"No gradient reaches the text of {type(model.model).__name__} "
+                    f'({str(error).splitlines()[0]}); set attacks to "both".'
+                ) from error
+    return [[found[None], options]]
+
+
+def _removal(listening, positive, clean, generator):
+    """The mean square of what a MODEL leaves of drawn noise on clean latents (n, C, h, w), over the noise level."""
+    network = listening.model
+    clean = network.process_latent_in(clean)
+    shares = torch.rand(len(clean), generator=generator).clamp(0.001, 0.999).tolist()
+    sigmas = torch.tensor([float(network.model_sampling.percent_to_sigma(share)) for share in shares])
+    noise = torch.randn(clean.shape, generator=generator)
+    parts = zip(sigmas.split(1), noise.split(1), clean.split(1))
+    x = torch.cat([network.model_sampling.noise_scaling(*part) for part in parts])
+
+    def left(predict):
+        difference = predict() - clean.to(listening.load_device)
+        return (difference / sigmas.view(-1, *[1] * (clean.dim() - 1)).to(difference)).square().mean()
+
+    with _Ordinary():  # erasures that act when the conditioning is prepared are on the way as well
+        return ask_at(listening, positive, positive, [(x, sigmas)], left)[0]

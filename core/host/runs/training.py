@@ -12,7 +12,7 @@ from ...adapters.beside import Bypass, Rows
 from ...adapters.deltas.low_rank import Factors, LowRank
 from ...adapters.deltas.text_rows import TextLowRank
 from ...erasers.conditions import batches
-from ...erasers.objectives import SPM, alpha_of
+from ...erasers.objectives import ADVERSARIAL, SPM, alpha_of
 from ...erasers.paths import Flow, alphas_cumprod
 from ...erasers.retained import RETAINED
 from ...erasers.spm import NOISE, TEXTS
@@ -156,8 +156,12 @@ class HostDenoiser:
         sampler = comfy.samplers.KSampler(self.model, steps, self.model.load_device, "euler", SCHEDULER, 1.0)
         sigmas = sampler.calculate_sigmas(steps)[:-1].float().cpu()
         scale = self.model.model.model_sampling.noise_scaling
-        first = sigmas[:1].clone()
-        return Flow(sigmas.tolist(), lambda noise: scale(first, noise, torch.zeros_like(noise)))
+        first = sigmas[0].item()
+
+        def mixed(clean, noise, sigma):
+            return scale(torch.full((1,), sigma), noise, clean)
+
+        return Flow(sigmas.tolist(), lambda noise: mixed(torch.zeros_like(noise), noise, first), mixed)
 
     def require_gradient(self, x, t, text):
         """Raises ErasureError where this host has no gradient for the network; asks it once, in latents x at t."""
@@ -213,7 +217,7 @@ def fitted(model, width, height, preserves, objective=SPM):
     pictures of what is retained.
     """
     shape = latents_for(model, width, height).shape[1:]
-    texts = preserves or objective in RETAINED or not is_unet(model)
+    texts = preserves or objective in (*RETAINED, ADVERSARIAL) or not is_unet(model)
     guided = {"rollout_cfg": 1.0} if has_own_guidance(model) else {}
     return {
         "size": tuple(shape[-2:]),
@@ -242,7 +246,8 @@ def trained(run, model, clip, sites, rank, start, pairs, kept, pixels):
     anchors = kept or (short_captions() if run.settings.anchor_kind == TEXTS else [])
     encoded = encoded_for(model, clip, [*(text for pair in pairs for text in pair), "", *anchors], *pixels)
     with torch.inference_mode(False), torch.enable_grad():
-        texts, alpha = texts_of(encoded, pairs, anchors), alpha_of(run.settings.objective, rank)
+        texts = texts_of(encoded, pairs, anchors, run.card.concepts)
+        alpha = alpha_of(run.settings.objective, rank)
         with HostDenoiser(model, sites, rank, alpha, run.settings.seed, start) as denoiser:
             run.path = gradient_checked(denoiser, run.settings, texts[0].concept)
             return run(denoiser, texts)

@@ -1,0 +1,18 @@
+"""docs/field_tests.md names tests that exist."""
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent
+TABLE = (TESTS.parent / "docs" / "field_tests.md").read_text(encoding="utf-8")
+
+
+def test_each_fault_is_held_by_a_test_that_is_there():
+    faults = TABLE.partition("## The packs themselves")[0]
+    rows = [line for line in faults.splitlines() if line.startswith("| ") and not line.startswith(("| fault", "| ---"))]
+    assert len(rows) > 40
+    for row in rows:
+        named = re.findall(r"((?:host|unit|workflows)/\w+\.py)::(test_\w+)", row)
+        assert named, f"no test holds: {row}"
+        for file, name in named:
+            assert f"def {name}(" in (TESTS / file).read_text(encoding="utf-8"), f"{file} has no {name}"
