@@ -416,7 +416,7 @@ async function speaksChineseEverywhere(page) {
         const elements = [...root.querySelectorAll("*")].filter((element) => !element.matches("style, .membrane-concept")); // words of the files
         return elements.flatMap((element) => [...own(element), ...attributes.map((name) => element.getAttribute(name))]);
     });
-    const names = /\S+\.safetensors|models\/erasure_adapters|SPM|Alt|automatic|fixed|facilitated transport|reference|route/g;
+    const names = /\S+\.safetensors|models\/erasure_adapters|SPM|Alt|star -> circle|automatic|fixed|facilitated transport|reference|route|meaning/g;
     const english = said.filter((text) => text && /[a-z]{2}/i.test(text.replace(names, "")));
     same(english, [], "texts that are left in English");
     await row(page, 0).locator('[data-do="info"]').click();
