@@ -8,7 +8,6 @@ from membrane.benchmarks.memorization_mitigation import recognisable
 from membrane.core.erasers.mitigation import Softening
 from membrane.core.errors import ErasureError
 from membrane.core.host.compat import has_flux
-from membrane.core.host.model.layers import modules
 from membrane.core.host.runs.gradients import softened_text
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, preview_pictures, sample, seeded_noise
 from membrane.core.host.runs.softening import Softener
@@ -68,9 +67,8 @@ def test_a_memorised_prompt_no_longer_draws_its_picture(either, soften):
 
 
 def state(model):
-    named = modules(model)
-    weights = {key: module.weight.clone() for key, module in named.items() if hasattr(module, "weight")}
     network = model.model.diffusion_model
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
     forwards = {name: m.__dict__.get("forward") for name, m in network.named_modules()}
     gradients = [name for name, p in network.named_parameters() if p.grad is not None]
     return weights, forwards, gradients, dict(model.model_options), dict(model.object_patches)
