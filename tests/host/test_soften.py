@@ -8,6 +8,7 @@ from membrane.benchmarks.memorization_mitigation import recognisable
 from membrane.core.erasers.mitigation import Softening
 from membrane.core.errors import ErasureError
 from membrane.core.host.compat import has_flux
+from membrane.core.host.runs.batching import join
 from membrane.core.host.runs.gradients import softened_text
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, preview_pictures, sample, seeded_noise
 from membrane.core.host.runs.softening import Softener
@@ -112,9 +113,10 @@ def test_each_text_of_a_conditioning_is_softened_and_the_rest_stays(either):
     settings = Sampling(10, 1.5, "euler", scheduler, 128, 128)
     softener = Softener(demo[0], conditioning(demo[1], ""), [0], settings, 2)
     one, two = (conditioning(demo[1], caption)[0] for caption in (world.MEMORISED_CAPTIONS[COPIED], ORDINARY))
-    both = [[one[0], {**one[1], "start_percent": 0.5}], [torch.cat([two[0], one[0]]), {}]]
+    both = [[one[0], {**one[1], "start_percent": 0.5}], join([[two], [one]])[0]]
     done = []
     found, rows = softener.soften(both, Softening(share=0.9, steps=2), done.append)
+    assert all(options.keys() == given.keys() for (_, options), (_, given) in zip(found, both))
     assert [len(vectors) for vectors, _ in found] == [1, 2] and len(rows) == 3
     assert found[0][1]["start_percent"] == 0.5 and all(row.after < row.before for row in rows)
     assert done == sorted(done) and done[-1] <= 6

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...erasers.mitigation import Softened
 from ...measures.detection import magnitude
 from .gradients import softened_text
 from .sampling import denoised
@@ -25,9 +26,7 @@ class Softener:
 
     def pull(self, text):
         """Mean length of what a CONDITIONING of one row adds to the prediction, the score of Detect Memorization."""
-        lengths = []
-        self._steps(text, lambda step: lengths.append(magnitude(step.delta.float()).mean()))
-        return float(torch.stack(lengths).mean())
+        return self._seen(text)[1]
 
     def soften(self, positive, softening, on_step=lambda done: None):
         """(CONDITIONING, [Softened of each row of text]): every text of it as Softening says, all else as it was,
@@ -43,14 +42,23 @@ class Softener:
         return (entries if any(row.steps for row in found) else positive), found
 
     def _soften(self, text, softening, on_step):
-        points = []
-        self._steps(text, lambda step: points.append((step.x.float().cpu(), step.sigma.float().cpu())))
+        points, pull = self._seen(text)
+        if softening.target is not None and pull <= softening.target:
+            return Softened(text[0][0], pull, pull, softening.target, 0)
         plain = denoised(self.model, self.negative, points)
         return softened_text(self.model, text, points, plain, softening, on_step)[1]
 
-    def _steps(self, text, on_step):
+    def _seen(self, text):
+        """([(noisy latents, sigma) on the CPU] of the first steps of all noises, the mean pull there)."""
+        points, lengths = [], []
+
+        def on_step(step):
+            points.append((step.x.float().cpu(), step.sigma.float().cpu()))
+            lengths.append(float(magnitude(step.delta.float()).mean()))
+
         for seed in self.seeds:
             guided_steps(self.model, text, self.negative, [seed], self.settings, self.count, on_step)
+        return points, sum(lengths) / len(lengths)
 
 
 def _everywhere(conditioning):
