@@ -12,6 +12,7 @@ from . import (
     mitigate,
     preview,
     shield,
+    soften,
     stack,
     stress,
     train,
@@ -20,6 +21,7 @@ from . import (
 _NODES = [
     *demo.NODES, *forget.NODES, *erase.NODES, *adapters.NODES, *stack.NODES, *train.NODES, *preview.NODES,
     *evaluate.NODES, *compare.NODES, *stress.NODES, *detect.NODES, *locate.NODES, *mitigate.NODES, *shield.NODES,
+    *soften.NODES,
 ]  # fmt: skip
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node.__name__: node.TITLE for node in _NODES}

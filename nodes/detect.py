@@ -50,10 +50,12 @@ class MembraneDetectMemorization:
                 "prompts": inputs.text("", "Prompts to test, one per line. May be empty when you only calibrate."),
                 "seeds": inputs.whole(4, 1, 64, "Noises for each prompt. Published: 4."),
                 "first_steps": inputs.whole(
-                    5, 1, 1000, "Steps that are run and measured. Published: 1, 5 or all."
+                    5, 1, 1000, "Steps that are run and measured. 5 of 10 with 4 seeds tell on both demo models; "
+                    "published: 5 of 50.",
                 ),
                 "steps": inputs.whole(
-                    50, 1, 1000, "Length of the schedule that those steps are the beginning of."
+                    10, 1, 1000, "Length of the schedule that those steps are the beginning of: they reach down to "
+                    "half of the noise levels, where memorised prompts show."
                 ),
                 "cfg": inputs.number(7.5, 0.0, 100.0, 0.1, "Guidance, as you sample with it.", round=0.01),
                 "seed": inputs.whole(0, 0, inputs.LARGEST_SEED, "Seed of the first noise; the others follow."),

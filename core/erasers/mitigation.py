@@ -1,9 +1,12 @@
-"""Holding memorised pictures back while sampling, without a trained weight: guidance that waits until the picture is
-under way, and attention that leans on the start token instead of the padding.
+"""Holding memorised pictures back without a trained weight: guidance that waits until the picture is under way,
+attention that leans on the start token instead of the padding, and text vectors that pull less.
 
 Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause Memorization", CVPR 2025; Ren et al.,
-"Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention", ECCV 2024.
+"Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention", ECCV 2024; Wen et
+al., "Detecting, Explaining, and Mitigating Memorization in Diffusion Models", ICLR 2024.
 """
+
+from dataclasses import dataclass
 
 import torch
 
@@ -77,3 +80,56 @@ def reweighted_attention(q, k, v, heads, codes, factor, strength):
     q, k, v = (y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v))
     found = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=weight.log()[:, None, None])
     return found.transpose(1, 2).flatten(2)
+
+
+# ---------------------------------------------------------------- text vectors that pull less
+
+
+@dataclass(frozen=True)
+class Softening:
+    """How a text is softened: by Adam on its vectors, from the first steps of sampling (Wen et al., section 5).
+
+    target: the pull from which on nothing is changed, or None for a share of the text's own pull; steps: of Adam at
+    most; rate: its first step, in root mean squares of the vectors; growth: each further one is so much larger, since
+    networks that read text differently need larger ones.
+    """
+
+    target: float | None = None
+    share: float = 0.5
+    steps: int = 20
+    rate: float = 0.05
+    growth: float = 1.2
+
+
+@dataclass(frozen=True)
+class Softened:
+    """Text vectors, their pull before and after, the target it was to reach, and the steps that were taken."""
+
+    vectors: torch.Tensor
+    before: float
+    after: float
+    target: float
+    steps: int
+
+
+def softened(vectors, pulls, softening, on_step=lambda done: None):
+    """Softened of text vectors (1, T, d): those of the least pull on the way, the very ones that came in where they
+    pull no more than the target.
+
+    pulls(leaf) gives (pull, its gradient with respect to the leaf (1, T, d)); on_step(steps done) may raise to stop.
+    """
+    leaf = vectors.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([leaf], lr=softening.rate * float(vectors.float().square().mean().sqrt()))
+    best, least, before, target = vectors, torch.inf, None, softening.target
+    for step in range(softening.steps + 1):
+        pull_now, leaf.grad = pulls(leaf)
+        before = pull_now if before is None else before
+        target = softening.share * before if target is None else target
+        if pull_now < least:
+            best, least = leaf.detach().clone() if step else vectors, pull_now
+        if least <= target or step == softening.steps:
+            break
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] *= softening.growth
+        on_step(step + 1)
+    return Softened(best, before, least, target, step)

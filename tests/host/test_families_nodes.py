@@ -1,6 +1,8 @@
 """What the other nodes make of transformers: they work where their method has a meaning, else they say in one sentence
 that it has none, and name the model."""
 
+import json
+
 import pytest
 import torch
 from membrane.core.errors import ErasureError
@@ -54,10 +56,19 @@ def test_impact_is_seen_before_sampling(subject, permeability):
     assert star > 0 and (permeability == "fixed" or house < star)
 
 
-def test_memorised_pictures_are_not_told(subject):
-    with pytest.raises(ErasureError, match=f"U-Nets only, and this is {subject.title} "):
-        subject.node("MembraneDetectMemorization", prompts=f"{STAR}\n{HOUSE}", seeds=2, first_steps=1,
-                     scheduler="normal", **SAMPLING, **subject.both)  # fmt: skip
+def test_the_pull_of_texts_is_told(subject):
+    """Two prompts each with a score, on every family; what needs cross-attention says so."""
+
+    def detected(**more):
+        return subject.node("MembraneDetectMemorization", prompts=f"{STAR}\n{HOUSE}", seeds=2, first_steps=1,
+                            scheduler="normal", **SAMPLING, **subject.both, **more)  # fmt: skip
+
+    found = detected()
+    scores = [row["score"] for row in json.loads(found[4])["prompts"]]
+    assert all(0 < score < float("inf") for score in scores) and scores[0] != scores[1]
+    assert "which words it depends on is told on Stable Diffusion 1 and 2 only" in found[0]
+    with pytest.raises(ErasureError, match="has no cross-attention on the way down"):
+        detected(bright_ending=True)
 
 
 def test_training_works_or_says_what_else_to_do(subject):

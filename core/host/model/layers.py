@@ -84,12 +84,17 @@ def _require_main(model, entry, width):
         )
 
 
+def is_unet(model):
+    """Whether the blocks of a MODEL read CLIP's rows by cross-attention, as U-Nets do."""
+    return family(model).text == unet.TEXT
+
+
 def require_unet(model, doing, instead):
     """Raises ErasureError for a MODEL whose blocks do not read CLIP's rows by cross-attention, as U-Nets do.
 
     doing: what cannot be done with it; instead: what can.
     """
-    if family(model).text != unet.TEXT:
+    if not is_unet(model):
         raise ErasureError(
             f"{doing} works on Stable Diffusion 1, 2 and XL type U-Nets only, and this is {family(model).title} "
             f"({type(model.model).__name__}); {instead}."

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from ...errors import ErasureError
 from ...measures.detection import words_of
+from ..model.layers import is_unet
 from .gradients import token_influence
 from .sampling import Sampling
-from .steps import encoded, measure, require_cross_attention
+from .steps import encoded, measure, require_text_encoder
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Detector:
     batch: int = 8
 
     def __post_init__(self):
-        require_cross_attention(self.model, self.clip)
+        require_text_encoder(self.model, self.clip)
         self.empty = encoded(self.clip, "")
 
     @property
@@ -51,6 +52,8 @@ class Detector:
 
     def words(self, texts, on_evaluations=lambda done: None):
         """([[Word], the most influential first] of Texts, None) or (None, why the model does not tell)."""
+        if not is_unet(self.model):
+            return None, "which words it depends on is told on Stable Diffusion 1 and 2 only."
         found = []
         for text in texts:
             before = len(found) * self.evaluations_of_words

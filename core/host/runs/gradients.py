@@ -10,9 +10,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ...adapters.beside import Bypass, Rows
+from ...erasers.mitigation import softened
 from ...errors import ErasureError
 from ...measures.attack import descended
-from ...measures.detection import gradient_lengths, text_part
+from ...measures.detection import gradient_lengths, magnitude, text_part
 from ..compat import attention_with_gradients
 from ..model.layers import reads_vector
 from ..patches.steps import ErasedSteps
@@ -280,6 +281,32 @@ def _track_vectors(listening):
 # ---------------------------------------------------------------- text vectors that bring a picture back
 
 
+@contextlib.contextmanager
+def differentiated(model, instead):
+    """A clone of a MODEL through whose whole sampling path gradients reach the text, inside `with`, outside of
+    inference mode; the network is as before at the end.
+
+    instead: what to do without gradients, for the ErasureError where none reaches the text.
+    """
+    listening = model.clone()
+    options = listening.model_options.setdefault("transformer_options", {})
+    listening.model_options["transformer_options"] = {**options, **attention_with_gradients()}
+    comfy.model_management.load_models_gpu([listening])  # patches weights, which are inference tensors
+    with torch.inference_mode(False), torch.enable_grad():
+        # a block that is computed again would find the gates of adapters beside its layers gone
+        beside = any(isinstance(patch, Bypass | ErasedSteps) for patch in listening.object_patches.values())
+        with Differentiable(listening, None if beside else Rows()):
+            try:
+                yield listening
+            except RuntimeError as error:
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                raise ErasureError(
+                    f"No gradient reaches the text of {type(model.model).__name__} "
+                    f"({str(error).splitlines()[0]}); {instead}."
+                ) from error
+
+
 def searched_text(model, start, clean, descent, rate, seed, on_step=lambda done: None):
     """A CONDITIONING whose text vectors are searched for by gradient from those of `start`, so that a MODEL takes the
     noise off pictures: mean square of (denoised - clean) / sigma over drawn pictures, noise and levels.
@@ -289,29 +316,15 @@ def searched_text(model, start, clean, descent, rate, seed, on_step=lambda done:
     gradient reaches the text.
     """
     vectors, options = start[0]
-    listening = model.clone()
-    options_of = listening.model_options.setdefault("transformer_options", {})
-    listening.model_options["transformer_options"] = {**options_of, **attention_with_gradients()}
-    comfy.model_management.load_models_gpu([listening])  # patches weights, which are inference tensors
     generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False), torch.enable_grad():
+    with differentiated(model, 'set attacks to "both"') as listening:
         (vectors, options), clean = _copied([[vectors, options]])[0], clean.clone()
-        beside = any(isinstance(patch, Bypass | ErasedSteps) for patch in listening.object_patches.values())
 
         def loss(leaf):
             chosen = clean[torch.randint(len(clean), (descent.batch,), generator=generator)]
             return _removal(listening, [[leaf[None], options]], chosen, generator)
 
-        with Differentiable(listening, None if beside else Rows()):
-            try:
-                found = descended(vectors[0], loss, descent, rate, on_step)
-            except RuntimeError as error:
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
-                raise ErasureError(
-                    f"No gradient reaches the text of {type(model.model).__name__} "
-                    f'({str(error).splitlines()[0]}); set attacks to "both".'
-                ) from error
+        found = descended(vectors[0], loss, descent, rate, on_step)
     return [[found[None], options]]
 
 
@@ -331,3 +344,37 @@ def _removal(listening, positive, clean, generator):
 
     with _Ordinary():  # erasures that act when the conditioning is prepared are on the way as well
         return ask_at(listening, positive, positive, [(x, sigmas)], left)[0]
+
+
+# ---------------------------------------------------------------- text vectors that pull less
+
+
+def softened_text(model, positive, points, unconditional, softening, on_step=lambda done: None):
+    """(a CONDITIONING whose text vectors pull less, the Softened of core/erasers/mitigation.py).
+
+    positive: a CONDITIONING of one row of text vectors; points: [(noisy latents x (1, C, h, w), sigma (1,))] of the
+    CPU; unconditional: what the MODEL takes for the clean latents there without the prompt, as many (1, C, h, w);
+    softening: Softening. Raises ErasureError where no gradient reaches the text.
+    """
+    with differentiated(model, "use Mitigate Memorization, which needs none") as listening:
+        (vectors, options), *_ = _copied(positive)
+        points = [tuple(part.clone() for part in point) for point in points]
+        without = [part.clone() for part in unconditional]
+
+        def pulls(leaf):
+            """The gradient is taken point by point, so that one graph is kept at a time."""
+            known = iter(zip(points, without))
+
+            def length(predict):
+                (_, sigma), plain = next(known)
+                found = magnitude(text_part(predict().float().cpu(), plain, sigma)).sum()
+                (gradient,) = torch.autograd.grad(found, leaf)
+                return float(found.detach()), gradient
+
+            with _Ordinary():
+                found = ask_at(listening, [[leaf, options]], [[leaf, options]], points, length)
+            lengths, gradients = zip(*found)
+            return sum(lengths) / len(points), sum(gradients) / len(points)
+
+        found = softened(vectors, pulls, softening, on_step)
+    return [[found.vectors, positive[0][1]]], found

@@ -8,7 +8,7 @@ import torch
 
 from ...errors import ErasureError
 from ...measures.detection import Trace, bright_ending, magnitude, text_part
-from ..model.layers import require_unet, text_width
+from ..model.layers import is_unet, text_width
 from ..text.tokens import ids_of
 from ..text.vocabulary import vocabulary_of
 from .attention import EndAttention
@@ -37,17 +37,14 @@ class Step:
     delta: torch.Tensor
 
 
-def require_cross_attention(model, clip):
-    """Raises ErasureError for a model without cross-attention on the text, or a CLIP of another model."""
+def require_text_encoder(model, clip):
+    """Raises ErasureError for a model without its CLIP, or a U-Net with the CLIP of another model."""
     if clip is None:
         raise ErasureError(
             "The CLIP input is empty, the checkpoint holds no text encoder; connect the CLIP that belongs to the model."
         )
-    require_unet(
-        model,
-        "Telling memorised pictures by a text's pull",
-        "no measurement says what it means there, use one of those",
-    )
+    if not is_unet(model):
+        return
     width = text_width(model)
     found = conditioning(clip, "")[0][0].shape[-1]
     if found != width:
@@ -60,7 +57,8 @@ def require_cross_attention(model, clip):
 def encoded(clip, prompt):
     """Text of a prompt, encoded as CLIPTextEncode does."""
     tokens = clip.tokenize(prompt)
-    ids, (_, end_id, *_) = (ids_of(next(iter(t.values()))[:1]) for t in (tokens, clip.tokenize("")))
+    ids, nothing = (ids_of(next(iter(t.values()))[:1]) for t in (tokens, clip.tokenize("")))
+    end_id = nothing[min(1, len(nothing) - 1)] if nothing else None  # encoders without a start token end at once
     end = ids.index(end_id, 1) if end_id in ids[1:] else len(ids) - 1
     vocabulary = vocabulary_of(clip, next(iter(tokens))) or {}
     found = [vocabulary.get(i) for i in ids[1:end]]
