@@ -26,6 +26,7 @@ PARTS = {
     ".lora_down.weight": "down",
     ".lora_mid.weight": "mid",
     ".alpha": "alpha",
+    ".scalar": "scalar",
     ".diff_b": "bias",
 }
 FLUX_SLIDER = re.compile(r"lora_unet_(single_)?transformer_blocks_\d+_attn_")

@@ -520,6 +520,7 @@ PUBLISHED = {
     "EraseAnything": ("flux_dev", DIFFUSERS, ADDED),
     "Concept Sliders": ("flux_dev", "lora_unet_{}_attn_{}.lora_{}.weight", ("to_q", "to_k")),
     "Wan Fun": ("wan21", "lora_unet__blocks_{}_{}.lora_{}.weight", ("cross_attn_k", "ffn_2")),
+    "Mochi's own": ("mochi", "blocks.{}.attn.{}.lora_{}", ("qkv_x", "qkv_y", "proj_x")),
     "in by rank": ("flux_dev", "single_transformer_blocks.{}.attn.{}.lora.{}", ("to_q", "to_v")),
 }
 FACTORS = {"Concept Sliders": ("down", "up"), "Wan Fun": ("down", "up")}
