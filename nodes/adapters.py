@@ -27,6 +27,7 @@ from .shown import part, shown
 log = logging.getLogger("membrane")
 
 NATIVE, LORA = "membrane", "LoRA (kohya)"
+ORIGINAL, FACTORS = "LoRA (kohya, original names)", "LoRA (kohya, factors only)"
 NO_FILE = "none"
 
 
@@ -83,6 +84,15 @@ def _require_lora(adapter, model):
         )
 
 
+def _without_biases(adapter, count):
+    """[sentence] on the changes of biases that a LoRA was written without, which is logged as well; [] of none."""
+    if not count:
+        return []
+    said = f"The LoRA of {adapter.describe()} leaves out its changes of the biases of {count} layers."
+    log.warning("Membrane: %s", said)
+    return [said]
+
+
 class MembraneSaveAdapter:
     TITLE = "Save Erasure Adapter"
     DESCRIPTION = (
@@ -108,10 +118,11 @@ class MembraneSaveAdapter:
                 },
                 "optional": {
                     "format": inputs.choice(
-                        [NATIVE, LORA],
+                        [NATIVE, LORA, ORIGINAL, FACTORS],
                         NATIVE,
                         "membrane: fits every model of the family. LoRA (kohya): for any LoRA loader of any program; "
-                        "of a closed-form erasure exact on the model it is made from.",
+                        "of a closed-form erasure exact on the model it is made from. Original names: of SDXL for "
+                        "kohya's own scripts as well. Factors only: for diffusers, changes of biases are left out.",
                     ),
                     "model": inputs.model("Only for a LoRA: the model it is for, without this erasure in its weights."),
                 },
@@ -121,34 +132,42 @@ class MembraneSaveAdapter:
 
     def save(self, adapter, filename_prefix, format=NATIVE, model=None):
         try:
-            if format == LORA:
-                path, name = self._save_lora(adapter, filename_prefix, model)
+            lines = []
+            if format != NATIVE:
+                path, name, lines = self._save_lora(adapter, filename_prefix, model, format)
             else:
                 path, name = new_adapter_path(filename_prefix)
                 native.save(adapter, path)
         except OSError as error:
             raise not_saved(filename_prefix, error) from error
         log.info("Membrane: saved %s", path)
-        folder = "models/loras" if format == LORA else "models/erasure_adapters"
-        return shown((), part(f"Saved: {name}", [f"In the folder {folder}."]), text=[name])
+        folder = "models/erasure_adapters" if format == NATIVE else "models/loras"
+        return shown((), part(f"Saved: {name}", [f"In the folder {folder}.", *lines]), text=[name])
 
-    def _save_lora(self, adapter, filename_prefix, model):
+    def _save_lora(self, adapter, filename_prefix, model, format):
+        """(path, name, what is to be said) of a new LoRA."""
         _require_lora(adapter, model)
+        original = format == ORIGINAL
         if adapter.masks:
-            return self._save_differences(adapter, filename_prefix, model)
+            return *self._save_differences(adapter, filename_prefix, model, format), []
         if adapter.maps:
             weights = map_weights(model, adapter)  # before a file name is taken
             path, name = new_adapter_path(filename_prefix, "loras")
-            kohya.save(adapter, weights, path, kohya_names(model))
-            return path, name
-        names, convolutions = kohya_sites(model)
+            kohya.save(adapter, weights, path, kohya_names(model, original))
+            return path, name, []
+        names, convolutions = kohya_sites(model, original)
         adapter = whole_layers(model, adapter)
         path, name = new_adapter_path(filename_prefix, "loras")
-        kohya.save_low_rank(adapter, path, names, convolutions)
-        return path, name
+        left = kohya.save_low_rank(adapter, path, names, convolutions, biases=format != FACTORS)
+        return path, name, _without_biases(adapter, left)
 
-    def _save_differences(self, adapter, filename_prefix, model):
-        layers, (names, _) = base_layers(model), kohya_sites(model)
+    def _save_differences(self, adapter, filename_prefix, model, format):
+        if format == FACTORS:
+            raise ErasureError(
+                f"The adapter {adapter.describe()} takes single weights away, which no factors hold; set format to "
+                f'"{LORA}" (whole differences, which diffusers and kohya\'s scripts do not read) or "{NATIVE}".'
+            )
+        layers, (names, _) = base_layers(model), kohya_sites(model, format == ORIGINAL)
         for layer, mask in adapter.masks.items():
             found = names.get(layer) and layers[layer].read()[0].shape
             if found and tuple(found) != mask.shape:

@@ -21,7 +21,7 @@ LARGEST_KERNEL = 7  # of a convolution, along one side
 
 
 def gather(contents, split):
-    """{site: {part: tensor}} of a LoRA's layers; parts: up, down, mid, alpha, bias.
+    """{site: {part: tensor}} of a LoRA's layers; parts: up, down, mid, alpha, scalar, bias.
 
     split: a format's function from a key to (layer, part), or to None where the key is not the format's.
     What belongs to a text encoder is left out and logged. Raises ErasureError when nothing else is there, for
@@ -62,7 +62,7 @@ def low_rank(file, layer, parts):
     """One LowRank from its parts (see gather), checked; factors keep their number type.
 
     Convolutions of one point become linear, and a Tucker core (mid) goes into the down factor. Without alpha it is the
-    rank.
+    rank; a trained scalar of LyCORIS (use_scalar) multiplies it, though most loaders pass over it.
     """
     missing = {"up", "down"} - parts.keys()
     if missing:
@@ -80,6 +80,7 @@ def low_rank(file, layer, parts):
             f"for {layer}; expected (out, rank) and (rank, in), the file is damaged or no plain LoRA, get it again."
         )
     alpha = _alpha(file, layer, parts.get("alpha"), up.shape[1])
+    alpha *= _alpha(file, layer, parts.get("scalar"), 1, "scalar")
     if "mid" in parts:
         down = _with_core(file, layer, down, parts["mid"])
     # the product of the scale and a factor is what acts, in float32
@@ -136,16 +137,17 @@ def _flat(tensor, alike=False):
     return tensor.flatten(1) if point else tensor
 
 
-def _alpha(file, layer, alpha, rank):
+def _alpha(file, layer, alpha, without, part="alpha"):
+    """The number in a tensor of one, `without` where there is none; part: what it is called in messages."""
     if alpha is None:
-        return float(rank)
+        return float(without)
     if alpha.numel() != 1:
         raise ErasureError(
-            f'"{file}" holds alpha of {layer} with the shape {tuple(alpha.shape)}; expected one number, get it again.'
+            f'"{file}" holds {part} of {layer} with the shape {tuple(alpha.shape)}; expected one number, get it again.'
         )
     value = float(alpha.reshape(()))
     if not math.isfinite(value):
-        raise ErasureError(f'"{file}" holds the alpha {value} for {layer}; expected a finite number, get it again.')
+        raise ErasureError(f'"{file}" holds the {part} {value} for {layer}; expected a finite number, get it again.')
     return value
 
 

@@ -26,6 +26,7 @@ PARTS = {
     ".lora_down.weight": "down",
     ".lora_mid.weight": "mid",
     ".alpha": "alpha",
+    ".scalar": "scalar",
     ".diff_b": "bias",
 }
 FLUX_SLIDER = re.compile(r"lora_unet_(single_)?transformer_blocks_\d+_attn_")
@@ -96,28 +97,31 @@ def save(adapter, weights, path, names):
     save_whole(tensors, path, _metadata(adapter.card, rank, rank, comment))
 
 
-def save_low_rank(adapter, path, names, convolutions=()):
+def save_low_rank(adapter, path, names, convolutions=(), biases=True):
     """Writes an adapter's changes of layers as a LoRA, factors as they are; the file appears whole or not at all.
 
     names: {site: lora_unet_... name} of a model's layers; convolutions: the sites that are convolutions there,
-    whose factors get four dimensions. Where all layers have one rank and alpha, the file also has SPM's metadata,
-    so that the published SPM code reads it. Raises ErasureError when the model lacks a layer.
+    whose factors get four dimensions; biases: whether changes of biases are written too. Where all layers have one
+    rank and alpha, the file also has SPM's metadata, so that the published SPM code reads it. Returns how many biases
+    were left out. Raises ErasureError when the model lacks a layer.
     """
     require_layers(adapter, adapter.low_rank, names)
-    tensors = {}
+    tensors, with_bias = {}, sum(change.bias is not None for change in adapter.low_rank.values())
     for layer, change in adapter.low_rank.items():
         up, down = change.up, change.down
         if layer in convolutions and down.dim() == 2:
             down = down[:, :, None, None]
         up = up.reshape(*up.shape, *[1] * (down.dim() - 2))
-        tensors |= _layer(names[layer], up, down, change.alpha, change.bias)
-    _tell_limits(adapter, sum(change.bias is not None for change in adapter.low_rank.values()), "biases (.diff_b)")
+        tensors |= _layer(names[layer], up, down, change.alpha, change.bias if biases else None)
+    if biases:
+        _tell_limits(adapter, with_bias, "biases (.diff_b)")
     ranks = {change.rank for change in adapter.low_rank.values()}
     alphas = {change.alpha for change in adapter.low_rank.values()}
     metadata = _metadata(adapter.card, max(ranks), max(alphas), f"concept erasure ({adapter.card.method})")
     if len(ranks) == len(alphas) == 1:
         metadata |= _spm_metadata(adapter.card, max(ranks), max(alphas))
     save_whole(tensors, path, metadata)
+    return 0 if biases else with_bias
 
 
 def save_masks(adapter, weights, path, names):

@@ -13,7 +13,7 @@ from ..errors import ErasureError
 from .factors import gather, low_rank
 from .format import Format
 
-KEY = re.compile(r"(.+)\.(?:lokr_(w[12]_[ab])|(alpha))$")
+KEY = re.compile(r"(.+)\.(?:lokr_(w[12]_[ab])|(alpha|scalar))$")
 FACTORS = ("w1_a", "w1_b", "w2_a", "w2_b")
 # layers of U-Nets that are convolutions of 3 by 3, whose second factor is stored flat
 KERNEL = 3
@@ -59,7 +59,8 @@ def _change(file, layer, parts):
     if CONVOLUTIONS.search(layer) and down.shape[1] % KERNEL**2 == 0:
         down = down.unflatten(1, (-1, KERNEL, KERNEL))
     scale = float(parts["alpha"]) / rank if "alpha" in parts and parts["alpha"].numel() == 1 else 1.0
-    return low_rank(file, layer, {"up": up, "down": down, "alpha": torch.tensor(scale * up.shape[1])})
+    scalar = {"scalar": parts["scalar"]} if "scalar" in parts else {}
+    return low_rank(file, layer, {"up": up, "down": down, "alpha": torch.tensor(scale * up.shape[1]), **scalar})
 
 
 FORMAT = Format("LoKr", recognises, parse, card)

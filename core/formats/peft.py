@@ -2,7 +2,8 @@
 
 <layer>.lora_A.weight (r, in) and <layer>.lora_B.weight (out, r), also without .weight, or .lora.down/.up,
 _lora.down/.up; the layer with dots, or as XLabs name those of Flux' double blocks. Alpha is a tensor beside them, in
-the metadata, or in PEFT's adapter_config.json beside the file; without any it is the rank.
+the metadata (diffusers' or that of Mochi's trainer), or in PEFT's adapter_config.json beside the file; without any it
+is the rank.
 """
 
 import json
@@ -31,6 +32,8 @@ XLABS = re.compile(r"double_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12])\.(do
 STREAMS = {"1": "img", "2": "txt"}
 PARTS = {"A": "down", "B": "up", "down": "down", "up": "up"}
 LARGEST_ALPHA = 1e9
+MOCHI = "kwargs"  # JSON of Mochi's trainer, which names its layers as the host does: blocks.0.attn.qkv_x.lora_A
+MOCHI_ALPHAS = {"qkv": "qkv_proj_lora_alpha", "proj": "out_proj_lora_alpha"}
 METADATA = "lora_adapter_metadata"  # diffusers' JSON of PEFT's settings, each under the model's name
 PEFT_PREFIX = "base_model.model."  # of PEFT's own files, whose alpha is never in the file
 BLOCK = re.compile(r"^transformer_blocks_(\d+)_attn_(\w+)$")
@@ -86,8 +89,8 @@ def _split(key):
 
 def _settings(contents):
     """PEFT's settings of the denoiser, or {} where the file does not have them."""
-    where = METADATA if METADATA in contents.metadata else PEFT_SETTINGS
-    text = contents.metadata.get(METADATA) or contents.settings
+    where = next((name for name in (METADATA, MOCHI) if name in contents.metadata), PEFT_SETTINGS)
+    text = contents.metadata.get(where) or contents.settings
     if not text:
         if any(key.startswith(PEFT_PREFIX) for key in contents.tensors):
             log.warning(
@@ -110,7 +113,10 @@ def _settings(contents):
         settings = {key.removeprefix(model): value for key, value in whole.items() if key.startswith(model)}
         if "lora_alpha" in settings:
             return settings
-    return {}
+    own = {
+        f"attn.{part}_{stream}": whole[name] for part, name in MOCHI_ALPHAS.items() if name in whole for stream in "xy"
+    }
+    return {"alpha_pattern": own} if own else {}
 
 
 def _alpha(file, settings, layer, rank):
@@ -118,7 +124,7 @@ def _alpha(file, settings, layer, rank):
     patterns = settings.get("alpha_pattern")
     patterns = patterns if isinstance(patterns, dict) else {}
     own = (value for name, value in patterns.items() if f"_{layer}".endswith(f"_{site(name)}"))
-    alpha = next(own, settings["lora_alpha"])
+    alpha = next(own, settings.get("lora_alpha", rank))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < LARGEST_ALPHA:
         raise ErasureError(
             f'"{file}" has the alpha {str(alpha)[:40]} for {layer}; expected a number such as the rank, get the file '

@@ -2,11 +2,13 @@
 
 from ..errors import ErasureError
 from . import lokr
+from .factors import BESIDE
 
 RECELER = (".down.weight", ".down.bias", ".up.weight", ".up.bias")
 EMBEDDINGS = {"emb_params", "clip_l", "clip_g", "t5xxl"}
 
 LOKR = "LoKr factors"
+NORMS = (".w_norm", ".b_norm")  # LyCORIS' train_norm
 # what a key of such a file contains, and its kind
 KINDS = {
     "hada_w": "LoHa factors",
@@ -34,6 +36,14 @@ def look_alike(contents):
         return _error(contents, "is a Receler file, a small network after each attention and no LoRA", OWN_PROGRAM)
     if any(key.startswith("controlnet_") for key in keys):
         return _error(contents, "is a ControlNet and no erasure", "load it as a ControlNet")
+    norms = [key for key in keys if key.endswith(NORMS) and not BESIDE.match(key)]
+    if norms:
+        return _error(
+            contents,
+            f"changes {len({key.rpartition('.')[0] for key in norms})} layers of norms ({norms[0]}, LyCORIS' "
+            "train_norm), which no low-rank pairs hold, and without them it is another adapter",
+            "use a LoRA loader for this file, or train it without train_norm",
+        )
     for part, kind in KINDS.items():
         if kind == LOKR and lokr.recognises(contents):
             continue

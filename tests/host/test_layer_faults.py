@@ -2,12 +2,16 @@
 order. What is right is said by a second network whose weights are edited by hand."""
 
 import os
+import re
+from dataclasses import replace
 
+import comfy.utils
 import folder_paths
 import pytest
 import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
 from membrane.core.adapters.deltas.low_rank import LowRank
+from membrane.core.adapters.deltas.mask import Mask
 from membrane.core.adapters.deltas.neurons import Neurons
 from membrane.core.adapters.permeability import FIXED, OFF, TRANSPORT, Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
@@ -176,9 +180,9 @@ def layers_of(model, pattern=""):
     return {n: m for n, m in named if isinstance(m, torch.nn.Linear) and pattern in n}
 
 
-def exported(node, subject, adapter, prefix):
+def exported(node, subject, adapter, prefix, format="LoRA (kohya)"):
     """Tensors of an adapter that was saved as a LoRA, and the model with them by the host's own loader."""
-    name = node("MembraneSaveAdapter", adapter=adapter, filename_prefix=prefix, format="LoRA (kohya)",
+    name = node("MembraneSaveAdapter", adapter=adapter, filename_prefix=prefix, format=format,
                 model=subject.model).ui["text"][0]  # fmt: skip
     tensors = load_file(folder_paths.get_full_path("loras", name))
     loaded, _ = node("LoraLoader", model=subject.model, clip=subject.clip, lora_name=name, strength_model=1.0,
@@ -198,6 +202,51 @@ def test_the_hosts_loader_reads_every_exported_layer(tiny, node, name, caplog):
     mine = apply_stack(subject.model, stacked(changes), subject.clip)
     close(subject.predict(loaded), subject.predict(mine), subject.predict())
     assert "not loaded" not in caplog.text
+
+
+# layers of SDXL as the trainers of kohya's scripts name them, of every kind that adapters change
+SDXL_NAMES = re.compile(
+    r"lora_unet_((input_blocks_\d_[01]|middle_block_[012]|output_blocks_\d_[012])_"
+    r"(proj_in|proj_out|transformer_blocks_\d_(attn[12]_to_(q|k|v|out_0)|ff_net_0_proj|ff_net_2)"
+    r"|in_layers_2|emb_layers_1|out_layers_3|skip_connection|op|conv)"
+    r"|time_embed_[02]|label_emb_0_[02]|input_blocks_0_0|out_2)$"
+)
+
+
+def test_sdxl_is_exported_in_the_names_of_kohyas_own_scripts(tiny, node, caplog):
+    """From names of either kind, and the host's loader and the pack's own read them."""
+    subject = tiny("sdxl")
+    table = comfy.utils.unet_to_diffusers(subject.model.model.model_config.unet_config)
+    theirs = {ours.removesuffix(".weight"): site(name) for name, ours in table.items()}
+    changes = {}
+    for i, (name, module) in enumerate(layers_of(subject.model).items()):
+        own = site(name)
+        changes[theirs.get(name, own) if i % 2 else own] = change(module.out_features, module.in_features, i)
+    adapter = ErasureAdapter(Card("SPM", (STAR,)), {"low_rank": changes})
+    tensors, loaded = exported(node, subject, adapter, "original", "LoRA (kohya, original names)")
+    assert len(tensors) == 3 * len(changes)
+    assert not [key for key in tensors if not SDXL_NAMES.match(key.partition(".")[0])]
+    mine = apply_stack(subject.model, stacked(changes), subject.clip)
+    close(subject.predict(loaded), subject.predict(mine), subject.predict())
+    assert "not loaded" not in caplog.text
+    assert any("down_blocks" in key for key in exported(node, subject, adapter, "usual")[0])
+
+
+def test_a_lora_of_factors_only(tiny, node, caplog):
+    subject = tiny("sdxl")
+    layers = list(layers_of(subject.model, "attn2").items())[:3]
+    changes = {site(n): change(m.out_features, m.in_features, i, bias=i < 2) for i, (n, m) in enumerate(layers)}
+    adapter = ErasureAdapter(Card("SPM", (STAR,)), {"low_rank": changes})
+    tensors, loaded = exported(node, subject, adapter, "factors", "LoRA (kohya, factors only)")
+    assert {key.partition(".")[2] for key in tensors} == {"lora_up.weight", "lora_down.weight", "alpha"}
+    assert "leaves out its changes of the biases of 2 layers" in caplog.text
+    assert "diffusers refuses" not in caplog.text
+    mine = apply_stack(subject.model, stacked({n: replace(c, bias=None) for n, c in changes.items()}), subject.clip)
+    close(subject.predict(loaded), subject.predict(mine), subject.predict())
+    name, module = layers[0]
+    masked = {site(name): Mask.of(torch.ones(module.weight.shape) > 0)}
+    with pytest.raises(ErasureError, match="takes single weights away, which no factors hold"):
+        exported(node, subject, ErasureAdapter(Card("x", ()), {"mask": masked}), "masks", "LoRA (kohya, factors only)")
 
 
 @pytest.mark.parametrize("network", ["flux_dev", "z_image", "sd3"])
@@ -471,6 +520,7 @@ PUBLISHED = {
     "EraseAnything": ("flux_dev", DIFFUSERS, ADDED),
     "Concept Sliders": ("flux_dev", "lora_unet_{}_attn_{}.lora_{}.weight", ("to_q", "to_k")),
     "Wan Fun": ("wan21", "lora_unet__blocks_{}_{}.lora_{}.weight", ("cross_attn_k", "ffn_2")),
+    "Mochi's own": ("mochi", "blocks.{}.attn.{}.lora_{}", ("qkv_x", "qkv_y", "proj_x")),
     "in by rank": ("flux_dev", "single_transformer_blocks.{}.attn.{}.lora.{}", ("to_q", "to_v")),
 }
 FACTORS = {"Concept Sliders": ("down", "up"), "Wan Fun": ("down", "up")}

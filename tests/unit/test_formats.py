@@ -168,6 +168,59 @@ def test_other_kinds_of_adapters_are_named(put, key, kind, with_pairs):
     assert f"holds {kind}" in message and "convert it to a plain LoRA" in message
 
 
+@pytest.mark.parametrize("key", ["lora_unet_mid_block_resnets_0_norm1.w_norm", "lycoris_blocks_0_norm1.b_norm"])
+def test_changes_of_norms_are_named(put, key):
+    """LyCORIS' train_norm; in a text encoder they are left out with the rest of it."""
+    message = refused(put({key: randn(4)} | pair("lora_unet_y")))
+    assert f"changes 1 layers of norms ({key}" in message and "use a LoRA loader" in message
+    found = load(put({"lora_te_text_model_encoder_layers_0_layer_norm1.w_norm": randn(4)} | pair("lora_unet_y")))
+    assert set(found.low_rank) == {"y"}
+
+
+def test_a_trained_scalar_multiplies_the_change(put):
+    """LyCORIS' use_scalar, whose files hold the factors without it."""
+    tensors = pair(f"lora_unet_{SITE}", rank=2, alpha=1.0)
+    with_scalar = load(put(tensors | {f"lora_unet_{SITE}.scalar": torch.tensor(0.25)})).low_rank[SITE]
+    assert torch.allclose(product(with_scalar), product(load(put(tensors)).low_rank[SITE]) * 0.25)
+    factors = {"w1_a": (2, 2), "w1_b": (2, 3), "w2_a": (4, 2), "w2_b": (2, 2)}
+    lokr = {f"lora_unet_{SITE}.lokr_{n}": randn(*shape, seed=i) for i, (n, shape) in enumerate(factors.items())}
+    whole = product(load(put(lokr)).low_rank[SITE])
+    assert torch.allclose(
+        product(load(put(lokr | {f"lora_unet_{SITE}.scalar": torch.tensor([-2.0])})).low_rank[SITE]), whole * -2
+    )
+    wrong = {f"lora_unet_{SITE}.scalar": randn(3)}
+    assert "holds scalar of" in refused(put(tensors | wrong))
+    assert f"holds scalar of {SITE} but no down and no up factor" in refused(put(pair("lora_unet_y") | wrong))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "scales"),
+    [
+        (
+            {"qkv_proj_lora_rank": 4, "qkv_proj_lora_alpha": 8, "out_proj_lora_rank": 4, "out_proj_lora_alpha": 2},
+            (2, 0.5),
+        ),
+        ({"qkv_proj_lora_rank": 4, "qkv_proj_lora_alpha": 8}, (2, 1)),
+        (None, (1, 1)),
+    ],
+)
+def test_the_loras_of_mochis_own_trainer(put, kwargs, scales):
+    tensors = {}
+    for layer in ("qkv_y", "proj_x"):
+        tensors[f"blocks.0.attn.{layer}.lora_A"], tensors[f"blocks.0.attn.{layer}.lora_B"] = randn(4, 6), randn(8, 4)
+    found = load(put(tensors, {"kwargs": json.dumps(kwargs)} if kwargs else None)).low_rank
+    assert {name: change.scale for name, change in found.items()} == {
+        "blocks_0_attn_qkv_y": scales[0],
+        "blocks_0_attn_proj_x": scales[1],
+    }
+
+
+def test_damaged_settings_of_mochis_own_trainer(put):
+    tensors = {"blocks.0.attn.qkv_y.lora_A": randn(4, 6), "blocks.0.attn.qkv_y.lora_B": randn(8, 4)}
+    refused(put(tensors, {"kwargs": "["}))
+    refused(put(tensors, {"kwargs": '{"qkv_proj_lora_alpha": "x"}'}))
+
+
 def test_the_change_of_a_bias_belongs_to_its_layer(put):
     bias = {f"lora_unet_{SITE}.diff_b": randn(8)}
     assert torch.equal(

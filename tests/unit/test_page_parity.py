@@ -174,3 +174,64 @@ def test_words_are_the_same_for_both(page, tmp_path):
         const others = wrong.map((fields) => ({{ words: "a", ...fields }}));
         console.log(JSON.stringify([nameOf(entry), understood(entry), ...others.map(understood)]));"""
     assert run_script(tmp_path, script) == [found.adapter.describe(), True, False, False, False, False]
+
+
+# ---------------------------------------------------------------- what the line below the editor's rows looks at
+
+# nodes of a graph as the page has them: connect(from, to, input, type) draws a link
+GRAPH = """
+import { promptTexts } from "./graph.js";
+
+const graph = { links: {}, _nodes: [], getNodeById: (id) => graph._nodes.find((node) => node.id === id) };
+const add = (type, widgets = {}) => {
+    const values = Object.entries(widgets).map(([name, value]) => ({ name, value }));
+    const node = { id: graph._nodes.length + 1, type, graph, widgets: values, inputs: [], outputs: [{ links: [] }] };
+    graph._nodes.push(node);
+    return node;
+};
+const connect = (from, to, name, type) => {
+    const id = Object.keys(graph.links).length + 1;
+    graph.links[id] = { id, type, origin_id: from.id, target_id: to.id };
+    to.inputs.push({ name, type, link: id });
+    from.outputs[0].links.push(id);
+    return to;
+};
+const stack = add("MembraneStackEditor"), sampler = add("KSampler");
+const encode = (text) => add("CLIPTextEncode", { text });
+const through = (name, from, type) => {
+    connect(from, add("SetNode", { Constant: name }), type, type);
+    return add("GetNode", { Constant: name });
+};
+"""
+WAYS = {
+    "straight": 'connect(stack, sampler, "model", "MODEL"); connect(encode("a star"), sampler, "positive", T);',
+    "Set and Get": """connect(through("net", stack, "MODEL"), sampler, "model", "MODEL");
+        connect(through("other", encode("a moon"), T), add("Note"), "text", T);
+        connect(through("text", encode("a star"), T), sampler, "positive", T);""",
+    "Reroute": """const one = connect(stack, add("Reroute (rgthree)"), "", "*");
+        const two = connect(encode("a star"), add("Reroute"), "", "*");
+        const three = connect(two, add("Reroute (rgthree)"), "", "*");
+        connect(one, sampler, "model", "MODEL"); connect(three, sampler, "positive", T);""",
+    "Get behind a combination": """connect(stack, sampler, "model", "MODEL");
+        const both = add("ConditioningCombine");
+        connect(through("text", encode("a star"), T), both, "conditioning_1", T);
+        connect(both, sampler, "positive", T);""",
+    "Power Prompt": """connect(stack, sampler, "model", "MODEL");
+        connect(add("Power Prompt (rgthree)", { prompt: "a star" }), sampler, "positive", T);""",
+    "text through Get": """connect(stack, sampler, "model", "MODEL");
+        const box = encode("unused"), words = add("PrimitiveString", { value: "a star" });
+        connect(through("words", words, "STRING"), box, "text", "STRING"); connect(box, sampler, "positive", T);""",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_prompt_is_found_behind_nodes_that_hand_on(tmp_path, way):
+    script = f'{GRAPH}const T = "CONDITIONING";{WAYS[way]}console.log(JSON.stringify(promptTexts(stack)));'
+    assert run_script(tmp_path, script) == ["a star"]
+
+
+@pytest.mark.parametrize("end", ['add("GetNode", { Constant: "nothing" })', 'connect(loop, loop, "", "*")'])
+def test_nodes_that_hand_on_nothing(tmp_path, end):
+    script = f"""{GRAPH}const loop = add("Reroute"); connect(stack, sampler, "model", "MODEL");
+        connect({end}, sampler, "positive", "CONDITIONING"); console.log(JSON.stringify(promptTexts(stack)));"""
+    assert run_script(tmp_path, script) == []

@@ -23,6 +23,33 @@ export function links(graph, type) {
     return all.filter((link) => link && (!type || link.type === type));
 }
 
+const GETTER = /^(easy )?getNode$/i; // of KJNodes and Easy-Use: what the node that sets the same name is given
+const SETTER = /^(easy )?setNode$/i;
+const nameAt = (node) => node.widgets?.[0]?.value;
+
+/** Nodes of a graph that get what a node sets, or the other way round; none for all other nodes. */
+function counterparts(node) {
+    const other = SETTER.test(node.type) ? GETTER : GETTER.test(node.type) ? SETTER : null;
+    if (!other) return [];
+    return (node.graph._nodes ?? node.graph.nodes ?? []).filter((at) => other.test(at.type) && nameAt(at) === nameAt(node));
+}
+
+/** Whether a node only hands on what it is given: reroutes of the host and of rgthree, setters and getters. */
+const handsOn = (node) => SETTER.test(node.type) || GETTER.test(node.type) || /^reroute\b/i.test(node.type ?? "");
+
+/** The node that makes what comes through a link, past nodes that only hand it on; null where none does. */
+function originOf(graph, link) {
+    let node = graph.getNodeById(link.origin_id);
+    for (const seen = new Set(); node && handsOn(node); ) {
+        if (seen.has(node)) return null;
+        seen.add(node);
+        const from = GETTER.test(node.type) ? counterparts(node)[0] : node;
+        const given = from && linksIn(from)[0];
+        node = given ? from.graph.getNodeById(given.link.origin_id) : null;
+    }
+    return node ?? null;
+}
+
 function walk(start, next) {
     const seen = new Set([start]);
     for (const node of seen) for (const other of next(node)) if (other) seen.add(other);
@@ -31,7 +58,10 @@ function walk(start, next) {
 
 /** The nodes that what a node gives out reaches. */
 export const downstream = (node) =>
-    walk(node, (at) => linksOut(at).map((link) => at.graph.getNodeById(link.target_id)));
+    walk(node, (at) => [
+        ...linksOut(at).map((link) => at.graph.getNodeById(link.target_id)),
+        ...(SETTER.test(at.type) ? counterparts(at) : []),
+    ]);
 
 /** Texts of the positive prompts of the samplers that a node's outputs reach, in this graph. */
 export function promptTexts(node) {
@@ -39,7 +69,7 @@ export function promptTexts(node) {
     for (const sampler of downstream(node)) {
         for (const { input, link } of linksIn(sampler)) {
             if (!["positive", "conditioning"].includes(input.name) || input.type !== "CONDITIONING") continue;
-            const origin = sampler.graph.getNodeById(link.origin_id);
+            const origin = originOf(sampler.graph, link);
             for (const text of conditioningTexts(origin)) texts.add(text);
         }
     }
@@ -51,17 +81,17 @@ function conditioningTexts(origin) {
     const sources = walk(origin, (at) =>
         linksIn(at)
             .filter(({ input }) => input.type === "CONDITIONING" && input.name !== "negative")
-            .map(({ link }) => at.graph.getNodeById(link.origin_id)),
+            .map(({ link }) => originOf(at.graph, link)),
     );
     return [...sources].flatMap((at) => (at.widgets ?? []).filter(isText).map((widget) => textOf(at, widget)));
 }
 
-const isText = (widget) => /^text(_[a-z0-9]+)?$/.test(widget.name) && typeof widget.value === "string";
+const isText = (widget) => /^(text(_[a-z0-9]+)?|prompt)$/.test(widget.name) && typeof widget.value === "string";
 
 /** A text widget's value, or that of the node it is connected to. */
 function textOf(node, widget) {
     const wired = linksIn(node).find(({ input }) => input.name === widget.name);
-    const origin = wired && node.graph.getNodeById(wired.link.origin_id);
+    const origin = wired && originOf(node.graph, wired.link);
     const other = origin?.widgets?.find((w) => typeof w.value === "string");
     return other ? other.value : widget.value;
 }

@@ -13,9 +13,13 @@ from .layers import NETWORK, WEIGHT, layer_keys, modules, plain_key
 PREFIX = "lora_unet_"
 
 
-def kohya_names(model):
-    """{key: kohya's LoRA name} of the denoiser's layers, by the host's table of diffusers names."""
-    table = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+def kohya_names(model, original=False):
+    """{key: kohya's LoRA name} of the denoiser's layers, by the host's table of diffusers names.
+
+    original: by the names of the checkpoint instead (lora_unet_input_blocks_4_1_...), which are those of kohya's own
+    scripts for SDXL; for Stable Diffusion 1 and 2 these have diffusers' names.
+    """
+    table = {} if original else comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     diffusers = {f"{NETWORK}{ours}": site(theirs) for theirs, ours in table.items()}
     # a network outside the table keeps the host's own path as it is, which the host's LoRA loader knows as well
     return {key: PREFIX + diffusers.get(key, _flat(key)) for key in modules(model)}
@@ -49,9 +53,10 @@ def _padded(change, start, out):
     return replace(change, up=functional.pad(change.up, (0, 0, start, after)), bias=bias)
 
 
-def kohya_sites(model):
-    """({site: kohya's LoRA name}, the sites that are convolutions), with every spelling of a site."""
-    names, layers = kohya_names(model), modules(model)
+def kohya_sites(model, original=False):
+    """({site: kohya's LoRA name}, the sites that are convolutions), with every spelling of a site; original: see
+    kohya_names."""
+    names, layers = kohya_names(model, original), modules(model)
     keys = {site(key): key for key in layers} | {name: k for name, k in layer_keys(model).items() if k in layers}
     convolutions = {name for name, key in keys.items() if hasattr(layers[key], "kernel_size")}
     return {name: names[key] for name, key in keys.items()}, convolutions

@@ -24,6 +24,7 @@ from ...families.sites import site
 from ...families.table import role
 from ...text.similarity import short_captions
 from ..compat import attention_with_gradients, channels_and_ratio, fitted_latents
+from ..model.inpainting import inpaints, reads_more, whole_masked
 from ..model.layers import family, layer_keys, modules, plain_key, reads_vector, text_rows, text_width
 from ..text.conditions import conditions_for
 from ..text.entries import encode_for
@@ -130,7 +131,8 @@ class HostDenoiser:
         base, device = self.model.model, self.model.load_device
         dtype = getattr(base, "manual_cast_dtype", None) or base.get_dtype()
         given = {name: tensor.to(device, dtype) for name, tensor in given.items()}
-        out = base.diffusion_model(x.to(device, dtype), t.to(device), transformer_options={}, **given).float().cpu()
+        read = torch.cat([x, whole_masked(base, x)], dim=1) if inpaints(base) else x
+        out = base.diffusion_model(read.to(device, dtype), t.to(device), transformer_options={}, **given).float().cpu()
         if base.model_type == comfy.model_base.ModelType.V_PREDICTION:
             a = self.alphas[t].view(-1, 1, 1, 1)
             return a.sqrt() * out + (1 - a).sqrt() * x
@@ -332,4 +334,9 @@ def _require_kind(model, known):
         raise ErasureError(
             f"The model {name} predicts in the way {kind}, but training on U-Nets knows {' and '.join(NOISE_KINDS)}; "
             "erase in closed form (Erase Concepts)."
+        )
+    if is_unet(model) and reads_more(model) and not inpaints(model.model):
+        raise ErasureError(
+            f"The U-Net of {name} reads more channels than its latents have, and what belongs into them is not known; "
+            "train on the model that it was made from, or erase in closed form (Erase Concepts)."
         )

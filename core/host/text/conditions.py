@@ -5,6 +5,7 @@ import torch
 
 from ...erasers.conditions import Conditions
 from ...errors import ErasureError
+from ..model.inpainting import masked_picture
 from ..model.layers import family, text_entries
 from .encode import each_given, pooled_of
 
@@ -32,7 +33,7 @@ def _prepared(model, encoded, latents, pixels):
         with torch.inference_mode():
             conds = type(model.model).extra_conds(
                 model.model, cross_attn=encoded["cond"], noise=latents, device=model.load_device, width=pixels[0],
-                height=pixels[1], prompt_type="positive", **more,
+                height=pixels[1], prompt_type="positive", **masked_picture(model.model, latents), **more,
             )  # fmt: skip
     except torch.cuda.OutOfMemoryError:
         raise

@@ -1,6 +1,7 @@
 """Text encoding through the host's CLIP object."""
 
 import hashlib
+import logging
 
 import comfy.model_management
 import torch
@@ -11,6 +12,8 @@ from ..compat import encode_with_extras
 from .known_tokens import PROMPTS
 from .tokens import BEFORE, Tokenizer, fills_contexts, ids_of
 from .vocabulary import EMBEDDINGS
+
+log = logging.getLogger("membrane")
 
 BATCH = 32  # prompts per forward pass of the text encoder
 
@@ -109,7 +112,30 @@ def _contexts(clip, prompts, on_progress, pooled):
     with PROMPTS.aside():
         each = [clip.encode_from_tokens(tokens, return_pooled=True)[1] for tokens in tokenized] if pooled else ()
     ids = [ids_of(_first(tokens)) for tokens in tokenized]
-    return Encoded.of_contexts(prompts, ids, torch.cat(vectors), end, pooled_of(clip, each) if pooled else None)
+    rows = _one_a_token(clip, torch.cat(vectors), len(ids[0]))
+    return Encoded.of_contexts(prompts, ids, rows, end, pooled_of(clip, each) if pooled else None)
+
+
+def _one_a_token(clip, rows, tokens):
+    """Rows (n, T, d) of contexts of T tokens; of an encoder that gives each vector twice, side by side, every second.
+
+    NegPip does so, one for the keys and one for the values, which are equal where no weight is negative. Raises
+    ErasureError where the rows are not those of the tokens.
+    """
+    if rows.shape[1] == tokens:
+        return rows
+    if rows.shape[1] != 2 * tokens or not torch.equal(rows[:, ::2], rows[:, 1::2]):
+        raise ErasureError(
+            f"The text encoder {type(clip.cond_stage_model).__name__} gives {rows.shape[1]} vectors for {tokens} "
+            "tokens, so that no vector belongs to a token; connect the CLIP as the checkpoint loader gives it."
+        )
+    log.info(
+        "Membrane: the text encoder gives %d vectors for %d tokens, each twice, as NegPip's does; the erasure is "
+        "computed on one of each and acts on both",
+        2 * tokens,
+        tokens,
+    )
+    return rows[:, ::2]
 
 
 def pooled_of(clip, vectors):
