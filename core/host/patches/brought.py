@@ -171,6 +171,7 @@ class Brought:
         mapped = self.mapped_rows(text)
         if last is not None and waits:
             every = text.new_ones(1, self.count) if self.count else None
+            self.part = self.part.to(text.device)  # kept there from step to step
             return torch.where(mapped[:, None, None], text, self.part.erased(text, every))
         if bool(mapped.all()):
             self.trusted[text.shape] = text
@@ -183,6 +184,12 @@ class Brought:
             else:
                 self.say()
         return text
+
+    def forget(self):
+        """Gives back what is kept on a device."""
+        self.known, self.trusted, self.opened = None, {}, []
+        if self.part is not None:
+            self.part = self.part.to(torch.device("cpu"))
 
     def watch(self, noise):
         """Sees to it for a sampling, told by its noise tensor, that no pack calls the network past the host's

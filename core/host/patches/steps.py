@@ -82,6 +82,8 @@ class ErasedSteps(Patch):
         self.lent, self.bounds = None, None
         self.maps = {name: part.to(CPU) for name, part in self.maps.items()}
         self.rows.forget()
+        if self.brought is not None:
+            self.brought.forget()
 
     def _text(self, text, raw, gates, t, options):
         """(context manager or None, the text of a call): the map acts while the context manager lasts where patches of
