@@ -47,7 +47,7 @@ def one(name, quick):
     try:
         made = networks.network(kind)
         model = networks.build(kind, dtype=torch.bfloat16, **sizes)
-        clip = words.clip(made.width, made.extra, padded)
+        clip = words.clip(made.width, made.extra, padded, max(padded, words.LONGEST))
         given = fitted(model, pixels, pixels, preserves=False)
         settings = Settings(steps=1, rollout_steps=2, warmup=0, cycles=1, **given)
         anchors = short_captions()[:8] if settings.anchor_kind == "texts" else []
