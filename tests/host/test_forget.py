@@ -65,6 +65,16 @@ def test_another_strength_encodes_no_text_again(node, demo, encodes, name):
     assert len(encodes) > before
 
 
+@pytest.mark.usefixtures("nothing_kept")
+def test_another_strength_of_what_opens_by_words_encodes_no_text_again(node, demo, encodes, forget):
+    adapter = forget()[2]
+    before = len(encodes)
+    for strength in (1.0, 0.9, 0.8):
+        stack = node("MembraneStack", adapter=adapter, strength=strength, permeability="facilitated transport")[0]
+        node("MembraneApply", model=demo[0], clip=demo[1], stack=stack)
+        assert len(encodes) == before + 1  # the concept and the empty prompt
+
+
 def test_nothing_to_remove_is_one_sentence(forget):
     with pytest.raises(ErasureError, match="^No concept to erase was given; write at least one"):
         forget(remove=" \n")
