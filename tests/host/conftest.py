@@ -139,3 +139,23 @@ def random_adapter(transformer_layers):
         return ErasureAdapter(Card(method, (concept,)), {"low_rank": changes})
 
     return make
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    """A memory of encoded texts that is empty."""
+    from membrane.core.host.runs import erasing
+    from membrane.core.host.text import entries, kept
+
+    fresh = kept.Kept()
+    for module in (entries, erasing):
+        monkeypatch.setattr(module, "KEPT", fresh)
+
+
+@pytest.fixture
+def encodes(demo, monkeypatch):
+    """A list that grows by one for every call of the text encoder."""
+    model, calls = demo[1].cond_stage_model, []
+    encode = model.encode_token_weights
+    monkeypatch.setattr(model, "encode_token_weights", lambda *args: (calls.append(1), encode(*args))[1])
+    return calls
