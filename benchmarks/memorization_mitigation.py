@@ -7,7 +7,7 @@ on where it stopped (--fresh starts anew).
     located, unseen   copies among NOISES pictures of each of those 6 captions, and of the other 6
     recognisable      of both, those that show the memorised picture to the eye: correlation, whatever the contrast
     paraphrases       copies among pictures of all 12 in other words, FORMS wordings each
-    search            of every other memorised picture, those recognisable in most of SEARCHED noises from text vectors
+    search            of every third memorised picture, those recognisable in most of SEARCHED noises from text vectors
                       that were searched for with gradients, from the caption on (Kowalczuk et al. 2025): on the model
                       with its changed weights; where a mitigation acts on the text or while sampling, on the model
                       without it, and it then acts on what was found
@@ -34,12 +34,12 @@ from membrane.tools.host_library import start
 
 world, classifier = quality.world, quality.classifier
 CAPTIONS, HALF = world.MEMORISED_CAPTIONS, 6
-NOISES, SEARCHED, ORDINARY, BASE = 2, 2, 32, 24  # pictures a caption, noises a search, ordinary ones, base prompts
+NOISES, SEARCHED, ORDINARY, BASE = 1, 2, 24, 24  # pictures a caption, noises a search, ordinary ones, base prompts
 FORMS = 1  # wordings of each caption
-LOOKED_FOR = range(0, 12, 2)  # the memorised pictures that are searched for
+LOOKED_FOR = range(0, 12, 3)  # the memorised pictures that are searched for
 SEARCH_STEPS, SEARCH_RATE = 50, 0.1  # Adam's, in root mean squares of the text vectors
 SOFTENED = 8  # ordinary prompts that softening knows
-TRAINED = {"steps": 300, "learning_rate": 3e-3, "rank": 4, "anchoring": 10.0, "warmup": 20, "cycles": 1}
+TRAINED = {"steps": 200, "learning_rate": 3e-3, "rank": 4, "anchoring": 10.0, "warmup": 20, "cycles": 1}
 NEUTRAL = "a drawing"  # what training draws a memorised caption to
 WANDA, NEMO, SHIELD = "prune (Wanda), share 0.2", "neurons (NeMo)", "shield, close"
 SOFTEN, TRAIN = "soften the prompt", "adversarial training"
@@ -51,9 +51,9 @@ ALIKE = 0.6  # correlation from which two pictures are the same to the eye, what
 class Mitigated:
     """A mitigation: the MODEL that it samples with, and what it does to a text before.
 
-    weights: the MODEL with the weights that it changes, on which text vectors are searched for; None for those of the
-    demo model. text: CONDITIONING -> CONDITIONING. once: seconds that it took to make. What texts and pictures take is
-    kept, a number of seconds each.
+    weights: the name of the adapter that it is with, with which text vectors are searched for; None without one. text:
+    CONDITIONING -> CONDITIONING. once: seconds that it took to make. What texts and pictures take is kept, a number of
+    seconds each.
     """
 
     def __init__(self, model, weights=None, text=None, once=0.0):
@@ -150,8 +150,20 @@ class Here:
         shown = recognisable(pictures, np.repeat(LOOKED_FOR, SEARCHED)).reshape(-1, SEARCHED)
         return int((2 * shown.sum(axis=1) > SEARCHED).sum())
 
-    def searched(self, model):
-        """[CONDITIONING] for the memorised pictures that are looked for, searched for on a MODEL from the captions."""
+    def searched(self, weights):
+        """[CONDITIONING] for the memorised pictures that are looked for, searched for from the captions on the model
+        with the adapter of a name, or on the demo model for None; kept in a file of output/."""
+        file = self.store.with_name(f"{self.store.stem}_searched_{weights or 'plain'}.pt")
+        if not file.is_file():
+            found = self._searched(self.applied(weights).model if weights else self.demo[0])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save([vectors.clone() for ((vectors, _),) in found], file)
+        return [
+            [[vectors, self.encoded(CAPTIONS[i])[0][1]]]
+            for i, vectors in zip(LOOKED_FOR, torch.load(file, weights_only=True))
+        ]
+
+    def _searched(self, model):
         from membrane.core.host.runs.gradients import searched_text
         from membrane.core.measures.attack import Descent, size_of
 
@@ -165,26 +177,27 @@ class Here:
 
     # ------------------------------------------------------------ the mitigations
 
-    def kept(self, name, make):
-        """The adapter of a file of output/, made and saved where it is not there."""
+    def adapter(self, name):
+        """The adapter of a name: wanda, neurons or trained; made once and kept in a file of output/."""
         from membrane.core.formats import native
 
         file = self.store.with_name(f"{self.store.stem}_{name}.safetensors")
         if not file.is_file():
             begin = time.process_time()
-            adapter = make()
+            adapter = getattr(self, f"_{name}")()
             adapter.card.settings["process_seconds"] = round(time.process_time() - begin, 1)
             file.parent.mkdir(parents=True, exist_ok=True)
             native.save(adapter, str(file))
         return native.load(str(file))
 
-    def applied(self, adapter):
-        """Mitigated by an adapter."""
+    def applied(self, name):
+        """Mitigated by the adapter of a name."""
+        adapter = self.adapter(name)
         stack = self.node("MembraneStack", adapter=adapter, permeability="fixed")[0]
         model = self.node("MembraneApply", model=self.demo[0], clip=self.demo[1], stack=stack)[0]
-        return Mitigated(model, weights=model, once=adapter.card.settings["process_seconds"])
+        return Mitigated(model, weights=name, once=adapter.card.settings["process_seconds"])
 
-    def located(self, **settings):
+    def _located(self, **settings):
         """The adapter of the locating node from the first captions."""
         return self.node(
             "MembraneLocateMemorization", model=self.demo[0], clip=self.demo[1], prompts="\n".join(CAPTIONS[:HALF]),
@@ -192,27 +205,25 @@ class Here:
             seed=0, cfg=quality.CFG, **settings,
         )[0]  # fmt: skip
 
-    def wanda(self):
+    def _wanda(self):
         """Pruned as benchmarks/memorization.py found best on this network."""
         base = "\n".join(self.base[:HALF])
-        settings = {"method": world_of.WANDA, "base_prompts": base, "steps": quality.STEPS, **world_of.OURS}
-        return self.kept("wanda", lambda: self.located(**settings))
+        return self._located(method=world_of.WANDA, base_prompts=base, steps=quality.STEPS, **world_of.OURS)
 
-    def nemo(self):
+    def _neurons(self):
         """Neurons, with the steps at which detection tells this network's memorised captions."""
         base = "\n".join(self.base)
-        settings = {"method": NEMO, "base_prompts": base, "sparsity": 0.01, "steps": 10, "first_steps": 5}
-        return self.kept("nemo", lambda: self.located(batch_size=24, **settings))
+        return self._located(method=NEMO, base_prompts=base, sparsity=0.01, steps=10, first_steps=5, batch_size=24)
 
-    def trained(self):
+    def _trained(self):
         """Adversarial training: the captions are drawn to a neutral one, and so are the text vectors that are searched
         for while it trains."""
-        return self.kept("trained", lambda: self.node(
+        return self.node(
             "MembraneTrain", model=self.demo[0], clip=self.demo[1], concepts="\n".join(CAPTIONS[:HALF]),
             surrogate=NEUTRAL, objective="adversarial", preserve="\n".join(self.base), width=quality.SIZE,
             height=quality.SIZE, rollout_steps=10, timestep="matching", preview_every=0, save_every=10**5,
             filename_prefix="memorised", **TRAINED,
-        )[0])  # fmt: skip
+        )[0]  # fmt: skip
 
     def shielded(self, model):
         """A MODEL with all memorised pictures protected, close."""
@@ -237,21 +248,21 @@ class Here:
         )  # fmt: skip
 
     def pruned_and_shielded(self):
-        pruned = self.applied(self.wanda())
-        return Mitigated(self.shielded(pruned.model), pruned.model, once=pruned.once)
+        pruned = self.applied("wanda")
+        return Mitigated(self.shielded(pruned.model), "wanda", once=pruned.once)
 
     def pruned_and_softened(self):
-        pruned = self.applied(self.wanda())
-        return Mitigated(pruned.model, pruned.model, self.softened(pruned.model), pruned.once)
+        pruned = self.applied("wanda")
+        return Mitigated(pruned.model, "wanda", self.softened(pruned.model), pruned.once)
 
     def methods(self, variant):
         """{name: function that gives a Mitigated}."""
         demo = self.demo[0]
         found = {
             NONE: lambda: Mitigated(demo),
-            WANDA: lambda: self.applied(self.wanda()),
-            NEMO: lambda: self.applied(self.nemo()),
-            TRAIN: lambda: self.applied(self.trained()),
+            WANDA: lambda: self.applied("wanda"),
+            NEMO: lambda: self.applied("neurons"),
+            TRAIN: lambda: self.applied("trained"),
             SOFTEN: lambda: Mitigated(demo, text=self.softened(demo)),
             SHIELD: lambda: Mitigated(self.shielded(demo)),
             PRUNED_SOFTEN: self.pruned_and_softened,
@@ -293,17 +304,14 @@ def line(name, row):
 def measure(node, variant, store, say, chosen=None):
     """{mitigation: row}; rows that the file `store` holds are not measured again."""
     rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
-    here, plain = Here(node, variant, store), None
+    here = Here(node, variant, store)
     say(HEADER)
     for name, make in here.methods(variant).items():
         if chosen and name not in chosen:
             continue
         if name not in rows:
             found = make()
-            if found.weights is None and plain is None:
-                plain = here.searched(here.demo[0])
-            contexts = plain if found.weights is None else here.searched(found.weights)
-            rows[name] = here.row(found, contexts)
+            rows[name] = here.row(found, here.searched(found.weights))
             quality.write(store, json.dumps(rows, indent=1) + "\n")
         say(line(name, rows[name]))
     return {name: rows[name] for name in here.methods(variant) if name in rows}
