@@ -405,5 +405,7 @@ def solve(job, encoded, weight_gram=None, on_round=None, hold=False):
 
 OBJECT = PRESET | {"penalty_on": PENALTIES[0], "epochs": 1, "penalty": 0.1}  # of the published scripts
 PRESETS = {"object": OBJECT, "style": OBJECT | {"penalty": 0.001}, "person": OBJECT, "nudity": OBJECT | {"epochs": 3}}
-RECE = Method("RECE", Settings, solve, True, PRESETS, by_preserved=True, rounds=lambda settings: settings.epochs)
+RECE = Method(
+    "RECE", Settings, solve, lambda job: True, PRESETS, by_preserved=True, rounds=lambda settings: settings.epochs
+)
 REGULARISED = replace(RECE, name="RECE, regularised", solve=partial(solve, hold=True))
