@@ -108,24 +108,26 @@ class LowRankMap:
     def ridge(self, heard, weight, rough=False):
         """V^T (k I + V V^T)^-1 h, (E, d), of rows h (E, o) and k = weight > 0; LinAlgError where that is singular.
 
-        rough: by a V V^T from float32, whose solution is then refined with V in float64, until what is left of it
-        matters less than 1e-6; LinAlgError too where it does not get better so.
+        rough: by a V V^T and a factor of it in float32, whose solution is then refined with V in float64 (Higham,
+        "Accuracy and Stability of Numerical Algorithms", ch. 12) until what is left matters less than 1e-6; LinAlgError
+        too where it does not get better so.
         """
         system = self.square(rough)
         system.diagonal().add_(weight)
-        factor = torch.linalg.cholesky(system)
+        factor = torch.linalg.cholesky(system.float() if rough else system)
         del system
         pivots = factor.diagonal().square()
         if min(pivots.min(), weight) < PIVOT * pivots.max():
             raise torch.linalg.LinAlgError("The layers' ridge has almost no weight.")
-        step = solve_rows(factor, heard)
+        step = solve_rows(factor, heard.to(factor.dtype)).double()
         if not rough:
             return self.transposed(self.layers.back(step))
         found, whole = 0.0, 0.0
         while (step.norm(dim=1) > FINE * (whole + step).norm(dim=1)).any():
             found, whole, size = found + self.transposed(self.layers.back(step)), whole + step, step.norm(dim=1)
-            step = solve_rows(factor, heard - weight * whole - self.layers.heard(self.of(found)))
-            if (step.norm(dim=1) > 0.1 * size).any():
+            left = heard - weight * whole - self.layers.heard(self.of(found))
+            step = solve_rows(factor, left.float()).double()
+            if not (step.norm(dim=1) <= 0.1 * size).all():
                 raise torch.linalg.LinAlgError("The layers' weights are too uneven for float32.")
         return found + self.transposed(self.layers.back(step, rough))
 
