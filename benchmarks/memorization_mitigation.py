@@ -302,17 +302,22 @@ def line(name, row):
     return "| " + " | ".join(cells) + " |"
 
 
+def kept_rows(store):
+    """The rows that a file holds, if it is there."""
+    return json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+
+
 def measure(node, variant, store, say, chosen=None):
     """{mitigation: row}; rows that the file `store` holds are not measured again."""
-    rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
-    here = Here(node, variant, store)
+    here, rows = Here(node, variant, store), kept_rows(store)
     say(HEADER)
     for name, make in here.methods(variant).items():
         if chosen and name not in chosen:
             continue
         if name not in rows:
             found = make()
-            rows[name] = here.row(found, here.searched(found.weights) if variant == "day" else None)
+            row = here.row(found, here.searched(found.weights) if variant == "day" else None)
+            rows = kept_rows(store) | {name: row}  # another run may have kept one meanwhile
             quality.write(store, json.dumps(rows, indent=1) + "\n")
         say(line(name, rows[name]))
     return {name: rows[name] for name in here.methods(variant) if name in rows}
