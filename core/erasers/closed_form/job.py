@@ -56,8 +56,8 @@ class Job:
         """A job from the lines of a text: see parse_concepts(); given: as of() takes them.
 
         built_in: whether the templates are this pack's own. Those that name a concept are left out then, and the anchor
-        weight counts for each of them: it is published for one caption of a concept, and with n of them the sums that
-        it stands beside are n times as large.
+        weight counts for each pair of prompts: with n of them the sums that it stands beside are n times as large as
+        with one, for which it is published.
 
         Where nothing replaces a concept, Double Projections looks for a safe anchor itself, as published. replacements:
         one of REPLACEMENTS, whether those that no line preserves are preserved as well, see unlisted().
@@ -68,7 +68,7 @@ class Job:
         templates = fitting(templates, [concept.text for concept in parsed]) if built_in else templates
         job = cls.of(parsed, (*preserve, *added), templates, safe_anchor=safe_anchor, **given)
         if built_in and isinstance(job.settings, Scales):
-            job = replace(job, settings=replace(job.settings, anchor=job.settings.anchor * len(templates)))
+            job = replace(job, settings=replace(job.settings, anchor=job.settings.anchor * len(job.pairs())))
         return replace(job, added=added)
 
     @property
