@@ -112,8 +112,7 @@ class MembraneStressTest:
         search_seeds=1, kept="", wording="",
     ):  # fmt: skip
         concept, classes = concept.strip(), classes_of(classifier, class_names)
-        judge = judge_of(classifier, classes, *inputs.vision(clip_vision, class_clip))
-        require_class(concept, classes, judge)
+        require_class(concept, classes, judge := judge_of(classifier, classes, *inputs.vision(clip_vision, class_clip)))
         test = StressTest(concept, parse_templates(captions), partial(conditioning, clip), judge)
         test.reword(wordings(wording, concept))
         kinds, searches = ATTACKS[attacks], search_seeds * len(STARTS)
