@@ -10,7 +10,7 @@ import pytest
 import torch
 from membrane.core.errors import ErasureError
 from membrane.core.host.page import saving
-from membrane.core.host.patches.stack import applied
+from membrane.core.host.patches.stack import applied, applied_stack
 from membrane.core.text.captions import KINDS, captions_of
 from safetensors.torch import save_file
 
@@ -52,6 +52,30 @@ def test_only_where_the_prompt_asks_for_it(demo, sample, forget):
 
 def test_strength_nought_is_the_model_itself(demo, forget):
     assert forget(strength=0.0)[0] is demo[0]
+
+
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize("name", ["MembraneForget", "MembraneErase"])
+def test_another_strength_encodes_no_text_again(node, demo, encodes, name):
+    words = CIRCLE if name == "MembraneForget" else {"concepts": "star -> circle", "preserve": "heart"}
+    first = node(name, model=demo[0], clip=demo[1], **words, strength=1.0)
+    before = len(encodes)
+    assert before > 0
+    second = node(name, model=demo[0], clip=demo[1], **words, strength=0.9)
+    assert len(encodes) == before
+    assert [applied_stack(found[0]).entries[0].strength for found in (first, second)] == [1.0, 0.9]
+    node(name, model=demo[0], clip=demo[1], **{**words, next(iter(words)): "heart -> circle"}, strength=0.9)
+    assert len(encodes) > before
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_another_strength_of_what_opens_by_words_encodes_no_text_again(node, demo, encodes, forget):
+    adapter = forget()[2]
+    before = len(encodes)
+    for strength in (1.0, 0.9, 0.8):
+        stack = node("MembraneStack", adapter=adapter, strength=strength, permeability="facilitated transport")[0]
+        node("MembraneApply", model=demo[0], clip=demo[1], stack=stack)
+        assert len(encodes) == before + 1  # the concept and the empty prompt
 
 
 def test_nothing_to_remove_is_one_sentence(forget):
