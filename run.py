@@ -3,7 +3,7 @@
     python run.py demo [--out FOLDER] [--comfyui PATH]   see an erasure work, pictures into output/
     python run.py gui [--comfyui PATH] [--port N]        open ComfyUI with this pack in the browser
     python run.py test [pytest options]                  run the tests on every ComfyUI known here
-    python run.py bench [NAME]                           run a benchmark (without NAME: list them)
+    python run.py bench [NAME [OPTIONS]]                 run a benchmark (without NAME: list them)
 
 The first call creates .venv next to this file and installs two ComfyUIs into it, an old and a
 newer one; nothing outside this folder is changed. --comfyui (or the environment variable
@@ -53,6 +53,7 @@ def parser():
     commands.add_parser("test", help=tests.test.__doc__, add_help=False)
     one = commands.add_parser("bench", help=bench.bench.__doc__)
     one.add_argument("name", nargs="?", metavar="NAME", help="benchmark to run; without it they are listed")
+    one.add_argument("options", nargs=argparse.REMAINDER, help="options of the benchmark's own, --help tells them")
     return top
 
 

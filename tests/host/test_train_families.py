@@ -168,6 +168,22 @@ def test_a_clip_of_another_model_is_refused(tiny):
         encoded_for(model, clip, [STAR], PIXELS, PIXELS)
 
 
+def test_a_fault_that_is_not_of_the_gradient_is_told_as_it_is(monkeypatch):
+    try:
+        model, clip = networks.build("flux_dev"), networks.text_encoder("flux_dev")
+    except networks.NotInThisHost as error:
+        pytest.skip(str(error))
+    denoiser, settings, texts = begun(model, clip)
+
+    def broken(*_, **options):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(HostDenoiser, "predict", broken)
+    with torch.inference_mode(False), torch.enable_grad(), denoiser:
+        with pytest.raises(RuntimeError, match="^shapes cannot be multiplied$"):
+            gradient_checked(denoiser, settings, texts[STAR])
+
+
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_training_on_a_model_for_inpainting(name):
     """What such a network reads beside the latents is a picture that is masked as a whole; hosts of March 2024, which

@@ -533,6 +533,16 @@ def test_benchmark_results(workshop, capsys):
     assert [entry.name for entry in file.parent.iterdir()] == ["count.json"]
 
 
+def test_figures_of_a_part_of_a_benchmark_are_not_kept(workshop, monkeypatch):
+    told = "import json, pathlib, sys\npathlib.Path('told.json').write_text(json.dumps(sys.argv[1:]))\n"
+    (workshop / "benchmarks" / "count.py").write_text(told + BENCHMARK)
+    monkeypatch.setattr(processes, "ROOT", workshop)
+    results = workshop / "benchmarks" / "results"
+    assert run.main(["bench", "count", "--quick", "--tasks", "two"]) == 0 and not results.exists()
+    assert json.loads((workshop / "told.json").read_text()) == ["--quick", "--tasks", "two"]
+    assert run.main(["bench", "count", "--fresh"]) == 0 and results.exists()
+
+
 @pytest.mark.parametrize(
     "line", ["done", '{"figures": 3}', '{"figures": {"x": "fast"}}', '{"figures": {"x": NaN}}', ""]
 )

@@ -95,7 +95,7 @@ def test_what_is_missing_is_no_allowed_reason(reason):
 
 
 def test_the_summary_says_how_many_and_why(capsys):
-    report = Report(7, ["test_a.test_b"], {"no tabs": 2, "no clones": 1})
+    report = Report(7, ["test_a.test_b"], {"no tabs": 2, "no clones": 1}, {"test_a.test_b": 9, "test_a.test_c": 12.4})
     tests.show_summary([("unit", 0, 3.0), ("host new", 1, 4.0)], [None, report])
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[1:] == [
@@ -103,6 +103,7 @@ def test_the_summary_says_how_many_and_why(capsys):
         "FAILED                   4 s  host new: 7 passed, 1 failed, 3 skipped",
         "skipped            1         host new: no clones",
         "skipped            2         host new: no tabs",
+        "long              12 s  host new: test_a.test_c",
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import ROOT
 from .environment import ensure_environment, venv_version
 from .messages import Failure, say
-from .processes import run_quietly, show_and_keep_last_line
+from .processes import run_openly, run_quietly, show_and_keep_last_line
 
 
 def benchmarks(folder=None):
@@ -27,7 +27,8 @@ def benchmarks(folder=None):
 
 
 def bench(args):
-    """Run one benchmark and keep its figures in benchmarks/results."""
+    """Run one benchmark and keep its figures in benchmarks/results; of a run with options other than --fresh, which
+    may be a part only, they are shown and not kept."""
     known = benchmarks()
     if args.name is None:
         say("Benchmarks:" if known else "There are no benchmarks in this checkout.")
@@ -37,7 +38,10 @@ def bench(args):
     if args.name not in known:
         raise Failure(f"there is no benchmark '{args.name}'; there are: {', '.join(known) or 'none'}.")
     python = ensure_environment()
-    code, last = show_and_keep_last_line([python, "-m", f"benchmarks.{args.name}"], ROOT)
+    command = [python, "-m", f"benchmarks.{args.name}", *args.options]
+    if set(args.options) - {"--fresh"}:
+        return run_openly(command)
+    code, last = show_and_keep_last_line(command, ROOT)
     if code:
         raise Failure(f"benchmark '{args.name}' ended with exit code {code}; no results were written.")
     figures = read_figures(last, args.name)

@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 
 class Report(NamedTuple):
-    """How many tests passed, the names of those that failed, {reason: how many} of those that were skipped."""
+    """How many tests passed, the names of those that failed, {reason: how many} of those that were skipped, {name
+    without parameters: seconds} of all."""
 
     passed: int
     failed: list[str]
     skipped: dict[str, int]
+    seconds: dict[str, float] = {}
 
     @property
     def counts(self):
@@ -28,13 +30,14 @@ def read_report(file):
     """Report of a file that pytest wrote; None when it wrote none, because it was stopped or asked for help only."""
     if not file.is_file():
         return None
-    passed, failed, skipped = set(), [], Counter()
+    passed, failed, skipped, seconds = set(), [], Counter(), Counter()
     for case in ElementTree.parse(file).getroot().iter("testcase"):
         name = f"{case.get('classname').rpartition('.')[2]}.{case.get('name')}"
+        seconds[name.partition("[")[0]] += float(case.get("time", 0))
         if case.find("failure") is not None or case.find("error") is not None:
             failed.append(name)
         elif (reason := case.find("skipped")) is not None:
             skipped[reason.get("message")] += 1
         else:
             passed.add((case.get("classname"), case.get("name")))
-    return Report(len(passed), failed, dict(skipped))
+    return Report(len(passed), failed, dict(skipped), dict(seconds))

@@ -15,6 +15,7 @@ from .reports import read_report, report_options
 
 # Folders of tests that run on each host: with a server of it, and in its process. All others need no host.
 SERVED, IN_PROCESS = ("workflows", "browser"), ("host",)
+LONG, LONGEST = 10, 40  # from so many seconds on a test is listed, and so many are
 
 
 def split_test_args(args):
@@ -83,13 +84,17 @@ def host_runs(of_hosts, may_be_brief):
 
 
 def show_summary(results, reports):
-    """Print a line for each run, then how many tests were skipped, and why."""
+    """Print a line for each run, then how many tests were skipped, and why, then which took longest."""
     say("\n===== summary =====")
     for (title, code, seconds), report in zip(results, reports):
         say(f"{outcome(code):20} {seconds:5.0f} s  {title}" + (f": {report.counts}" if report else ""))
     for (title, _, _), report in zip(results, reports):
         for reason, count in sorted(report.skipped.items()) if report else ():
             say(f"skipped {count:12}         {title}: {reason}")
+    taken = [(seconds, title, name) for (title, *_), report in zip(results, reports) if report
+             for name, seconds in report.seconds.items() if seconds >= LONG]  # fmt: skip
+    for seconds, title, name in sorted(taken, reverse=True)[:LONGEST]:
+        say(f"long {seconds:15.0f} s  {title}: {name}")
 
 
 def run_jobs(jobs, workers):

@@ -173,6 +173,8 @@ class HostDenoiser:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # of an operation without one, NotImplementedError among them
+            with torch.no_grad():  # what fails without a gradient too is another matter, and is told as it is
+                self.predict(x, t, [text], on=True)
             raise ErasureError(
                 f"This ComfyUI has no gradient for the network of {name} ({str(error).splitlines()[0]}); update "
                 "ComfyUI, or erase in closed form (Erase Concepts)."
