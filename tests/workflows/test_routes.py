@@ -1,9 +1,14 @@
 """The routes of the page's elements: what they answer, and what they refuse."""
 
 import json
+import re
 import urllib.error
 
 import pytest
+from membrane.tools import ROOT
+from membrane.tools.run.comfy_server import PACK_NAME
+
+HELP = sorted((ROOT / "web" / "docs").glob("*.md"))
 
 pytestmark = pytest.mark.workflow
 
@@ -27,6 +32,15 @@ def refusal(ask):
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask()
     return caught.value.code, json.loads(caught.value.read())["error"]
+
+
+@pytest.mark.parametrize("page", HELP, ids=lambda page: page.stem)
+def test_pictures_of_help_pages_are_where_the_page_looks_for_them(server, page):
+    """Beside the page, below the address at which the host serves a pack's files."""
+    folder = f"/extensions/{PACK_NAME}/docs"
+    assert server.get(f"{folder}/{page.name}").decode() == page.read_text(encoding="utf-8")
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert server.get(f"{folder}/{picture}") == (page.parent / picture).read_bytes()
 
 
 def test_what_a_file_is(server, file):
