@@ -3,7 +3,7 @@
 The host's own CLIP of Stable Diffusion 1.5 in its full size (123 M parameters, random weights, float32), one thread,
 beside a small network that reads vectors of that width; the texts, their number and their length are those of a real
 run. "anew" empties the memory of encoded texts before each run, as when there was none; "kept" is what an artist gets
-who moves the strength after a first run. Each run is of a strength of its own; the figures are medians over `turns` runs.
+who moves the strength after a first run. Each run has its own strength; the figures are medians over --turns runs.
 """
 
 import argparse
