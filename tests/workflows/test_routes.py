@@ -8,7 +8,8 @@ import pytest
 from membrane.tools import ROOT
 from membrane.tools.run.comfy_server import PACK_NAME
 
-HELP = sorted((ROOT / "web" / "docs").glob("*.md"))
+DOCS = ROOT / "web" / "docs"
+HELP = [page.relative_to(DOCS).as_posix() for page in sorted(DOCS.rglob("*.md"))]
 
 pytestmark = pytest.mark.workflow
 
@@ -34,13 +35,13 @@ def refusal(ask):
     return caught.value.code, json.loads(caught.value.read())["error"]
 
 
-@pytest.mark.parametrize("page", HELP, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", HELP)
 def test_pictures_of_help_pages_are_where_the_page_looks_for_them(server, page):
-    """Beside the page, below the address at which the host serves a pack's files."""
-    folder = f"/extensions/{PACK_NAME}/docs"
-    assert server.get(f"{folder}/{page.name}").decode() == page.read_text(encoding="utf-8")
-    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-        assert server.get(f"{folder}/{picture}") == (page.parent / picture).read_bytes()
+    """Below the address at which the host serves a pack's files; translations find those of the English page."""
+    folder, text = f"/extensions/{PACK_NAME}/docs", (DOCS / page).read_text(encoding="utf-8")
+    assert server.get(f"{folder}/{page}").decode() == text
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        assert server.get(f"{folder}/{picture}") == (DOCS / picture).read_bytes()
 
 
 def test_what_a_file_is(server, file):
