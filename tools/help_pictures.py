@@ -40,14 +40,7 @@ BOTH = (
     "a dotted yellow moon on stone",
 )
 OTHER_COLOURS = "orange\nyellow\ngreen\ncyan\nblue\npurple\npink"
-ORDINARY = (
-    "a plain green circle on sand",
-    "a striped blue heart on sand",
-    "a dotted pink cross on snow",
-    "a checkered orange square on coal",
-    "a plain purple triangle on stone",
-    "a striped cyan ring on snow",
-)
+ORDINARY = "a striped blue heart on sand\na green moon on coal\na pink cross on snow"
 KNOWN = (*world.MEMORISED_CAPTIONS[:2], "a plain red star on snow", "a dotted yellow moon on stone")
 
 
@@ -117,22 +110,10 @@ def softened(before):
     return {
         prompt: (
             before.model,
-            before.node(
-                "MembraneSoftenPrompt", **given, positive=before.text(prompt), ordinary_prompts="\n".join(ORDINARY[:3])
-            )[0],
+            before.node("MembraneSoftenPrompt", **given, positive=before.text(prompt), ordinary_prompts=ORDINARY)[0],
         )
         for prompt in KNOWN
     }
-
-
-def pruned(before):
-    """A network this small needs more than the published sparsity, as in benchmarks/memorization.py."""
-    settings = {"sparsity": 0.2, "first_steps": 10, "steps": STEPS, "rows": "prompt only", "cfg": CFG, "seed": 0}
-    prompts, ordinary = "\n".join(world.MEMORISED_CAPTIONS[:6]), "\n".join(ORDINARY)
-    adapter = before.on(
-        "MembraneLocateMemorization", prompts=prompts, base_prompts=ordinary, **settings, width=128, height=128
-    )[0]
-    return before.with_model(before.on("MembraneApply", adapter=adapter)[0], KNOWN)
 
 
 PICTURES = {
@@ -141,7 +122,6 @@ PICTURES = {
     "MembraneStackEditor": stacked,
     "MembraneShield": shielded,
     "MembraneSoftenPrompt": softened,
-    "MembraneLocateMemorization": pruned,
 }
 
 
