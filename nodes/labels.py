@@ -23,6 +23,9 @@ LABELS = {
     "concepts": "What to erase",
     "cycles": "Cycles of the learning rate",
     "denoise": "Denoise",
+    "edit_anchor": "RECE: changing nothing in its rounds",
+    "edit_erase_scale": "RECE: what its rounds erase",
+    "edit_preserve_scale": "RECE: what its rounds keep",
     "edited_model": "Edited model",
     "edition": "Edition of the method",
     "enabled": "On",
@@ -118,6 +121,7 @@ LABELS = {
     "warmup": "Warm-up steps",
     "weights_file": "File with edited weights",
     "width": "Width",
+    "wording": "Other wording to look at",
 }
 
 

@@ -2,9 +2,18 @@
 
 import torch
 
-from ..core.adapters.gates import follow_meaning, meanings, openings, openings_report, responses_report, side_by_side
+from ..core.adapters.gates import (
+    follow_meaning,
+    meanings,
+    openings,
+    openings_report,
+    require_probes,
+    responses_report,
+    side_by_side,
+)
 from ..core.adapters.written import by_words
 from ..core.errors import ErasureError
+from ..core.families.table import family_of
 from ..core.host.model.layers import family, text_readers
 from ..core.host.model.weights import text_gram
 from ..core.host.page.progress import Progress
@@ -120,21 +129,29 @@ def _as_read(stack, clip, model, lines):
     Without a MODEL the rows that the text encoder gives, which the model reads where no norm and no layer comes first.
     """
     adapters = [stack.entries[number].adapter for number, _ in follow_meaning(stack)]
-    maps = {name: found for adapter in adapters for name, found in adapter.maps.items()}
-    if not maps:
+    for adapter in adapters:
+        require_probes(adapter)
+    names = {name for adapter in adapters for name in adapter.probes}
+    if not names:
         return []
     if model is not None:
         entries = encode_entries(model, clip, lines, pooled=None)
     else:
-        normed = next((a for a in adapters if any(found.normed for found in a.maps.values())), None)
+        normed = next((a for a in adapters if not _as_encoded(a)), None)
         if normed is not None:
             raise ErasureError(
                 f"The adapter {normed.describe()} follows the meaning of a text as the model reads it, behind a norm; "
                 "connect the model to Preview Permeability."
             )
-        encoded = encode(clip, lines, pooled="pooled" in maps)
+        encoded = encode(clip, lines, pooled="pooled" in names)
         entries = {"text": encoded} | ({"pooled": encoded.pooled} if encoded.pooled else {})
     return [{name: encoded[line].rows[None] for name, encoded in entries.items()} for line in lines]
+
+
+def _as_encoded(adapter):
+    """Whether the rows that an adapter's probes read are those that the text encoder gives."""
+    behind = {entry.name for entry in family_of((adapter.card.family,)).entries if not entry.direct}
+    return not behind & adapter.layer_probes.keys() and not any(found.normed for found in adapter.maps.values())
 
 
 def _meanings(stack, texts):

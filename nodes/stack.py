@@ -22,7 +22,7 @@ MODE_TOOLTIP = (
     "by how well the prompt matches its concepts, from the text and its tokens. reference: as the published SPM code "
     "combines adapters, to repeat its pictures. route: only the best match opens (top_k of Tune Permeability), so "
     "that many adapters do not disturb each other. meaning: by what the model reads of the prompt, so that synonyms "
-    "open it and all other prompts keep their pictures; for closed-form adapters."
+    "open it and all other prompts keep their pictures; for adapters that say what they erase."
 )
 
 

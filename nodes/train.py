@@ -11,6 +11,7 @@ from ..core.formats import native
 from ..core.host.files.folders import new_adapter_path
 from ..core.host.model.layers import family_name
 from ..core.host.page.progress import Progress
+from ..core.host.runs.probing import probes_if_any
 from ..core.host.runs.training import fitted, resumed, trainable_sites, trained
 from ..core.host.text.encode import fingerprint
 from ..core.text.concepts import fill, parse_concepts, parse_preserved, parse_templates
@@ -158,6 +159,7 @@ class MembraneTrain:
         run.start, run.preview_every = steps_done(adapter, settings) if adapter else 0, preview_every
         run.show, run.say = shown_on(Progress(settings.steps), model, unique_id, run)
         start = resumed(model, adapter, sites) if adapter else None
+        run.probes = probes_if_any(card, model, clip, Progress)
         result = trained(run, model, clip, sites, rank, start, pairs, kept, (width, height))
         return shown(result, part(f"Trained: {name}", result[1]))
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from .deltas import low_rank, mask, neurons, text_map, text_rows  # noqa: F401  they register the kinds
 from .deltas.delta import KINDS, Delta
+from .probe import Probe
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class ErasureAdapter:
 
     deltas: {kind: {place: delta}}, kinds that hold nothing left out. The place of a text map is the name of a text
     entry, "text" for the main one; that of all others is a site in the spelling of core/families/sites.py, whatever
-    the file's was. name: of the file it was loaded from, "" when it was computed in the graph.
+    the file's was. name: of the file it was loaded from, "" when it was computed in the graph. layer_probes: {text
+    entry: Probes} of one that changes layers; those of text maps are with the maps.
     """
 
     card: Card
     deltas: dict[str, dict[str, Delta]] = field(default_factory=dict)
     name: str = ""
+    layer_probes: dict[str, tuple[Probe, ...]] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "deltas", {kind: places for kind, places in self.deltas.items() if places})
@@ -41,9 +44,17 @@ class ErasureAdapter:
         return self.deltas.get("map", {})
 
     @property
+    def probes(self):
+        """{text entry: Probes}, those of its text maps and its own, entries without any left out."""
+        found = dict(self.layer_probes)
+        for entry, mapped in self.maps.items():
+            found[entry] = (*found.get(entry, ()), *mapped.probes)
+        return {entry: probes for entry, probes in found.items() if probes}
+
+    @property
     def probed(self):
         """Whether its probes tell the texts of every concept from others, so that it can follow their meaning."""
-        own = {probe.concept for found in self.maps.values() for probe in found.probes}
+        own = {probe.concept for found in self.probes.values() for probe in found}
         return bool(own) and own == set(range(len(self.card.concepts)))
 
     @property

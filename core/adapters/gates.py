@@ -92,12 +92,11 @@ def meanings(stack, texts):
     for column, (number, index) in enumerate(wanted):
         adapter = stack.entries[number].adapter
         require_probes(adapter)
-        for name, mapped in adapter.maps.items():
+        for name, probes in adapter.probes.items():
             text = texts.get(name)
-            if text is not None and text.shape[-1] == mapped.width:
-                for probe in mapped.probes:
-                    if probe.concept == index:
-                        found[:, column] = torch.maximum(found[:, column], probe.match(text).cpu())
+            for probe in () if text is None else probes:
+                if probe.concept == index and text.shape[-1] == len(probe.vector):
+                    found[:, column] = torch.maximum(found[:, column], probe.match(text).cpu())
     return found if wanted else None
 
 
@@ -112,10 +111,12 @@ def side_by_side(score, meaning):
 def require_probes(adapter):
     """Raises ErasureError for an adapter that cannot follow the meaning of a text."""
     if not adapter.probed:
+        remedy = "connect clip (and the model to Preview Permeability), so that they can be computed"
+        if adapter.maps:
+            remedy = "compute it again with Erase Concepts and captions"
         raise ErasureError(
             f"The adapter {adapter.describe()} has no probe for each of its concepts, by which its permeability could "
-            "follow the meaning of a text; compute it again with Erase Concepts and captions, or set the permeability "
-            'to "facilitated transport".'
+            f'follow the meaning of a text; {remedy}, or set the permeability to "facilitated transport".'
         )
 
 
@@ -274,8 +275,8 @@ def responses_report(stack, prompts, texts):
         lines.append(prompt)
         for number, index in wanted:
             adapter = stack.entries[number].adapter
-            for name, found in adapter.maps.items():
-                for probe in found.probes:
+            for name, probes in adapter.probes.items():
+                for probe in probes:
                     if probe.concept == index and name in text:
                         lines.append(_response_line(adapter.card.concepts[index], name, probe, text[name]))
     return "\n".join(lines)

@@ -54,7 +54,8 @@ class TrainingRun:
     save_every: steps after which it is written anew; start: steps that are done already; preview_every: steps after
     which a picture of the first concept is shown, 0 for none; show(step, latents): called after each step, latents (1,
     4, h, w) or None, may raise to stop; say(text): called with a line on how it goes; path: of the roll-outs,
-    None for Stable Diffusion's noise schedule. original: the same picture without the adapter, once one was shown.
+    None for Stable Diffusion's noise schedule. probes: {text entry: Probes} that go with the adapter. original: the
+    same picture without the adapter, once one was shown.
     """
 
     card: Card
@@ -67,6 +68,7 @@ class TrainingRun:
     show: Callable = lambda step, latents: None
     say: Callable = lambda text: None
     path: Flow | None = None
+    probes: dict = field(default_factory=dict)
     reports: list = field(default_factory=list)
     saved: str = ""
     original: torch.Tensor | None = None
@@ -113,7 +115,7 @@ class TrainingRun:
         deltas = {}
         for site, change in denoiser.trained().items():
             deltas.setdefault(change.kind, {})[site] = change
-        adapter = ErasureAdapter(card, deltas)
+        adapter = ErasureAdapter(card, deltas, layer_probes=self.probes)
         try:
             self.save(adapter)
         except OSError as error:  # the adapter goes on through the graph

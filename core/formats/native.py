@@ -11,7 +11,7 @@ What each version holds, where <site> is a layer and <entry> a text entry:
     other kind of delta as <kind>.<site>.<part>. The low-rank changes and masks of versions 2 and 3 stay.
 
 Maps of every version may have probes: <map>.probe (vectors), .probe_concept and .probe_range (low, high). Releases that
-do not know them read the map without.
+do not know them read the map without. Those of adapters that change layers are probes.<entry>.probe and so on.
 
 A file gets the oldest version that can hold its adapter, so that older releases read what they can.
 """
@@ -38,7 +38,7 @@ MARK = "erasure_adapter"  # membrane.format
 TEXT_MAP_VERSION, LAYERS_VERSION, MASKS_VERSION, VERSION = 1, 2, 3, 4
 MAP_PARTS = ("a", "b", "concept")
 OLD_MAPS = {"text": "text_map", "pooled": "pooled_map"}  # names of versions 1 to 3
-MAP = "map."
+MAP, PROBES = "map.", "probes."
 PROBE_PARTS = ("probe", "probe_concept", "probe_range")
 MASK_PARTS = {"bits": (torch.uint8, 1), "shape": (torch.int64, 1), "kept": (torch.float16, 1)}  # type, dimensions
 LARGEST_LAYER, LARGEST_MODEL = 2**28, 2**33  # weights; bound what a few deflated bytes may grow to
@@ -58,6 +58,8 @@ def save(adapter, path):
     for kind, layer, delta in adapter.of_layers:
         parts = WRITERS.get(kind, type(delta).parts)(delta)
         tensors |= {f"{kind}.{layer}.{part}": tensor for part, tensor in parts.items()}
+    for entry, probes in adapter.layer_probes.items():
+        tensors |= _probe_tensors(PROBES + entry, probes)
     what = f" for: {', '.join(card.concepts)}" if card.concepts else ""
     metadata = card_metadata(card) | {
         "membrane.format": MARK,
@@ -127,7 +129,7 @@ def parse(contents):
     if not any(deltas.values()):
         keys = ", ".join(f"{OLD_MAPS['text']}.{part}" for part in MAP_PARTS)
         raise ErasureError(f'"{name}" lacks {keys}; it is damaged, save the adapter again.')
-    return ErasureAdapter(own_card, deltas, name)
+    return ErasureAdapter(own_card, deltas, name, _layer_probes(name, tensors, own_card))
 
 
 def card(contents):
@@ -257,8 +259,17 @@ def _text_map(name, tensors, card, prefix):
     return replace(found, probes=_probes(name, tensors, card, prefix, found.width))
 
 
-def _probes(name, tensors, card, prefix, width):
-    """Probes of a text map of a width, none where the file has none."""
+def _layer_probes(name, tensors, card):
+    """{text entry: Probes} of an adapter that changes layers."""
+    entries = _by_layer(tensors, PROBES)
+    if entries and not card.concepts:
+        raise ErasureError(f'"{name}" names no concepts; it is damaged, save the adapter again.')
+    found = {entry: _probes(name, tensors, card, PROBES + entry) for entry in entries}
+    return {entry: probes for entry, probes in found.items() if probes}
+
+
+def _probes(name, tensors, card, prefix, width=None):
+    """Probes of a text map of a width, None for any; none where the file has none."""
     found = [tensors.get(f"{prefix}.{part}") for part in PROBE_PARTS]
     if all(tensor is None for tensor in found):
         return ()
@@ -267,6 +278,7 @@ def _probes(name, tensors, card, prefix, width):
         raise damaged
     vectors, owners, ranges = found
     count = owners.numel()
+    width = vectors.shape[-1] if width is None and vectors.dim() == 2 else width
     fit = owners.dim() == 1 and vectors.shape == (count, width) and ranges.shape == (count, 2)
     types = vectors.is_floating_point() and ranges.is_floating_point() and owners.dtype in INTEGERS
     if not (fit and types) or any(not 0 <= i < len(card.concepts) for i in owners.tolist()):
@@ -297,7 +309,7 @@ def _check_header(contents):
 
 def _require_known_kinds(name, tensors):
     """Raises ErasureError for deltas of a later release, without which the others would erase less than they say."""
-    known = tuple(f"{kind}." for kind in (*KINDS, *OLD_MAPS.values()))
+    known = tuple(f"{kind}." for kind in (*KINDS, *OLD_MAPS.values())) + (PROBES,)
     unknown = [key for key in tensors if not key.startswith(known)]
     if unknown:
         raise ErasureError(

@@ -56,6 +56,24 @@ def demo(request, node):
     return node("MembraneDemoModel", **request.param)
 
 
+@pytest.fixture(scope="module", params=["day", "transformer"])
+def either(request, node):
+    """((MODEL, CLIP, VAE), scheduler) of the demo model's U-Net and of its transformer."""
+    from membrane.core.host.compat import has_flux
+
+    if request.param == "transformer" and not has_flux():
+        pytest.skip("this host has no Flux")
+    scheduler = "simple" if request.param == "transformer" else "normal"
+    return node("MembraneDemoModel", variant=request.param), scheduler
+
+
+@pytest.fixture
+def inference():
+    """Inference mode, in which hosts run nodes."""
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="module")
 def text(node, demo):
     """text(prompt) -> CONDITIONING of the demo model."""

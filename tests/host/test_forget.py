@@ -109,12 +109,25 @@ def test_settings_as_they_come_change_nothing(node, forget):
     assert found.card == expected.card and torch.equal(found.maps["text"].a, expected.maps["text"].a)
 
 
+def test_the_weights_of_the_rounds_reach_the_method(node, forget):
+    words = {"method": "RECE", "epochs": 1}
+    plain, own = (
+        forget(remove="star", settings=node("MembraneForgetSettings", **words, **given)[0])[2]
+        for given in ({}, {"edit_erase_scale": 3.0, "edit_preserve_scale": 0.5, "edit_anchor": 0.7})
+    )
+    names = ("edit_erase_scale", "edit_preserve_scale", "edit_anchor")
+    assert [own.card.settings[name] for name in names] == [3.0, 0.5, 0.7]
+    assert not torch.equal(own.maps["text"].matrix(), plain.maps["text"].matrix())
+
+
 def test_every_setting_has_its_input(pack):
     types_of = pack.NODE_CLASS_MAPPINGS["MembraneForgetSettings"].INPUT_TYPES()
     names = [name for group in types_of.values() for name in group]
     expert = pack.NODE_CLASS_MAPPINGS["MembraneErase"]
     others = {"model", "clip", "concepts", "preserve", "strength", "preset", "apply_to"}
-    assert set(names) == set(inspect.signature(expert.erase).parameters) - {"self"} - others
+    only_here = {"edit_erase_scale", "edit_preserve_scale", "edit_anchor"}  # of RECE's rounds
+    assert only_here <= set(names)
+    assert set(names) - only_here == set(inspect.signature(expert.erase).parameters) - {"self"} - others
 
 
 @pytest.mark.parametrize("name", ["MembraneForget", "MembraneErase"])

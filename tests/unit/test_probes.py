@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from membrane.core.adapters.adapter import Card, ErasureAdapter
+from membrane.core.adapters.deltas.delta import KINDS
 from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.gates import (
     by_entry,
@@ -20,6 +21,7 @@ from membrane.core.adapters.plan import make_plan
 from membrane.core.adapters.probe import Probe
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.erasers.closed_form import probes
+from membrane.core.erasers.closed_form.daily import probing_job
 from membrane.core.erasers.closed_form.job import Job, erase
 from membrane.core.errors import ErasureError
 from membrane.core.families.unet import TEXT
@@ -248,6 +250,56 @@ def test_a_file_without_them_is_as_before(tmp_path):
     assert native.load(tmp_path / "a.safetensors").maps["text"].probes == ()
 
 
+def layers(*found, kind="low_rank", names=("star",), **entries):
+    """An adapter that changes one layer, with probes at text entries."""
+    cls = KINDS[kind]
+    return ErasureAdapter(
+        Card("SPM", names), {kind: {"a.b": cls(randn(4, 1), randn(1, 4), 1.0)}}, layer_probes={"text": found, **entries}
+    )
+
+
+def test_of_an_adapter_on_layers_they_open_its_one_gate():
+    """The best of its concepts and entries counts; a text of another width opens nothing."""
+    two = layers(probe(0), probe(1, seed=2), names=("star", "moon"), pooled=(probe(1, seed=3),))
+    assert two.probed and not layers(probe(0), names=("star", "moon")).probed and not layers().probed
+    stack = stack_of(two)
+    gates = gates_of(stack)
+    assert [(g.concepts, g.label) for g in gates] == [((0, 1), "star, moon")] and columns(stack, ()) == {0: (0, 1)}
+    text, pooled = randn(60, 1, WIDTH, seed=12), randn(60, 1, WIDTH, seed=13)
+    found = gate_values(gates, meanings(stack, {"text": text, "pooled": pooled}))[:, 0]
+    best = torch.stack([probe().match(text), probe(seed=2).match(text), probe(seed=3).match(pooled)]).amax(dim=0)
+    assert torch.equal(found, best) and {0.0, 1.0} < set(found.tolist())
+    assert not meanings(stack, {"text": randn(2, 5, WIDTH + 1)}).any()
+
+
+def test_an_adapter_on_layers_without_them_says_how_it_gets_them():
+    sentence = "^The adapter star has no probe .*; connect clip .* computed, or set .*"
+    with pytest.raises(ErasureError, match=sentence):
+        make_plan(stack_of(layers()))
+
+
+def test_the_texts_that_tell_an_adapter_of_layers():
+    """Its own concepts in the captions for anything, its surrogates and what its card says that it keeps."""
+    card = Card("SPM", ("star", "moon"), ("circle",), settings={"preserve": ["heart", 5]})
+    job = probing_job(card)
+    assert [(c.text, c.surrogate) for c in job.concepts] == [("star", "circle"), ("moon", "")]
+    assert job.preserve == ("heart", "circle") and job.templates == CAPTIONS
+    assert probing_job(Card("LoRA", ("star",), settings={"preserve": "heart"})).preserve == ()
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "text_rows"])
+def test_those_of_layers_are_kept_in_files_of_every_version(tmp_path, kind):
+    file, saved = tmp_path / "a.safetensors", layers(probe(0), probe(0, seed=4), kind=kind, t5=(probe(0, seed=3),))
+    native.save(saved, file)
+    found = native.load(file)
+    assert found.probed and found.probes.keys() == {"text", "t5"}
+    for entry, own in saved.probes.items():
+        for a, b in zip(own, found.probes[entry], strict=True):
+            assert (a.concept, a.low, a.high) == (b.concept, b.low, b.high) and torch.equal(a.vector, b.vector)
+    native.save(layers(kind=kind), file)
+    assert not native.load(file).probes and not any(key.startswith("probes.") for key in load_file(file))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -270,13 +322,31 @@ def test_a_file_without_them_is_as_before(tmp_path):
     ],
 )
 def test_tampered_probes_are_refused(tmp_path, change):
-    file = tmp_path / "a.safetensors"
-    native.save(adapter(probe()), file)
+    require_refused(tmp_path / "a.safetensors", adapter(probe()), "text_map", change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"probe": torch.ones(2, WIDTH)},
+        {"probe": torch.ones(WIDTH)},
+        {"probe": torch.zeros(1, 0)},
+        {"probe_concept": torch.tensor([1], dtype=torch.int32)},
+        {"probe_range": None},
+    ],
+)
+def test_tampered_probes_of_layers_are_refused(tmp_path, change):
+    require_refused(tmp_path / "a.safetensors", layers(probe()), "probes.text", change)
+
+
+def require_refused(file, saved, prefix, change):
+    """That a file is refused whose probes were changed."""
+    native.save(saved, file)
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    tensors = load_file(file) | {f"text_map.{part}": value for part, value in change.items()}
+    tensors = load_file(file) | {f"{prefix}.{part}": value for part, value in change.items()}
     save_file({k: v for k, v in tensors.items() if v is not None}, file, metadata)
     with pytest.raises(ErasureError, match='^"a.safetensors" holds probes that .* damaged, save the adapter again.$'):
         native.load(file)

@@ -6,9 +6,9 @@ between families, which rows of a prompt carry a concept and whether the pooled 
 family themselves.
 """
 
-from ...text.captions import AUTOMATIC, captions_of
-from ...text.concepts import parse_templates
-from .job import Job
+from ...text.captions import AUTOMATIC, captions_of, is_automatic, templates_of
+from ...text.concepts import Concept, parse_templates
+from .job import Job, unlisted
 
 METHOD = "UCE"
 MOST_NAMED = 5  # concepts in a receipt
@@ -21,9 +21,19 @@ def daily_job(remove, preserved, kind, method=METHOD, replace_with="", templates
     so do its captions for the templates "automatic".
     """
     captions = captions_of(kind)
-    shapes = captions.templates if templates.strip().lower() in ("", AUTOMATIC) else parse_templates(templates)
+    built_in = is_automatic(templates) or not templates.strip()
+    shapes = captions.templates if built_in else parse_templates(templates)
     surrogate = replace_with.strip() or captions.surrogate
-    return Job.from_text(remove, surrogate, preserved, method=method, templates=shapes, **settings)
+    return Job.from_text(remove, surrogate, preserved, method=method, templates=shapes, built_in=built_in, **settings)
+
+
+def probing_job(card):
+    """Job whose texts tell the concepts of a Card, of an adapter that was made in another way, from what it keeps."""
+    surrogates = (*card.surrogates, *[""] * len(card.concepts))
+    concepts = tuple(Concept(text, surrogate) for text, surrogate in zip(card.concepts, surrogates))
+    listed = card.settings.get("preserve")
+    kept = tuple(line for line in listed if isinstance(line, str)) if isinstance(listed, list) else ()
+    return Job.of(concepts, (*kept, *unlisted(concepts, kept)), templates_of(AUTOMATIC))
 
 
 def receipt(job):

@@ -183,7 +183,7 @@ def require_uncovered(model, plan, inside):
 def _texts(model, stack):
     """Texts of the entries of a MODEL that gates of a stack follow by meaning, None where none does."""
     adapters = [stack.entries[number].adapter for number, _ in follow_meaning(stack)]
-    wanted = {name for adapter in adapters for name, found in adapter.maps.items() if found.probes}
+    wanted = {name for adapter in adapters for name in adapter.probes}
     return Texts(model, [entry for entry in text_entries(model) if entry.name in wanted]) if wanted else None
 
 

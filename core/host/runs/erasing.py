@@ -18,6 +18,7 @@ from ..patches.stack import apply_stack
 from ..text.encode import fingerprint
 from ..text.entries import encode_entries
 from ..text.kept import KEPT
+from .probing import probed
 
 TEXT, WEIGHTS = "text", "weights"  # what an erasure is put on
 PLACES = (TEXT, WEIGHTS)
@@ -31,7 +32,7 @@ def erasure_of(job, model, clip, begin, pooled=None, role=""):
     too, None as the family needs it. role: ".key" or ".value" for only those layers, as changes of this MODEL's; "" for
     the text itself.
     """
-    prompts, needs_gram = job.prompts(), METHODS[job.method].needs_gram
+    prompts, needs_gram = job.prompts(), METHODS[job.method].needs_gram(job)
     count = len(list(text_readers(model))) if needs_gram else 0
     everyday = everyday_captions()
     progress = begin(len(prompts) + len(everyday) + count + job.rounds)
@@ -74,7 +75,8 @@ def following(adapter, wanted=FOLLOWS):
 def computed(stack, model, clip, begin):
     """(A stack with its words computed for a MODEL and its CLIP, the Jobs of those that act).
 
-    begin: as erasure_of() takes it. Words that were computed lately for the same two are not computed again.
+    begin: as erasure_of() takes it. Words that were computed lately for the same two are not computed again. Adapters
+    that change layers get the probes that they need, see probed().
     """
     entries, jobs = [], []
     for entry in stack.entries:
@@ -83,7 +85,7 @@ def computed(stack, model, clip, begin):
             opens = following(solved.adapter, entry.permeability)
             entry = replace(entry, adapter=entry.adapter.computed(solved.adapter), permeability=opens)
             jobs.append(solved.job)
-        entries.append(entry)
+        entries.append(probed(entry, model, clip, begin))
     return ErasureStack(tuple(entries)), jobs
 
 
