@@ -39,10 +39,12 @@ STORE = ROOT / "output" / "erasure_dit"
 STEPS, CFG = 6, 1.0
 GUIDED = 1.5  # the model's card; where the negative prompt counts
 PLAIN, OTHER = 32, 4  # pictures in the plain caption, and in each other style
+BACKGROUNDS = [("snow", "coal")]
 TASKS = {
     "1 shape": ("shape", SHAPES[:1]),
     "1 colour": ("colour", COLOURS[:1]),
     "1 texture": ("texture", TEXTURES[:1]),
+    "1 background": ("background", BACKGROUNDS),
     "4 shapes": ("shape", SHAPES),
     "4 colours": ("colour", COLOURS),
 }

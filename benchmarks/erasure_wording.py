@@ -35,6 +35,7 @@ BATCH, STEPS, CFG, SIZE, LATENT_SCALE = 24, 6, 1.0, 128, 0.18215
 IN_STYLE_PICTURES, HELD_OUT_PICTURES, SYNONYMS = 16, 4, 24  # a cell, a style, and the style of synonyms
 KNOWN = 0.9  # share that the unerased model draws rightly in a style that counts
 MODELS = {"day": "normal", "transformer": "simple"}  # variant of the demo model: scheduler on its card
+SCHEDULERS = MODELS | {"night": MODELS["day"]}
 BARE = "{}"
 METHODS = {  # name: (settings of the node, whether the other values are preserved, permeability where it has one)
     "UCE, bare word": ({"templates": BARE}, True),
@@ -65,7 +66,7 @@ class Painter:
     """Pictures of prompts, several prompts in one KSampler run; the text of a prompt is encoded once."""
 
     def __init__(self, node, variant, steps=STEPS, cfg=CFG):
-        self.node, self.scheduler, self.texts, self.plain = node, MODELS[variant], {}, {}
+        self.node, self.scheduler, self.texts, self.plain = node, SCHEDULERS[variant], {}, {}
         self.steps, self.cfg = steps, cfg
         self.model, self.clip, _ = node("MembraneDemoModel", variant=variant)
 

@@ -3,8 +3,9 @@
 The star is erased in favour of the circle, with the pack's own nodes. Each method's adapter is then taken at the least
 of STRENGTHS at which the judge sees the star in at most ALLOWED of the pictures with it, so that all of them erase
 alike; what never gets there is listed at its best strength. Integrity (Schioppa et al. 2024; the scale is ours) is 1
-for an untouched model and 0 for pictures as different as those from another noise: RMS of pixels over the pictures of
-the seven other shapes, same noise, against the unerased model's own pictures from another noise.
+for an untouched model (the floor: the row "none" measures it) and 0 for pictures as different as those from another
+noise (the ceiling): RMS of pixels over the pictures of the seven other shapes, same noise, against the unerased model's
+own pictures from another noise.
 
 All trained adapters have rank 1 and the same steps, learning rate, captions and kept prompts; anchoring is the weight
 of what is kept. --model transformer runs it there.
@@ -69,28 +70,42 @@ class Judged:
         self.plain = self.painter.paint(self.prompts[1], 5000)
         self.ceiling = rms(self.plain, self.painter.paint(self.prompts[1], 9000))
 
-    def row(self, adapter, strength):
-        """What is left of the star, what is kept and its integrity, for an adapter at a strength; None for none."""
-        model = self.demo[0]
-        if adapter is not None:
-            stack = self.node("MembraneStack", adapter=adapter, strength=strength, permeability="fixed")[0]
-            model = self.node("MembraneApply", model=model, clip=self.demo[1], stack=stack)[0]
-        pictures = [self.painter.paint(p, seed, model=model) for p, seed in zip(self.prompts, (1000, 5000))]
-        left, kept = (int(quality.rights(self.judge, p, s)[ATTRIBUTE].sum()) for p, s in zip(pictures, self.sets))
-        found = integrity_of(rms(self.plain, pictures[1]), self.ceiling)
+    def applied(self, adapter, strength):
+        """The MODEL with an adapter at a strength."""
+        stack = self.node("MembraneStack", adapter=adapter, strength=strength, permeability="fixed")[0]
+        return self.node("MembraneApply", model=self.demo[0], clip=self.demo[1], stack=stack)[0]
+
+    def right(self, which, pictures):
+        """How many pictures of the erased (0) or the kept prompts (1) the judge takes for what the prompt says."""
+        return int(quality.rights(self.judge, pictures, self.sets[which])[ATTRIBUTE].sum())
+
+    def left(self, model):
+        """Pictures in which the star is still seen."""
+        return self.right(0, self.painter.paint(self.prompts[0], 1000, model=model))
+
+    def row(self, model, strength, left):
+        """A row of the table: what a MODEL keeps and its integrity, beside what is left of the star."""
+        pictures = self.painter.paint(self.prompts[1], 5000, model=model)
         return {
-            "strength": strength, "left": left, "of": len(pictures[0]), "kept": kept, "kept_of": len(pictures[1]),
-            "integrity": found,
+            "strength": strength, "left": left, "of": ERASED * quality.BATCH, "kept": self.right(1, pictures),
+            "kept_of": len(pictures), "integrity": integrity_of(rms(self.plain, pictures), self.ceiling),
         }  # fmt: skip
 
+    def untouched(self):
+        """The row of the unerased model."""
+        return self.row(self.demo[0], 0.0, self.left(self.demo[0]))
+
     def erased(self, adapter):
-        """The row of the least strength that erases enough, or of the one that leaves least."""
-        rows = []
+        """The row of the least strength that erases enough, or of the least of those that leave least."""
+        best = None
         for strength in STRENGTHS:
-            rows.append(self.row(adapter, strength))
-            if rows[-1]["left"] <= ALLOWED * rows[-1]["of"]:
-                return rows[-1]
-        return min(rows, key=lambda row: row["left"])
+            model = self.applied(adapter, strength)
+            left = self.left(model)
+            if best is None or left < best[2]:
+                best = model, strength, left
+            if left <= ALLOWED * ERASED * quality.BATCH:
+                break
+        return self.row(*best)
 
 
 def rms(a, b):
@@ -126,7 +141,7 @@ def measure(node, variant, store, steps, say):
     }
     for name, make in methods.items():
         if name not in rows:
-            rows[name] = judged.erased(make(node, judged.demo)) if make else judged.row(None, 0.0)
+            rows[name] = judged.erased(make(node, judged.demo)) if make else judged.untouched()
             quality.write(store, json.dumps(rows, indent=1) + "\n")
         say(line(name, rows[name]))
     return rows

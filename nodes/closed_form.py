@@ -113,7 +113,8 @@ def editions():
         "edition": inputs.choice(
             EDITIONS, EDITIONS[0], "UCE and SPEED. first: as before. scripts of 2025: UCE edits and preserves "
             "the last token of the concept alone, and no empty prompt; SPEED sums over all tokens and keeps "
-            "the best of 20 clusterings of the empty prompt.",
+            "the best of 20 clusterings of the empty prompt. augmented: SPEED also protects what lies around your "
+            "preserved prompts, as published.",
         ),
         "lam": inputs.number(
             0.0, 0.0, 100.0, 0.0001, "SPEED: slack of what the start token and the empty prompt keep. 0 keeps "
@@ -122,6 +123,24 @@ def editions():
         "prior_filter": inputs.switch(
             True, "SPEED: protect only preserved prompts that the erasure would disturb more than the mean, as "
             "published. Off: protect all of them.",
+        ),
+    }  # fmt: skip
+
+
+def rounds():
+    """The weights of UCE's three terms in RECE's rounds."""
+    return {
+        "edit_erase_scale": inputs.number(
+            1.0, 0.0001, 100.0, 0.0001, "RECE: weight of what its rounds erase. Higher erases more of the vectors that "
+            "they find.", round=False,
+        ),
+        "edit_preserve_scale": inputs.number(
+            0.1, 0.0001, 100.0, 0.0001, "RECE: weight of the preserved prompts in its rounds. Higher protects them "
+            "better. The published value is 0.1.", round=False,
+        ),
+        "edit_anchor": inputs.number(
+            0.1, 0.0001, 100.0, 0.0001, "RECE: weight of changing nothing in its rounds. Higher is gentler. The "
+            "published value is 0.1.", round=False,
         ),
     }  # fmt: skip
 

@@ -40,7 +40,7 @@ RARELY_USED = (
 class MembraneErase:
     TITLE = "Erase Concepts (Expert)"
     DESCRIPTION = (
-        "Removes concepts from the model in closed form, without any training, with every setting of every method. The "
+        "Removes concepts from the model in closed form, without any training, with the settings of every method. The "
         "result is an ordinary MODEL; nothing on disk changes, and the erasure itself comes out as an adapter that can "
         "be saved and stacked. For daily use there is Erase Concepts."
     )

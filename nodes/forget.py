@@ -103,7 +103,7 @@ class MembraneForgetSettings:
         )  # fmt: skip
         required = {**closed_form.method(), "replace_with": replace_with}
         optional = {"templates": templates, **closed_form.scales(), **closed_form.numbers(), **closed_form.more()}
-        optional |= closed_form.editions()
+        optional |= {**closed_form.editions(), **closed_form.rounds()}
         advanced = [name for name in optional if name != "templates"]
         return labelled({"required": required, "optional": optional}, advanced)
 

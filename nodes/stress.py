@@ -112,15 +112,14 @@ class MembraneStressTest:
         search_seeds=1, kept="", wording="",
     ):  # fmt: skip
         concept, classes = concept.strip(), classes_of(classifier, class_names)
-        judge = judge_of(classifier, classes, *inputs.vision(clip_vision, class_clip))
-        require_class(concept, classes, judge)
+        require_class(concept, classes, judge := judge_of(classifier, classes, *inputs.vision(clip_vision, class_clip)))
         test = StressTest(concept, parse_templates(captions), partial(conditioning, clip), judge)
-        kinds, searches, reworded = ATTACKS[attacks], search_seeds * len(STARTS), wordings(wording, concept)
+        test.reword(wordings(wording, concept))
+        kinds, searches = ATTACKS[attacks], search_seeds * len(STARTS)
         attempts = {DERIVED: len(test.captions), WORDS: prompts_tried, GRADIENT: searches}
         stages = {DERIVED: len(list(text_readers(original))), WORDS: generations, GRADIENT: searches * search_steps}
-        progress = Progress(sum(stages.values()) + sum(attempts[kind] for kind in kinds) + len(reworded) + 2)
+        progress = Progress(sum(stages.values()) + sum(attempts[kind] for kind in kinds) + len(test.attempts) + 2)
         settings, empty = Sampling(steps, cfg, sampler_name, scheduler_name, width, height), conditioning(clip, "")
-        test.reword(reworded)
         if DERIVED in kinds:
             test.derive(attack_grams(original, erased, progress.at), penalty)
         progress.next_phase(stages[DERIVED])

@@ -54,8 +54,8 @@ class TrainingRun:
     save_every: steps after which it is written anew; start: steps that are done already; preview_every: steps after
     which a picture of the first concept is shown, 0 for none; show(step, latents): called after each step, latents (1,
     4, h, w) or None, may raise to stop; say(text): called with a line on how it goes; path: of the roll-outs,
-    None for Stable Diffusion's noise schedule. probes: {text
-    entry: Probes} that go with the adapter. original: the same picture without the adapter, once one was shown.
+    None for Stable Diffusion's noise schedule. probes: {text entry: Probes} that go with the adapter. original: the
+    same picture without the adapter, once one was shown.
     """
 
     card: Card

@@ -7,12 +7,15 @@ with those behind it too, so a set varies what stands on both sides of the conce
 pattern, a noun behind an adjective, an action, a place. What is to be kept is put into the same captions. In styles
 that no set has, those for anything leave no star in 48 pictures of either demo model (erasure_wording.md, there);
 they were chosen with that measure in view, and no set was measured on a person or a painter.
+
+A caption of a set that has one of the erased concepts in its own words is left out: "a red {}" says nothing about
+erasing red, and what is kept would be kept in it with the red that is to go.
 """
 
 from dataclasses import dataclass
 
 from ..errors import ErasureError
-from .concepts import parse_templates
+from .concepts import mentions, parse_templates
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,18 @@ def captions_of(kind):
 AUTOMATIC = "automatic"
 
 
+def fitting(templates, words):
+    """Those of the templates that have none of the words themselves."""
+    return tuple(template for template in templates if not any(mentions(template, word) for word in words))
+
+
+def is_automatic(text):
+    """Whether a text is the one word "automatic"."""
+    return text.strip().lower() == AUTOMATIC
+
+
 def templates_of(text):
     """Templates that a text names: those of any kind of concept for the one word "automatic", else its lines."""
-    if text.strip().lower() == AUTOMATIC:
+    if is_automatic(text):
         return list(captions_of("anything").templates)
     return parse_templates(text)

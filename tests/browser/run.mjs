@@ -2,6 +2,7 @@
 
 import { Absent, launch, openPage } from "./page.mjs";
 import { SCENARIOS } from "./scenarios.mjs";
+import { HOUR } from "./scenarios_hour.mjs";
 import { PARTS } from "./scenarios_parts.mjs";
 import { ROWS } from "./scenarios_rows.mjs";
 
@@ -13,7 +14,7 @@ try {
         let page, error = null, absent = null;
         try {
             page = await openPage(browser, url);
-            await { ...SCENARIOS, ...PARTS, ...ROWS }[name](page);
+            await { ...SCENARIOS, ...PARTS, ...ROWS, ...HOUR }[name](page);
             const problems = page.problems.filter((problem) => problem.includes("/extensions/membrane/"));
             if (problems.length) error = `scripts failed: ${problems.join("; ")}`;
         } catch (failure) {

@@ -1,13 +1,18 @@
-"""Rows of words, menus, dropped files and hints, in a real browser on a real server: what scenarios_rows.mjs does."""
+"""Rows of words, menus, dropped files, hints and the first hour, in a real browser on a real server.
+
+What scenarios_rows.mjs and scenarios_hour.mjs do there.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
 
-SCENARIOS = re.findall(
-    r"(?m)^    async (\w+)\(", (Path(__file__).parent / "scenarios_rows.mjs").read_text(encoding="utf-8")
-)
+SCENARIOS = [
+    name
+    for file in ("scenarios_rows.mjs", "scenarios_hour.mjs")
+    for name in re.findall(r"(?m)^    async (\w+)\(page\)", (Path(__file__).parent / file).read_text(encoding="utf-8"))
+]
 
 
 @pytest.mark.workflow

@@ -56,6 +56,24 @@ def demo(request, node):
     return node("MembraneDemoModel", **request.param)
 
 
+@pytest.fixture(scope="module", params=["day", "transformer"])
+def either(request, node):
+    """((MODEL, CLIP, VAE), scheduler) of the demo model's U-Net and of its transformer."""
+    from membrane.core.host.compat import has_flux
+
+    if request.param == "transformer" and not has_flux():
+        pytest.skip("this host has no Flux")
+    scheduler = "simple" if request.param == "transformer" else "normal"
+    return node("MembraneDemoModel", variant=request.param), scheduler
+
+
+@pytest.fixture
+def inference():
+    """Inference mode, in which hosts run nodes."""
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="module")
 def text(node, demo):
     """text(prompt) -> CONDITIONING of the demo model."""
@@ -139,3 +157,23 @@ def random_adapter(transformer_layers):
         return ErasureAdapter(Card(method, (concept,)), {"low_rank": changes})
 
     return make
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    """A memory of encoded texts that is empty."""
+    from membrane.core.host.runs import erasing
+    from membrane.core.host.text import entries, kept
+
+    fresh = kept.Kept()
+    for module in (entries, erasing):
+        monkeypatch.setattr(module, "KEPT", fresh)
+
+
+@pytest.fixture
+def encodes(demo, monkeypatch):
+    """A list that grows by one for every call of the text encoder."""
+    model, calls = demo[1].cond_stage_model, []
+    encode = model.encode_token_weights
+    monkeypatch.setattr(model, "encode_token_weights", lambda *args: (calls.append(1), encode(*args))[1])
+    return calls

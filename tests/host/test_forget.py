@@ -8,7 +8,7 @@ import pytest
 import torch
 from membrane.core.errors import ErasureError
 from membrane.core.host.page import saving
-from membrane.core.host.patches.stack import applied
+from membrane.core.host.patches.stack import applied, applied_stack
 from membrane.core.text.captions import KINDS, captions_of
 
 CIRCLE = {"remove": "star -> circle", "keep": "heart\nsquare", "kind": "object"}
@@ -51,6 +51,30 @@ def test_strength_nought_is_the_model_itself(demo, forget):
     assert forget(strength=0.0)[0] is demo[0]
 
 
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize("name", ["MembraneForget", "MembraneErase"])
+def test_another_strength_encodes_no_text_again(node, demo, encodes, name):
+    words = CIRCLE if name == "MembraneForget" else {"concepts": "star -> circle", "preserve": "heart"}
+    first = node(name, model=demo[0], clip=demo[1], **words, strength=1.0)
+    before = len(encodes)
+    assert before > 0
+    second = node(name, model=demo[0], clip=demo[1], **words, strength=0.9)
+    assert len(encodes) == before
+    assert [applied_stack(found[0]).entries[0].strength for found in (first, second)] == [1.0, 0.9]
+    node(name, model=demo[0], clip=demo[1], **{**words, next(iter(words)): "heart -> circle"}, strength=0.9)
+    assert len(encodes) > before
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_another_strength_of_what_opens_by_words_encodes_no_text_again(node, demo, encodes, forget):
+    adapter = forget()[2]
+    before = len(encodes)
+    for strength in (1.0, 0.9, 0.8):
+        stack = node("MembraneStack", adapter=adapter, strength=strength, permeability="facilitated transport")[0]
+        node("MembraneApply", model=demo[0], clip=demo[1], stack=stack)
+        assert len(encodes) == before + 1  # the concept and the empty prompt
+
+
 def test_nothing_to_remove_is_one_sentence(forget):
     with pytest.raises(ErasureError, match="^No concept to erase was given; write at least one"):
         forget(remove=" \n")
@@ -85,12 +109,25 @@ def test_settings_as_they_come_change_nothing(node, forget):
     assert found.card == expected.card and torch.equal(found.maps["text"].a, expected.maps["text"].a)
 
 
+def test_the_weights_of_the_rounds_reach_the_method(node, forget):
+    words = {"method": "RECE", "epochs": 1}
+    plain, own = (
+        forget(remove="star", settings=node("MembraneForgetSettings", **words, **given)[0])[2]
+        for given in ({}, {"edit_erase_scale": 3.0, "edit_preserve_scale": 0.5, "edit_anchor": 0.7})
+    )
+    names = ("edit_erase_scale", "edit_preserve_scale", "edit_anchor")
+    assert [own.card.settings[name] for name in names] == [3.0, 0.5, 0.7]
+    assert not torch.equal(own.maps["text"].matrix(), plain.maps["text"].matrix())
+
+
 def test_every_setting_has_its_input(pack):
     types_of = pack.NODE_CLASS_MAPPINGS["MembraneForgetSettings"].INPUT_TYPES()
     names = [name for group in types_of.values() for name in group]
     expert = pack.NODE_CLASS_MAPPINGS["MembraneErase"]
     others = {"model", "clip", "concepts", "preserve", "strength", "preset", "apply_to"}
-    assert set(names) == set(inspect.signature(expert.erase).parameters) - {"self"} - others
+    only_here = {"edit_erase_scale", "edit_preserve_scale", "edit_anchor"}  # of RECE's rounds
+    assert only_here <= set(names)
+    assert set(names) - only_here == set(inspect.signature(expert.erase).parameters) - {"self"} - others
 
 
 @pytest.mark.parametrize("name", ["MembraneForget", "MembraneErase"])

@@ -9,7 +9,6 @@ from membrane.core.adapters.deltas.text_map import TextMap
 from membrane.core.adapters.permeability import Permeability
 from membrane.core.adapters.stack import Entry, ErasureStack
 from membrane.core.errors import ErasureError
-from membrane.core.host.demo import model as demo_model
 from membrane.core.host.model.layers import text_entries
 from membrane.core.host.patches.stack import applied, apply_stack
 from membrane.core.host.runs import probing
@@ -21,11 +20,9 @@ OTHERS = "a dotted red heart on snow", "a striped blue ring on coal", "a photo o
 MEANING = Permeability("meaning")
 
 
-@pytest.fixture(scope="module", params=["day", "transformer"])
-def demo(request, node):
-    if request.param == "transformer" and not demo_model.has_flux():
-        pytest.skip("this host has no Flux")
-    return node("MembraneDemoModel", variant=request.param)
+@pytest.fixture(scope="module")
+def demo(either):
+    return either[0]
 
 
 @pytest.fixture(scope="module", params=["", "heart\nring\nsquare"], ids=["no list", "list"])

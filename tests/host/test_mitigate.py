@@ -10,14 +10,9 @@ from membrane.core.erasers.mitigation import LEAVE, PADDING, START
 from membrane.core.errors import ErasureError
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample, seeded_noise
 
+pytestmark = pytest.mark.usefixtures("inference")
 MEMORISED, PLAIN = "portrait of captain bolt", "a red star on snow"
 SEEDS, CFG = [3, 4, 5], 2.0
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture

@@ -9,28 +9,19 @@ from membrane.benchmarks.memorization_detection import copies
 from membrane.core.demo.world import rgb_to_latent
 from membrane.core.erasers.shield import likeness, patterns
 from membrane.core.errors import ErasureError
-from membrane.core.host.compat import has_flux
 from membrane.core.host.patches.shield import Shield
 from membrane.core.host.runs.sampling import Sampling, conditioning, decode, sample
 from membrane.tools.pixel_world import world
 from membrane.tools.tiny import networks
 
-SETTINGS = Sampling(12, 1.5, "euler", "normal", 128, 128)
+pytestmark = pytest.mark.usefixtures("inference")
 SEEDS = [100, 101, 102, 103]
 COPIED = (0, 5)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module", params=["day", "transformer"])
-def demo(request, node):
-    if request.param == "transformer" and not has_flux():
-        pytest.skip("this host has no Flux")
-    return node("MembraneDemoModel", variant=request.param)
+@pytest.fixture(scope="module")
+def demo(either):
+    return either[0]
 
 
 @pytest.fixture(scope="module")

@@ -7,32 +7,17 @@ from membrane.benchmarks.memorization_detection import copies
 from membrane.benchmarks.memorization_mitigation import recognisable
 from membrane.core.erasers.mitigation import Softening
 from membrane.core.errors import ErasureError
-from membrane.core.host.compat import has_flux
 from membrane.core.host.runs.batching import join
 from membrane.core.host.runs.gradients import softened_text
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, preview_pictures, sample, seeded_noise
 from membrane.core.host.runs.softening import Softener
 from membrane.tools.pixel_world import world
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("inference")]
 COPIED, ORDINARY = 0, "a red star on snow"
 OTHERS = "a striped blue heart on sand\na green moon on coal\na pink cross on snow"
 SMALL = {"cfg": 1.5, "width": 128, "height": 128, "seeds": 1}
 SEEDS = [100, 101, 102]
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module", params=["day", "transformer"])
-def either(request, node):
-    if request.param == "transformer" and not has_flux():
-        pytest.skip("this host has no Flux")
-    scheduler = "simple" if request.param == "transformer" else "normal"
-    return node("MembraneDemoModel", variant=request.param), scheduler
 
 
 @pytest.fixture

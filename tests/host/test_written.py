@@ -7,7 +7,8 @@ import torch
 from membrane.core.errors import ErasureError
 from membrane.core.host.patches.stack import applied_stack
 from membrane.core.host.runs import erasing
-from membrane.core.host.text import entries, kept
+
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 MEANING = {"mode": "meaning"}
 
@@ -18,22 +19,6 @@ def stack_of(*rows):
 
 def row(words="star -> circle", **fields):
     return {"words": words, "keep": "heart\nsquare", "kind": "object", "permeability": MEANING, **fields}
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch):
-    fresh = kept.Kept()
-    for module in (entries, erasing):
-        monkeypatch.setattr(module, "KEPT", fresh)
-
-
-@pytest.fixture
-def encodes(demo, monkeypatch):
-    """A list that grows by one for every call of the text encoder."""
-    model, calls = demo[1].cond_stage_model, []
-    encode = model.encode_token_weights
-    monkeypatch.setattr(model, "encode_token_weights", lambda *args: (calls.append(1), encode(*args))[1])
-    return calls
 
 
 @pytest.fixture

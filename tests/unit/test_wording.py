@@ -2,9 +2,10 @@
 
 import pytest
 from membrane.core.erasers.closed_form.daily import daily_job
-from membrane.core.erasers.closed_form.presets import PRESETS
+from membrane.core.erasers.closed_form.job import Job
+from membrane.core.erasers.closed_form.presets import CUSTOM, PRESETS, chosen
 from membrane.core.text.captions import KINDS, captions_of, templates_of
-from membrane.core.text.concepts import fill
+from membrane.core.text.concepts import fill, mentions
 from membrane.tools.pixel_world import world
 from membrane.tools.pixel_world.styles import IN_STYLE, captions_in, styles_of
 
@@ -32,7 +33,35 @@ def test_what_is_kept_stands_in_every_caption(kind):
     assert {fill(template, "heart") for template in captions_of(kind).templates} <= set(job.captions())
 
 
-@pytest.mark.parametrize("attribute", ["shape", "colour", "texture"])
+def test_a_built_in_caption_that_names_a_concept_is_left_out():
+    job = daily_job("striped -> plain\nRed", ("dotted", "green"), "anything")
+    assert 12 <= len(job.templates) < 24 and set(job.templates) < set(captions_of("anything").templates)
+    assert not any(mentions(prompt, "striped") or mentions(prompt, "red") for prompt in job.captions())
+    assert "a dotted {} heart" in job.templates  # what is kept may stand in it
+    assert job.templates == daily_job("RED\nstriped", (), "anything").templates
+
+
+def test_own_captions_are_all_taken_with_the_anchor_weight_as_it_is():
+    own = daily_job("striped", (), "anything", templates="a striped {}\n{}", anchor=0.2)
+    assert own.templates == ("a striped {}", "{}") and own.settings.anchor == 0.2
+
+
+@pytest.mark.parametrize("method", ["UCE", "RECE"])
+def test_the_anchor_weight_counts_for_each_pair_of_built_in_captions(method):
+    given = {"templates": "automatic", "anchor": 0.2}
+    expert = Job.from_text("red", "", (), method=method, **chosen(CUSTOM, method, 0, given))
+    assert len(expert.templates) == 23 and expert.settings.anchor == pytest.approx(23 * 0.2)
+    assert daily_job("red", (), "anything", method=method, **given) == expert
+    several = daily_job("star\nmoon", (), "anything", method=method, **given)
+    assert len(several.templates) == 24 and several.settings.anchor == pytest.approx(48 * 0.2)
+
+
+def test_published_presets_keep_their_captions_and_their_anchor_weight():
+    job = Job.from_text("picture", "", (), **chosen("object", "UCE", 0, {"templates": "automatic"}))
+    assert job.templates == PRESETS["object"].templates and job.settings.anchor == 0.5
+
+
+@pytest.mark.parametrize("attribute", ["shape", "colour", "texture", "background"])
 def test_no_template_of_the_pack_writes_a_held_out_style(attribute):
     sprites = world.from_index(range(0, 1024, 37))
     names = [world.NAMES[attribute][i] for i in getattr(sprites, attribute)]

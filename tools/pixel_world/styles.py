@@ -7,6 +7,7 @@ words of a sprite; the demo models draw all of them rightly (benchmarks/results/
 from membrane.tools.pixel_world import world
 
 IN_STYLE = "plain caption"  # the one style that benchmarks write templates in
+GROUND = "ground"  # what a style calls the background
 
 
 def _plain(shape, colour, texture, ground):
@@ -33,18 +34,18 @@ def _longer(shape, colour, texture, ground):
     return f"a small drawing, {_plain(shape, colour, texture, ground)}, {ground} background, pixel art"
 
 
-def _emphasis(attribute):
-    """The concept in the host's brackets of emphasis."""
+def _emphasis(word):
+    """The concept, which is one of the four words, in the host's brackets of emphasis."""
 
     def written(**words):
-        return _plain(**words | {attribute: f"({words[attribute]}:1.3)"})
+        return _plain(**words | {word: f"({words[word]}:1.3)"})
 
     return written
 
 
-def _bare(attribute):
+def _bare(word):
     def written(**words):
-        return words[attribute]
+        return words[word]
 
     return written
 
@@ -58,6 +59,7 @@ def styles_of(attribute):
 
     Only shapes have synonyms in this world.
     """
+    word = GROUND if attribute == "background" else attribute
     found = {
         IN_STYLE: _plain,
         "comma list": _comma_list,
@@ -65,8 +67,8 @@ def styles_of(attribute):
         "upper case": _upper_case,
         "other order": _word_first,
         "longer prompt": _longer,
-        "emphasis": _emphasis(attribute),
-        "bare word": _bare(attribute),
+        "emphasis": _emphasis(word),
+        "bare word": _bare(word),
     }
     return found | ({"synonym": _synonym} if attribute == "shape" else {})
 
@@ -75,4 +77,4 @@ def captions_in(style, attribute, sprites):
     """The caption of each sprite in a style of styles_of(attribute)."""
     write = styles_of(attribute)[style]
     words = zip(*([world.NAMES[a][i] for i in getattr(sprites, a)] for a in world.ATTRIBUTES))
-    return [write(**dict(zip(("shape", "colour", "texture", "ground"), each))) for each in words]
+    return [write(**dict(zip(("shape", "colour", "texture", GROUND), each))) for each in words]

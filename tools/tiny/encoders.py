@@ -190,15 +190,15 @@ def _target(made):
     return comfy.supported_models_base.ClipTarget(tokenizer, model), files
 
 
-def encoder(name, seed=0):
-    """CLIP of a family's own encoder class, small and with random weights."""
+def encoder(name, seed=0, full=False):
+    """CLIP of a family's own encoder class with random weights, small, or in its full size."""
     import comfy.sd
 
     made = (ENCODERS | SLOW)[name]
     if "tokenizer_data" not in inspect.signature(comfy.sd.CLIP).parameters:
         raise NotInThisHost("this host has no model_options")
     target, files = _target(made)
-    sizes = {**SMALL, **made.sizes, "dtype": torch.float32, "load_device": CPU, "offload_device": CPU}
+    sizes = {**({} if full else SMALL), **made.sizes, "dtype": torch.float32, "load_device": CPU, "offload_device": CPU}
     with without_eyes():
         clip = comfy.sd.CLIP(target, embedding_directory=None, tokenizer_data=files, model_options=sizes)
     fill(clip.cond_stage_model, seed)

@@ -6,7 +6,7 @@ between families, which rows of a prompt carry a concept and whether the pooled 
 family themselves.
 """
 
-from ...text.captions import AUTOMATIC, captions_of, templates_of
+from ...text.captions import AUTOMATIC, captions_of, is_automatic, templates_of
 from ...text.concepts import Concept, parse_templates
 from .job import Job, unlisted
 
@@ -21,9 +21,10 @@ def daily_job(remove, preserved, kind, method=METHOD, replace_with="", templates
     so do its captions for the templates "automatic".
     """
     captions = captions_of(kind)
-    shapes = captions.templates if templates.strip().lower() in ("", AUTOMATIC) else parse_templates(templates)
+    built_in = is_automatic(templates) or not templates.strip()
+    shapes = captions.templates if built_in else parse_templates(templates)
     surrogate = replace_with.strip() or captions.surrogate
-    return Job.from_text(remove, surrogate, preserved, method=method, templates=shapes, **settings)
+    return Job.from_text(remove, surrogate, preserved, method=method, templates=shapes, built_in=built_in, **settings)
 
 
 def probing_job(card):

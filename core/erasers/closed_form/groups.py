@@ -10,7 +10,7 @@ from ...text.rows import after_start, aligned, last_of, side_by_side, subject
 
 SUBJECT, ALL = TOKENS = ("subject", "all")
 NEEDED, PUBLISHED = ROWS = ("as the encoder needs", "as published")
-FIRST, OF_2025 = EDITIONS = ("first", "scripts of 2025")
+FIRST, OF_2025, AUGMENTED = EDITIONS = ("first", "scripts of 2025", "scripts of 2025, augmented")
 
 
 @dataclass(frozen=True)

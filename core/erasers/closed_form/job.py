@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...adapters.adapter import Card, ErasureAdapter
+from ...text.captions import fitting
 from ...text.concepts import Concept, fill, mentions, parse_concepts, same, up_to
 from .double_projection import DOUBLE_PROJECTIONS
 from .groups import FIRST, NEEDED, SUBJECT
@@ -13,7 +14,7 @@ from .method import METHODS, register
 from .probes import probes_of
 from .rece import RECE, REGULARISED
 from .speed import SPEED
-from .uce import UCE
+from .uce import UCE, Scales
 
 PRESERVED, ONLY_LISTED = REPLACEMENTS = ("preserve", "as published")
 
@@ -49,8 +50,14 @@ class Job:
         return cls(tuple(concepts), tuple(preserve), tuple(templates), method, settings, rows, edition)
 
     @classmethod
-    def from_text(cls, concepts, surrogate, preserve, replacements=PRESERVED, **given):
+    def from_text(
+        cls, concepts, surrogate, preserve, replacements=PRESERVED, templates=("{}",), built_in=False, **given
+    ):
         """A job from the lines of a text: see parse_concepts(); given: as of() takes them.
+
+        built_in: whether the templates are this pack's own. Those that name a concept are left out then, and the anchor
+        weight counts for each pair of prompts: with n of them the sums that it stands beside are n times as large as
+        with one, for which it is published.
 
         Where nothing replaces a concept, Double Projections looks for a safe anchor itself, as published. replacements:
         one of REPLACEMENTS, whether those that no line preserves are preserved as well, see unlisted().
@@ -58,7 +65,10 @@ class Job:
         parsed = parse_concepts(concepts, surrogate)
         added = unlisted(parsed, preserve) if replacements == PRESERVED else ()
         safe_anchor = not any(concept.surrogate for concept in parsed)
-        job = cls.of(parsed, (*preserve, *added), safe_anchor=safe_anchor, **given)
+        templates = fitting(templates, [concept.text for concept in parsed]) if built_in else templates
+        job = cls.of(parsed, (*preserve, *added), templates, safe_anchor=safe_anchor, **given)
+        if built_in and isinstance(job.settings, Scales):
+            job = replace(job, settings=replace(job.settings, anchor=job.settings.anchor * len(job.pairs())))
         return replace(job, added=added)
 
     @property

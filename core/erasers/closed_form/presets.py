@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ...text.captions import templates_of
+from ...text.captions import is_automatic, templates_of
 from .method import METHODS
 
 CUSTOM = "custom"
@@ -41,9 +41,11 @@ def published(kind, method, preserved):
 
 
 def chosen(kind, method, preserved, given):
-    """Settings and templates of a job: for "custom" the given ones, whose templates are lines, else those published."""
+    """Settings and templates of a job, as Job.from_text() takes them: for "custom" the given ones, whose templates are
+    lines, else those published."""
     if kind == CUSTOM:
-        return given | {"templates": tuple(templates_of(given["templates"]))}
+        lines = given["templates"]
+        return given | {"templates": tuple(templates_of(lines)), "built_in": is_automatic(lines)}
     return {"templates": PRESETS[kind].templates, **published(kind, method, preserved)}
 
 

@@ -4,6 +4,7 @@ The published loop edits every cross-attention matrix; with W_l -> W_l P for all
 needs P and the Gram matrix S of the original weights.
 """
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -27,12 +28,12 @@ from .solver import (
     solve_rows,
     stacked,
     text_map,
-    unstable,
 )
 from .uce import PRESET, Scales, target_rows, uce_of, uce_row_terms, uce_solver, uce_terms
 
 PENALTIES = ("length", "outputs", "distance", "both", "replacement")  # what the penalty is on, see Derivation
 EDIT_SCALE = 0.1  # weight of a preserved row in the rounds, of the published code
+EDIT_ANCHOR = 0.1  # weight of changing nothing in the rounds, of the published code
 
 
 class Derivation:
@@ -127,18 +128,21 @@ def derived_by_rows(targets, replacements, p, penalty, penalty_on="length"):
         return inverse.add_(targets, alpha=penalty).div_(1 + penalty)
     scale = 1 / (1 + penalty) if penalty_on == "both" else 1.0
     start = {"length": None, "replacement": replacements}.get(penalty_on, targets)
-    system = p.square()
-    system.diagonal().add_(scale * penalty)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    del system
-    pivots = factor.diagonal().square()
-    if failed or min(pivots.min(), scale * penalty) < 1e-8 * pivots.max():
-        raise _nearly_singular(penalty)
     heard = p.layers.heard(targets)
     if start is not None:
         heard -= p.layers.heard(p.of(start))
-    found = p.transposed(p.layers.back(solve_rows(factor, scale * heard)))
+    found = _ridge(p, scale * heard, scale * penalty, penalty)
     return found if start is None else found.add_(start)
+
+
+def _ridge(p, heard, weight, penalty):
+    """LowRankMap's ridge, by float32 where the weights have no more and it is enough."""
+    for rough in (True, False) if p.layers.single else (False,):
+        try:
+            return p.ridge(heard, weight, rough)
+        except torch.linalg.LinAlgError:
+            if not rough:
+                raise _nearly_singular(penalty) from None
 
 
 def derived_embeddings(concepts, weight_gram, p, penalty, penalty_on="length", replacements=None):
@@ -173,6 +177,18 @@ class Moments:
         return found.sub_(derived)
 
 
+@contextmanager
+def rounds_of(anchor):
+    """What is solved in here is an edit of the rounds, whose weight of changing nothing is theirs and not UCE's."""
+    try:
+        yield
+    except (ErasureError, torch.linalg.LinAlgError):
+        raise ErasureError(
+            f"A round of RECE has no stable solution with an anchor weight of {anchor:g}; take fewer epochs, put the "
+            'penalty on "length" or raise the anchor weight of the rounds in Erase Concepts Settings.'
+        ) from None
+
+
 @dataclass(frozen=True)
 class Rounds:
     """What is the same in every round: RECE's settings, and the Gram matrices S and R^T R, (d, d) float64.
@@ -188,6 +204,7 @@ class Rounds:
     penalty: float
     penalty_on: str
     basis: torch.Tensor | None
+    erase_scale: float
 
     def derivation(self, p, dense):
         """Derivation of the embeddings that the layers W P take for the concepts."""
@@ -195,23 +212,23 @@ class Rounds:
 
     def ridge(self, derived_gram):
         """Ridge of the edit that takes the derived embeddings away; derived_gram: theirs, used up."""
-        return ridge(
-            derived_gram, self.preserve_gram, 1.0, self.preserve_scale, self.anchor, self.count, basis=self.basis
-        )
+        scales = self.erase_scale, self.preserve_scale, self.anchor
+        with rounds_of(self.anchor):
+            return ridge(derived_gram, self.preserve_gram, *scales, self.count, basis=self.basis)
 
 
 class RowsEpoch:
     """One round of RECE on the map P: the edit that takes the derived embeddings c' to the replacements n.
 
-    Of every row it adds the term (P (n - c')) (c'^T G^-1), all of them made at once. edited: P + the terms, or None for
-    the last epoch.
+    Of every row it adds the term s (P (n - c')) (c'^T G^-1), all of them made at once; s: the erase scale. edited: P +
+    the terms, or None for the last epoch.
     """
 
     def __init__(self, rounds, groups, p, last):
         targets, replacements, self.sizes = stacked(groups)
         derived = rounds.derivation(p, dense=False)(targets, replacements)
         solve = rounds.ridge(gram(derived))
-        self.changes, self.rows = p @ replacements.sub_(derived).T, solve(derived)
+        self.changes, self.rows = p @ replacements.sub_(derived).mul_(rounds.erase_scale).T, solve(derived)
         self.edited = None if last else torch.addmm(p, self.changes, self.rows)
 
     def terms(self, run):
@@ -224,10 +241,10 @@ class MomentsEpoch:
     the terms are made for a few concepts at a time, when they are asked for. moments: Moments of the groups."""
 
     def __init__(self, rounds, groups, moments, p, last):
-        self.groups = groups
+        self.groups, self.erase_scale = groups, rounds.erase_scale
         derive = rounds.derivation(p, dense=True)
         derived_gram = moments.derived(derive)
-        change = None if last else moments.missing(derive, derived_gram)
+        change = None if last else moments.missing(derive, derived_gram).mul_(rounds.erase_scale)
         solve = rounds.ridge(derived_gram)
         self.edited = None if last else torch.addmm(p, p, solve(change))
         # A = of_replacements[0] n - of_targets[0] c, B = c of_targets[1] + n of_replacements[1]
@@ -240,21 +257,23 @@ class MomentsEpoch:
         """[(A (d, n), B (n, d))] of some concepts."""
         targets, replacements, index, sizes = shared(self.groups[run])
         changes = (replacements @ self.of_replacements[0].T)[index].T
-        changes.addmm_(self.of_targets[0], targets.T, alpha=-1.0)
+        changes.addmm_(self.of_targets[0], targets.T, alpha=-1.0).mul_(self.erase_scale)
         rows = targets @ self.of_targets[1]
         if self.of_replacements[1] is not None:
             rows += (replacements @ self.of_replacements[1])[index]
         return list(zip(changes.split(sizes, 1), rows.split(sizes)))
 
 
-def held_rows(groups, preserve_scale):
+def held_rows(groups, preserve_scale, erase_scale=1.0):
     """Blocks of the concepts' own rows c, which the rounds are to leave where UCE's edit took them.
 
     A derived embedding c' lies where that edit does not reach, or beyond: what tells it from the preserved rows is then
     the opposite of what tells c from them, and the round that takes c' to the replacement takes c back to the concept.
-    Kept at the weight of a target, c stays erased. preserve_scale: weight of a preserved row in the rounds.
+    Kept at the weight of a target, c stays erased. preserve_scale, erase_scale: weights of a preserved row and of a
+    target in the rounds.
     """
-    return [rows * preserve_scale**-0.5 for rows in target_rows(groups)]
+    size = preserve_scale**-0.5 * erase_scale**0.5
+    return [rows * size for rows in target_rows(groups)]
 
 
 def rece_terms(
@@ -266,8 +285,9 @@ def rece_terms(
     epochs=1,
     penalty=0.1,
     penalty_on="length",
-    edit_anchor=0.1,
+    edit_anchor=EDIT_ANCHOR,
     edit_preserve_scale=EDIT_SCALE,
+    edit_erase_scale=1.0,
     on_epoch=None,
     erase_scale=1.0,
     fixed=None,
@@ -287,7 +307,8 @@ def rece_terms(
     moments = Moments(full_groups, penalty_on == "replacement") if count > len(p) else None
     if held:
         preserve_gram = preserve_gram + gram(held)
-    rounds = Rounds(preserve_gram, weight_gram, count, edit_preserve_scale, edit_anchor, penalty, penalty_on, basis)
+    scales = edit_preserve_scale, edit_anchor, penalty, penalty_on
+    rounds = Rounds(preserve_gram, weight_gram, count, *scales, basis, edit_erase_scale)
     for number in range(1, epochs + 1):
         last = number == epochs
         done.append(
@@ -314,8 +335,9 @@ def rece_row_terms(
     epochs=1,
     penalty=0.1,
     penalty_on="length",
-    edit_anchor=0.1,
+    edit_anchor=EDIT_ANCHOR,
     edit_preserve_scale=EDIT_SCALE,
+    edit_erase_scale=1.0,
     on_epoch=None,
     **uce_scales,
 ):
@@ -331,11 +353,9 @@ def rece_row_terms(
     for number in range(1, epochs + 1):
         p.add(*(torch.cat(factors, dim) for factors, dim in zip(zip(*parts[-1]), (1, 0))))
         derived = derived_by_rows(targets, replacements, p, penalty, penalty_on)
-        try:
-            rows = row_ridge(Rows([derived], basis), kept, 1.0, edit_preserve_scale, edit_anchor)
-        except torch.linalg.LinAlgError:
-            raise unstable(edit_anchor) from None
-        changes = p.of(replacements - derived).T
+        with rounds_of(edit_anchor):
+            rows = row_ridge(Rows([derived], basis), kept, edit_erase_scale, edit_preserve_scale, edit_anchor)
+        changes = p.of(replacements - derived).mul_(edit_erase_scale**0.5).T
         parts.append(list(zip(changes.split(sizes, 1), rows.split(sizes))))
         if on_epoch:
             on_epoch(number)
@@ -351,7 +371,7 @@ def rece_of(
     *,
     epochs=1,
     anchor=0.5,
-    edit_anchor=0.1,
+    edit_anchor=EDIT_ANCHOR,
     fixed=None,
     hold=False,
     **settings,
@@ -361,12 +381,14 @@ def rece_of(
     groups, preserve: as for uce_of(). full_groups: every row of the concepts' embeddings and of their
     replacements at the same places (no slicing at the last subject token here, as published). weight_gram:
     S of the unedited layers that read the text, (d, d) or LayerGram. settings: penalty, penalty_on (one of PENALTIES),
-    edit_preserve_scale, those of UCE, and on_epoch, which is called with the number of finished epochs.
-    fixed: as for uce_of(). hold: whether the rounds leave the erased rows where they are, see held_rows().
+    edit_erase_scale and edit_preserve_scale of the rounds, those of UCE, and on_epoch, which is called with the number
+    of finished epochs. fixed: as for uce_of(). hold: whether the rounds leave the erased rows where they are, see
+    held_rows().
     """
     width, first, full = len(weight_gram), group_sizes(groups), group_sizes(full_groups)
     settings.update(epochs=epochs, anchor=anchor, edit_anchor=edit_anchor)
-    held = held_rows(full_groups, settings.get("edit_preserve_scale", EDIT_SCALE)) if hold else []
+    scales = settings.get("edit_preserve_scale", EDIT_SCALE), settings.get("edit_erase_scale", 1.0)
+    held = held_rows(full_groups, *scales) if hold else []
     by_layers = isinstance(weight_gram, LayerGram)
     if by_layers and max(sum(first), sum(full)) + count_of(preserve) + count_of(held) < width:
         basis, blocks = fixed_basis(fixed), as_blocks(preserve)
@@ -381,11 +403,14 @@ def rece_of(
 @dataclass(frozen=True)
 class Settings(Scales):
     """UCE's scales; epochs, penalty, penalty_on: RECE's rounds, and the weight and object of the penalty on its derived
-    embeddings."""
+    embeddings; edit_erase_scale, edit_preserve_scale, edit_anchor: the weights of UCE's three terms in the rounds."""
 
     epochs: int = 1
     penalty: float = 0.1
     penalty_on: str = PENALTIES[0]
+    edit_erase_scale: float = 1.0
+    edit_preserve_scale: float = EDIT_SCALE
+    edit_anchor: float = EDIT_ANCHOR
 
 
 def solve(job, encoded, weight_gram=None, on_round=None, hold=False):
@@ -405,5 +430,7 @@ def solve(job, encoded, weight_gram=None, on_round=None, hold=False):
 
 OBJECT = PRESET | {"penalty_on": PENALTIES[0], "epochs": 1, "penalty": 0.1}  # of the published scripts
 PRESETS = {"object": OBJECT, "style": OBJECT | {"penalty": 0.001}, "person": OBJECT, "nudity": OBJECT | {"epochs": 3}}
-RECE = Method("RECE", Settings, solve, True, PRESETS, by_preserved=True, rounds=lambda settings: settings.epochs)
+RECE = Method(
+    "RECE", Settings, solve, lambda job: True, PRESETS, by_preserved=True, rounds=lambda settings: settings.epochs
+)
 REGULARISED = replace(RECE, name="RECE, regularised", solve=partial(solve, hold=True))

@@ -3,15 +3,18 @@
 As published: the objective, the null space of the retained set with its threshold tau, the invariant equality
 constraints and their Lagrange solution. Different: the prior filter scores ||D c0|| with D = (A - T)(I + T)^-1
 instead of W D, so that one map serves every layer (the paper's ablation finds even a filter by text similarity
-nearly as good), and directed prior augmentation is left out, because it draws along singular vectors of each W.
+nearly as good). Directed prior augmentation, which needs W, is an edition of its own; it scores ||W D c0||, see
+augmentation.py.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
 from ...errors import ErasureError
-from .groups import ALL, OF_2025, SUBJECT, carrying, preserved_rows, spreads, token_groups
+from .augmentation import drawn, loudness, quietest
+from .groups import ALL, AUGMENTED, FIRST, SUBJECT, carrying, preserved_rows, spreads, token_groups
 from .method import Method
 from .row_space import Rows, outside, row_ridge
 from .solver import batches, gram, group_sizes, protected_basis, require_outside, stacked, text_map
@@ -22,9 +25,10 @@ STARTS = 20  # of k-means in the edition of 2025: its own start, and random ones
 BATCH = 256  # retained rows to score at a time next to few targets
 
 
-def prior_scores(retained, targets, changes):
+def prior_scores(retained, targets, changes, weight_gram=None):
     """Influence of the erasure on retained rows (F, d): ||(A - T)(I + T)^-1 c0||, (F,) float64.
 
+    weight_gram: S (d, d) or LayerGram of the layers W, whose outputs' lengths ||W (A - T)(I + T)^-1 c0|| then count.
     targets C1, changes C* - C1: (N, d). T = C1^T C1 / N and A - T = (C* - C1)^T C1 / N, the means over concepts.
     Fewer targets than d: C1 (I + T)^-1 = (I + C1 C1^T / N)^-1 C1.
     """
@@ -33,16 +37,20 @@ def prior_scores(retained, targets, changes):
         inner = Rows([targets]).square / count
         inner.diagonal().add_(1.0)
         rows = torch.cholesky_solve(targets, torch.linalg.cholesky(inner)).div_(count).T
-        return torch.cat([(batch @ rows @ changes).norm(dim=1) for batch in batches(retained, BATCH)])
+        return torch.cat([_lengths(batch @ rows @ changes, weight_gram) for batch in batches(retained, BATCH)])
     inner = gram(targets, 1 / count)
     inner.diagonal().add_(1.0)
     rows = torch.cholesky_solve(targets.T, torch.linalg.cholesky(inner)) @ changes / count  # D^T
-    return torch.cat([(batch @ rows).norm(dim=1) for batch in batches(retained)])
+    return torch.cat([_lengths(batch @ rows, weight_gram) for batch in batches(retained)])
 
 
-def influential(retained, targets, changes):
+def _lengths(rows, weight_gram):
+    return rows.norm(dim=1) if weight_gram is None else loudness(rows, weight_gram)
+
+
+def influential(retained, targets, changes, weight_gram=None):
     """The retained rows with a score above the mean (influence-based prior filtering); all where none is."""
-    scores = prior_scores(retained, targets, changes)
+    scores = prior_scores(retained, targets, changes, weight_gram)
     keep = scores > scores.mean()
     return retained[keep] if keep.any() else retained
 
@@ -147,13 +155,17 @@ def speed_terms(
     fixed=None,
     every=True,
     starts=1,
+    weight_gram=None,
 ):
     """For each concept factors A (d, n), B (n, d), float64, with W_new = W (I + sum A B); see speed_of()."""
     targets, replacements, sizes = stacked(groups)
     changes = replacements - targets
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     if prior_filter and len(retained):
-        retained = influential(retained, targets, changes)
+        retained = influential(retained, targets, changes, weight_gram)
+    if weight_gram is not None and len(retained):
+        scores_of = partial(prior_scores, targets=targets, changes=changes, weight_gram=weight_gram)
+        retained = torch.cat([retained, drawn(retained, quietest(weight_gram), scores_of)])
     basis = protected_basis(retained, tau, fixed)
     editable = outside(targets, basis)
     held = held_rows(invariants(empty, starts), basis, lam)
@@ -170,8 +182,9 @@ def speed_of(groups, retained, empty, **settings):
     possibly none; empty: (T, d), rows of the empty prompt. settings: tau, from which mean square on a direction
     of the retained set is protected; rho, the ridge; lam, slack of the constraints on the start token and the
     empty prompt (0: exact); prior_filter; names, of the concepts, for messages; fixed, rows (h, d) on which the map
-    must vanish whatever tau and lam are; every, see require_outside(); starts, of k-means. The defaults are those of
-    objects and styles; people: tau 1e-4, rho 0.05, no filter; nudity: tau 0.1, rho 0.7, lam 0.5, all rows.
+    must vanish whatever tau and lam are; every, see require_outside(); starts, of k-means; weight_gram, S (d, d) or
+    LayerGram of the layers, for directed prior augmentation, None without it. The defaults are those of objects and
+    styles; people: tau 1e-4, rho 0.05, no filter; nudity: tau 0.1, rho 0.7, lam 0.5, all rows.
     """
     terms = speed_terms(groups, retained, empty, **settings)
     return text_map(terms, group_sizes(groups), retained.shape[1])
@@ -202,6 +215,7 @@ def solve(job, encoded, weight_gram=None, on_round=None):
 
     The published script sums T and A - T over all rows of a prompt and divides by the number of prompts, and its
     k-means ends in the best of several optima: the edition of 2025. The first edition divides by the number of rows.
+    Directed prior augmentation acts where there is a weight_gram, which is at the entry that the layers read.
     """
     settings = {name: value for name, value in asdict(job.settings).items() if name != "tokens"}
     settings["names"] = [concept.text for concept in job.concepts]
@@ -212,9 +226,9 @@ def solve(job, encoded, weight_gram=None, on_round=None):
         return speed_of(found.groups, retained, found.empty, fixed=found.fixed, every=False, **settings)
     tokens = job.settings.tokens
     groups, retained = token_groups(job, encoded, tokens), preserved_rows(job, encoded, job.retained_captions(), tokens)
-    if job.edition == OF_2025:
+    if job.edition != FIRST:
         groups = summed(groups) if tokens == ALL else groups
-        settings["starts"] = STARTS
+        settings |= {"starts": STARTS, "weight_gram": weight_gram if job.edition == AUGMENTED else None}
     return speed_of(groups, retained, encoded[""].rows, **settings)
 
 
@@ -232,4 +246,4 @@ PRESETS = {
     "person": OBJECT | {"tau": 1e-4, "rho": 0.05, "prior_filter": False},
     "nudity": OBJECT | {"rho": 0.7, "lam": 0.5, "tokens": ALL},
 }
-SPEED = Method("SPEED", Settings, solve, presets=PRESETS)
+SPEED = Method("SPEED", Settings, solve, lambda job: job.edition == AUGMENTED, PRESETS)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .groups import OF_2025, aligned_groups, carrying, preserved_rows, spreads, token_groups
+from .groups import FIRST, aligned_groups, carrying, preserved_rows, spreads, token_groups
 from .method import Method
 from .row_space import Rows, row_ridge
 from .solver import (
@@ -97,7 +97,7 @@ def solve(job, encoded, weight_gram=None, on_round=None):
     The script of 2025 takes the row of the last subject token alone, of every pair and of every line on the preserve
     list as it stands there, and preserves no empty prompt.
     """
-    if job.edition == OF_2025:
+    if job.edition != FIRST:
         preserve = preserved_rows(job, encoded, {line: line for line in job.preserve if not job.erases(line)})
         return uce_of(token_groups(job, encoded), preserve, **asdict(job.settings))
     if spreads(job, encoded):

@@ -32,7 +32,7 @@ def erasure_of(job, model, clip, begin, pooled=None, role=""):
     too, None as the family needs it. role: ".key" or ".value" for only those layers, as changes of this MODEL's; "" for
     the text itself.
     """
-    prompts, needs_gram = job.prompts(), METHODS[job.method].needs_gram
+    prompts, needs_gram = job.prompts(), METHODS[job.method].needs_gram(job)
     count = len(list(text_readers(model))) if needs_gram else 0
     everyday = everyday_captions()
     progress = begin(len(prompts) + len(everyday) + count + job.rounds)

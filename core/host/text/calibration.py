@@ -7,6 +7,7 @@ import comfy.utils
 
 from ...text.similarity import Bank, WordConcepts, concepts_of, examples_of, neutral_captions
 from .encode import encode
+from .entries import encode_contexts
 from .tokens import fills_contexts
 
 log = logging.getLogger("membrane")
@@ -23,7 +24,7 @@ def compared_with(clip, names):
     of memory, and which prompts will come, and whether their words decide, is not known before.
     """
     if clip is None or fills_contexts(clip.tokenize("")):
-        return concepts_of(encode(clip, (*names, "")))
+        return concepts_of(encode_contexts(clip, (*names, "")))
     states = KNOWN.setdefault(clip.cond_stage_model, {})
     bank, known = states.get(_state(clip), (None, {}))
     captions = () if bank else neutral_captions()

@@ -47,9 +47,14 @@ def _require_width(encoded, width):
 def _of_contexts(clip, prompts, entries, on_progress):
     """{entry: Encoded} of CLIP encoders, whose rows a network reads as they are."""
     main, *others = entries
-    key = ("contexts", prompts, bool(others))
-    encoded = KEPT.get(clip, key) or KEPT.keep(clip, key, encode(clip, prompts, on_progress, bool(others)))
+    encoded = encode_contexts(clip, prompts, on_progress, bool(others))
     return {main: encoded.at(main), **{entry: encoded.pooled.at(entry) for entry in others}}
+
+
+def encode_contexts(clip, prompts, on_progress=None, pooled=False):
+    """Encoded prompts of CLIP encoders, as encode() gives them; lately encoded ones are kept."""
+    key = ("contexts", prompts, pooled)
+    return KEPT.get(clip, key) or KEPT.keep(clip, key, encode(clip, prompts, on_progress, pooled))
 
 
 def _of_each(model, clip, prompts, entries, on_progress):
