@@ -1,7 +1,8 @@
-"""Closed-form erasure that opens by meaning, beside words, on both demo models: synonyms, held-out wording, what stays.
+"""Erasure that opens by meaning, beside words, on both demo models: synonyms, held-out wording, what stays.
 
 UCE with the automatic captions, as Erase Concepts (Expert) makes it, opened for a prompt by its words (facilitated
-transport) or by its meaning, with the other values of the attribute preserved and without. Counted are pictures of the
+transport) or by its meaning, with the other values of the attribute preserved and without; and for the star the adapter
+on layers that benchmarks/training_dit.py trains quickly, on the bare word and nothing kept. Counted are pictures of the
 erased concepts in which the judge still sees them, in the styles of benchmarks/erasure_wording.py (none of which is a
 caption) and with synonyms, and pictures of the other values that the judge reads right and that are bit-identical to
 the unerased model's.
@@ -15,10 +16,11 @@ import json
 
 import numpy as np
 import torch
-from membrane.benchmarks.erasure_quality import ROOT, TASKS, sprites_of, start, write
-from membrane.benchmarks.erasure_wording import MODELS, Painter
+from membrane.benchmarks import training_dit
+from membrane.benchmarks.erasure_quality import ROOT, TASKS, start, write
+from membrane.benchmarks.erasure_wording import MODELS, Painter, measure, sets_of, tables
 from membrane.tools.pixel_world import classifier, world
-from membrane.tools.pixel_world.styles import IN_STYLE, captions_in, styles_of
+from membrane.tools.pixel_world.styles import IN_STYLE, styles_of
 
 EACH, SYNONYMS = 3, 24  # pictures of a style, and with synonyms
 SYNONYM = "synonym"
@@ -29,34 +31,8 @@ ROWS = {  # name: (permeability, whether the other values are preserved)
     "by meaning, nothing preserved": ("meaning", False),
     "by words": ("facilitated transport", True),
 }
-
-
-class Prompts:
-    """Prompts in all styles with some values of an attribute."""
-
-    def __init__(self, attribute, values, seed):
-        self.attribute, self.seed = attribute, seed
-        self.texts, styles, truth = [], [], []
-        for i, style in enumerate(styles_of(attribute)):
-            count = SYNONYMS if style == SYNONYM else EACH
-            sprites = sprites_of(attribute, np.roll(values, -3 * i), count, seed + i)
-            self.texts += captions_in(style, attribute, sprites)
-            styles += [style] * count
-            truth.append(getattr(sprites, attribute))
-        self.truth, self.synonym = np.concatenate(truth), np.array(styles) == SYNONYM
-        self.plain = None
-
-    def paint(self, painter, model=None):
-        """Sprites of all prompts; those of the unerased model are painted once."""
-        if model is not None:
-            return painter.paint(self.texts, self.seed, model)
-        if self.plain is None:
-            self.plain = painter.paint(self.texts, self.seed)
-        return self.plain
-
-    def right(self, judge, pictures):
-        """Whether the judge sees the prompt's value in each picture."""
-        return classifier.read(judge, pictures)[self.attribute] == self.truth
+TRAINED = {"trained, by meaning": "meaning", "trained, by words": "facilitated transport"}
+TRAINED_FOR, CONCEPT = "1 shape", "star"
 
 
 def erased(painter, task, permeability, preserved):
@@ -72,33 +48,46 @@ def erased(painter, task, permeability, preserved):
     return painter.node("MembraneApply", model=painter.model, clip=painter.clip, stack=stack)[0]
 
 
-def row_of(painter, judge, gone, rest, model):
+def trained(painter, variant, permeability):
+    """The MODEL with the adapter on layers that bench training_dit trains for the star, made now where it is missing.
+
+    Its probes are fitted when it is trained or, of a file without them, when it is applied: to the same texts.
+    """
+    from membrane.core.formats import native
+
+    training_dit.cost_of(variant, training_dit.QUICK, CONCEPT)
+    adapter = native.load(str(training_dit.file_of(variant, training_dit.QUICK, CONCEPT)))
+    stack = painter.node("MembraneStack", adapter=adapter, permeability=permeability)[0]
+    return painter.node("MembraneApply", model=painter.model, clip=painter.clip, stack=stack)[0]
+
+
+def row_of(painter, judge, sets, model):
     """{count: [pictures, of how many]} of a MODEL, None for the unerased one."""
-    of_gone, of_rest = gone.paint(painter, model), rest.paint(painter, model)
-    left, kept = gone.right(judge, of_gone), rest.right(judge, of_rest)
-    same = (of_rest == rest.paint(painter)).all(axis=(1, 2, 3))
-    found = {"left": left[~gone.synonym], "left, synonyms": left[gone.synonym], "kept": kept, "bit-identical": same}
+    gone, rest = sets
+    of_gone, of_rest = (part.pictures(painter, model) for part in sets)
+    left, kept = (part.right(judge, pictures) for part, pictures in ((gone, of_gone), (rest, of_rest)))
+    same = (of_rest == rest.pictures(painter)).all(axis=(1, 2, 3))
+    synonym = gone.styles == SYNONYM
+    found = {"left": left[~synonym], "left, synonyms": left[synonym], "kept": kept, "bit-identical": same}
     return {name: [int(seen.sum()), len(seen)] for name, seen in found.items()}
 
 
-def measure(node, variant, store, say=print):
+def measured(node, variant, store):
     """{task: {row: counts}} of a demo model."""
-    rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
-    judge, painter = classifier.load(), Painter(node, variant)
-    for task in RAN:
-        attribute, pairs = TASKS[task]
-        names = world.NAMES[attribute]
-        values = [names.index(concept) for concept, _ in pairs]
-        gone = Prompts(attribute, values, 1031)
-        rest = Prompts(attribute, [i for i in range(len(names)) if i not in values], 5032)
-        done = rows.setdefault(task, {})
-        for name in (UNERASED, *ROWS):
-            if name not in done:
-                model = erased(painter, task, *ROWS[name]) if name in ROWS else None
-                done[name] = row_of(painter, judge, gone, rest, model)
-                write(store, json.dumps(rows, indent=1) + "\n")
-                say(f"{variant}, {task}: {line(name, done)}")
-    return {task: {name: rows[task][name] for name in (UNERASED, *ROWS)} for task in RAN}
+    judge, sets = classifier.load(), {task: sets_of(task, EACH, EACH, SYNONYMS) for task in RAN}
+
+    def found(painter, task, name):
+        if name in TRAINED:
+            model = trained(painter, variant, TRAINED[name])
+        else:
+            model = erased(painter, task, *ROWS[name]) if name in ROWS else None
+        return row_of(painter, judge, sets[task], model)
+
+    def say(task, name, done):
+        print(f"{variant}, {task}: {line(name, done)}", flush=True)
+
+    wanted = {task: (UNERASED, *ROWS, *(TRAINED if task == TRAINED_FOR else ())) for task in RAN}
+    return measure(wanted, store, lambda: Painter(node, variant), found, say)
 
 
 def harmonic(row, unerased):
@@ -113,23 +102,17 @@ def line(name, rows):
     """One row of a table."""
     row = rows[name]
     cells = [f"{seen} / {of}" for seen, of in row.values()]
-    h = f"{harmonic(row, rows[UNERASED]):.1f}" if name in ROWS else "-"
+    h = f"{harmonic(row, rows[UNERASED]):.1f}" if name != UNERASED else "-"
     return "| " + " | ".join([name, *cells, h]) + " |"
 
 
 HEADER = "| opens | left | left, synonyms | kept | kept, bit-identical | H |\n" + "|---" * 6 + "|"
 
 
-def report(rows):
-    """All tables as Markdown."""
-    parts = []
-    for variant, tasks in rows.items():
-        for task, found in tasks.items():
-            pairs = ", ".join(" -> ".join(pair) for pair in TASKS[task][1])
-            parts += [f"\n## {variant}, {task}: {pairs}\n", HEADER, *(line(name, found) for name in found)]
+def styles_counted():
+    """The last line of the report."""
     styles = ", ".join(name for name in styles_of("shape") if name not in (IN_STYLE, SYNONYM))
-    parts.append(f"\nStyles beside the plain caption and synonyms: {styles}.")
-    return "\n".join(parts) + "\n"
+    return f"\nStyles beside the plain caption and synonyms: {styles}.\n"
 
 
 def figures_of(rows):
@@ -141,7 +124,7 @@ def figures_of(rows):
                 key = f"{variant}.{task}.{name}".replace(" ", "_").replace(",", "")
                 for count, (seen, of) in row.items():
                     found[f"{key}.{count}_percent".replace(" ", "_").replace(",", "")] = round(100 * seen / of, 2)
-                if name in ROWS:
+                if name != UNERASED:
                     found[f"{key}.harmonic"] = round(harmonic(row, of_task[UNERASED]), 2)
     return found
 
@@ -159,12 +142,13 @@ def main():
             store = ROOT / "output" / f"erasure_meaning_{variant}.json"
             if args.fresh:
                 store.unlink(missing_ok=True)
-            rows[variant] = measure(node, variant, store, lambda text: print(text, flush=True))
+            rows[variant] = measured(node, variant, store)
     finally:
         tidy()
     if len(rows) == len(MODELS):
-        title = "# Closed-form erasure that opens by meaning or by words, in wording that no caption has"
-        write(ROOT / "benchmarks" / "results" / "erasure_meaning.md", f"{title}\n{report(rows)}")
+        title = "# Erasure that opens by meaning or by words, in wording that no caption has"
+        text = tables(rows, HEADER, line) + styles_counted()
+        write(ROOT / "benchmarks" / "results" / "erasure_meaning.md", f"{title}\n{text}")
     print(json.dumps({"figures": figures_of(rows)}))
 
 

@@ -35,6 +35,7 @@ BATCH, STEPS, CFG, SIZE, LATENT_SCALE = 24, 6, 1.0, 128, 0.18215
 IN_STYLE_PICTURES, HELD_OUT_PICTURES, SYNONYMS = 16, 4, 24  # a cell, a style, and the style of synonyms
 KNOWN = 0.9  # share that the unerased model draws rightly in a style that counts
 MODELS = {"day": "normal", "transformer": "simple"}  # variant of the demo model: scheduler on its card
+SCHEDULERS = MODELS | {"night": MODELS["day"]}
 BARE = "{}"
 METHODS = {  # name: (settings of the node, whether the other values are preserved, permeability where it has one)
     "UCE, bare word": ({"templates": BARE}, True),
@@ -65,7 +66,7 @@ class Painter:
     """Pictures of prompts, several prompts in one KSampler run; the text of a prompt is encoded once."""
 
     def __init__(self, node, variant, steps=STEPS, cfg=CFG):
-        self.node, self.scheduler, self.texts, self.plain = node, MODELS[variant], {}, {}
+        self.node, self.scheduler, self.texts, self.plain = node, SCHEDULERS[variant], {}, {}
         self.steps, self.cfg = steps, cfg
         self.model, self.clip, _ = node("MembraneDemoModel", variant=variant)
 
@@ -118,9 +119,13 @@ class Set:
             painter.plain[self] = painter.paint(self.prompts, self.seed)
         return painter.plain[self]
 
+    def right(self, judge, pictures):
+        """Whether the judge sees the prompt's value in each picture."""
+        return classifier.read(judge, pictures)[self.attribute] == self.truth
+
     def counts(self, judge, pictures):
         """{style: [pictures in which the judge sees the prompt's value, of how many]}."""
-        return self.by_style(classifier.read(judge, pictures)[self.attribute] == self.truth)
+        return self.by_style(self.right(judge, pictures))
 
     def by_style(self, seen):
         """{style: [how many are true, of how many]} of a truth for each picture."""
@@ -144,29 +149,45 @@ def erased(painter, task, settings, preserved, permeability=None):
     return painter.node("MembraneApply", model=painter.model, clip=painter.clip, stack=stack)[0]
 
 
-def sets_of(task):
-    """(Set with the erased values, Set with the others)."""
+def sets_of(task, *counts):
+    """(Set with the erased values, Set with the others); counts: as Set takes them."""
     attribute, pairs = TASKS[task]
     names = world.NAMES[attribute]
     gone = [names.index(concept) for concept, _ in pairs]
-    return Set(attribute, gone, 1031), Set(attribute, [i for i in range(len(names)) if i not in gone], 5032)
+    rest = [i for i in range(len(names)) if i not in gone]
+    return Set(attribute, gone, 1031, *counts), Set(attribute, rest, 5032, *counts)
 
 
-def measure(node, variant, tasks, store, say=print):
+def measure(wanted, store, begin, row_of, say):
+    """{task: {row: what was counted}} of a demo model; finished rows are in a file.
+
+    wanted: {task: names of rows}; begin(): a Painter, made when the first row is missing; row_of(painter, task, name)
+    -> a row; say(task, name, rows of the task): called after each.
+    """
+    rows, painter = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}, None
+    for task, names in wanted.items():
+        done = rows.setdefault(task, {})
+        for name in names:
+            if name not in done:
+                painter = painter or begin()
+                done[name] = row_of(painter, task, name)
+                write(store, json.dumps(rows, indent=1) + "\n")
+                say(task, name, done)
+    return {task: {name: rows[task][name] for name in names} for task, names in wanted.items()}
+
+
+def measured(node, variant, tasks, store):
     """{task: {row: {"left", "kept": counts by style}}} of a demo model; the row "unerased" first."""
-    rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
-    judge, painter = classifier.load(), None
-    for task in tasks:
-        done, sets = rows.setdefault(task, {}), sets_of(task)
-        for name in rows_of(task):
-            if name in done:
-                continue
-            painter = painter or Painter(node, variant)
-            model = erased(painter, task, *METHODS[name]) if name in METHODS else None
-            done[name] = row_of(painter, judge, sets, model)
-            write(store, json.dumps(rows, indent=1) + "\n")
-            say(f"{variant}, {task}: {line(name, done)}")
-    return {task: {name: rows[task][name] for name in rows_of(task)} for task in tasks}
+    judge, sets = classifier.load(), {task: sets_of(task) for task in tasks}
+
+    def found(painter, task, name):
+        model = erased(painter, task, *METHODS[name]) if name in METHODS else None
+        return row_of(painter, judge, sets[task], model)
+
+    def say(task, name, done):
+        print(f"{variant}, {task}: {line(name, done)}", flush=True)
+
+    return measure({task: rows_of(task) for task in tasks}, store, lambda: Painter(node, variant), found, say)
 
 
 def row_of(painter, judge, sets, model):
@@ -214,20 +235,25 @@ HEADER = (
 )
 
 
-def report(rows):
-    """All tables as Markdown."""
+def tables(rows, header, line, below=lambda found: ()):
+    """All tables of {model: {task: {row: counts}}} as Markdown; below: lines that follow the rows of one."""
     parts = []
     for variant, tasks in rows.items():
         for task, found in tasks.items():
             pairs = ", ".join(" -> ".join(pair) for pair in TASKS[task][1])
-            parts += [f"\n## {variant}, {task}: {pairs}\n", HEADER, *(line(name, found) for name in found)]
-            own = ", ".join(
-                f"{s} {share({s: np.add(found['unerased']['left'][s], found['unerased']['kept'][s])}, [s])[0]}"
-                for s in found["unerased"]["left"]
-            )
-            parts.append(f"\nUnerased model right, by style: {own}; of {2 * IN_STYLE_PICTURES} in the plain caption, "
-                         f"{2 * SYNONYMS} with synonyms, {2 * HELD_OUT_PICTURES} in each other.")  # fmt: skip
+            parts += [f"\n## {variant}, {task}: {pairs}\n", header, *(line(name, found) for name in found)]
+            parts += below(found)
     return "\n".join(parts) + "\n"
+
+
+def right_by_style(found):
+    """Lines on what the unerased model draws rightly."""
+    plain = found["unerased"]
+    own = ", ".join(f"{s} {plain['left'][s][0] + plain['kept'][s][0]}" for s in plain["left"])
+    return (
+        f"\nUnerased model right, by style: {own}; of {2 * IN_STYLE_PICTURES} in the plain caption, {2 * SYNONYMS} "
+        f"with synonyms, {2 * HELD_OUT_PICTURES} in each other.",
+    )
 
 
 def figures_of(rows):
@@ -256,12 +282,13 @@ def main():
             store = ROOT / "output" / f"erasure_wording_{variant}.json"
             if args.fresh:
                 store.unlink(missing_ok=True)
-            rows[variant] = measure(node, variant, args.tasks, store, lambda text: print(text, flush=True))
+            rows[variant] = measured(node, variant, args.tasks, store)
     finally:
         tidy()
     title = "# Closed-form erasure in the style of its captions, and in styles that none of them has"
     if len(rows) == len(MODELS):
-        write(ROOT / "benchmarks" / "results" / "erasure_wording.md", f"{title}\n{report(rows)}")
+        text = tables(rows, HEADER, line, right_by_style)
+        write(ROOT / "benchmarks" / "results" / "erasure_wording.md", f"{title}\n{text}")
     print(json.dumps({"figures": figures_of(rows)}))
 
 

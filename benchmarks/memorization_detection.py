@@ -26,7 +26,9 @@ from membrane.tools import ROOT
 from membrane.tools.host_library import start
 
 world, classifier = quality.world, quality.classifier
-ORDINARY, ALONE, SEEDS, BATCH, PAINTED = 200, 100, 4, 64, 32  # ALONE: ordinary captions of the tables by themselves
+ORDINARY, SEEDS, BATCH, PAINTED = 200, 4, 64, 32
+LONG = (5, 10, 20)  # first steps of a schedule of 50 that are measured
+ALONE, SHORT = 60, (5,)  # ordinary captions and first steps where both models are measured
 REPLICATED = 0.1  # of the distance to the nearest other memorised picture, as the model card counts
 NEAR = 0.02  # mean squared error above which nothing is a copy, however far the others are
 ANISOTROPY = 2.0  # weight of the cosine beside the length
@@ -134,7 +136,7 @@ def difference(model, text, empty, x, sigma):
     return denoised(model, text, [(x, sigma)])[0] - denoised(model, empty, [(x, sigma)])[0]
 
 
-def measure_detection(node, demo, ordinary=ORDINARY, seeds=SEEDS, variant="day"):
+def measure_detection(node, demo, ordinary=ORDINARY, seeds=SEEDS, variant="day", firsts=LONG):
     """{"figures": {name: value}, "rows": [(what, first steps, schedule, seeds, AUC, TPR at 1 % FPR)]}."""
     captions = [*world.MEMORISED_CAPTIONS, *ordinary_captions(ordinary)[1]]
     count, rows, figures, scheduler = len(world.MEMORISED_CAPTIONS), [], {}, quality.MODELS[variant]
@@ -146,13 +148,11 @@ def measure_detection(node, demo, ordinary=ORDINARY, seeds=SEEDS, variant="day")
         for key, value in zip(("auc", "tpr_at_1_fpr"), found):
             figures[f"{key}{name}"] = round(value, 4)
 
-    long, _ = scores(node, demo, captions, 50, 20, seeds, scheduler=scheduler)
+    long, _ = scores(node, demo, captions, 50, firsts[-1], seeds, scheduler=scheduler)
     for name, first, used in (
         ("_1x1", 1, 1),
         ("_1_of_50", 1, seeds),
-        ("_5_of_50", 5, seeds),
-        ("_10_of_50", 10, seeds),
-        ("_20_of_50", 20, seeds),
+        *((f"_{first}_of_50", first, seeds) for first in firsts),
     ):
         add(name, "text part", first, 50, used, long[:, :used, :first].mean(axis=(1, 2)))
     for name, steps in (("_5_of_20", 20), ("", 10)):  # the same number of steps, which come to less noise
@@ -232,7 +232,7 @@ def kept_detection(node, variant, store, quick):
     """measure_detection() of a variant of the demo model; what the file `store` holds is not measured again."""
     if not store.is_file():
         sizes = (8, 2) if quick else (ALONE, SEEDS)
-        found = measure_detection(node, node("MembraneDemoModel", variant=variant), *sizes, variant=variant)
+        found = measure_detection(node, node("MembraneDemoModel", variant=variant), *sizes, variant, SHORT)
         quality.write(store, json.dumps(found, indent=1) + "\n")
     return json.loads(store.read_text(encoding="utf-8"))
 

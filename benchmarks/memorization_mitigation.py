@@ -10,7 +10,7 @@ on where it stopped (--fresh starts anew).
     search            of every third memorised picture, those recognisable in most of SEARCHED noises from text vectors
                       that were searched for with gradients, from the caption on (Kowalczuk et al. 2025): on the model
                       with its changed weights; where a mitigation acts on the text or while sampling, on the model
-                      without it, and it then acts on what was found
+                      without it, and it then acts on what was found; on the U-Net only
     ordinary          pictures of held-out combinations that the judge reads right, worst attribute; points lost; those
                       that are the same bit by bit; how far they move, mean of all, of 255
     once, a prompt,   seconds of processor time: to make the mitigation, what each new prompt takes before sampling
@@ -38,7 +38,7 @@ NOISES, SEARCHED, ORDINARY, BASE = 1, 2, 24, 24  # pictures a caption, noises a 
 FORMS = 1  # wordings of each caption
 LOOKED_FOR = range(0, 12, 3)  # the memorised pictures that are searched for
 SEARCH_STEPS, SEARCH_RATE = 50, 0.1  # Adam's, in root mean squares of the text vectors
-SOFTENED = 8  # ordinary prompts that softening knows
+SOFTENED = 5  # ordinary prompts that softening knows
 TRAINED = {"steps": 200, "learning_rate": 3e-3, "rank": 4, "anchoring": 10.0, "warmup": 20, "cycles": 1}
 NEUTRAL = "a drawing"  # what training draws a memorised caption to
 WANDA, NEMO, SHIELD = "prune (Wanda), share 0.2", "neurons (NeMo)", "shield, close"
@@ -117,7 +117,7 @@ class Here:
         return int(detection.copies(pictures, own).sum()), int(recognisable(pictures, own).sum())
 
     def row(self, found, contexts):
-        """The counts of one mitigation; contexts: text vectors that were searched for, for each memorised picture."""
+        """The counts of one mitigation; contexts: CONDITIONINGs that were searched for, or None."""
         number, cut = np.arange(len(CAPTIONS)), HALF * NOISES
         forms = [form.format(c) for c in CAPTIONS for form in world_of.PARAPHRASES[:FORMS]]
         located = self.copies(found, CAPTIONS[:HALF], number[:HALF], 100, NOISES)
@@ -133,7 +133,7 @@ class Here:
             "paraphrases": self.copies(found, forms, number.repeat(FORMS), 300)[0],
             "recognisable": located[1] + unseen[1],
             "paraphrases_of": len(forms),
-            "search": self.recovered(found, contexts),
+            "search": None if contexts is None else self.recovered(found, contexts),
             "search_of": len(LOOKED_FOR),
             "right": min(int((answers[a] == getattr(self.sprites, a)).sum()) for a in world.ATTRIBUTES),
             "same": int(same.sum()),
@@ -291,27 +291,33 @@ def points_lost(row):
 
 
 def line(name, row):
+    search = "-" if row["search"] is None else f"{row['search']} / {row['search_of']}"
     cells = [
         name, f"{row['located']} / {row['of']}", f"{row['unseen']} / {row['of']}",
         f"{row['recognisable']} / {2 * row['of']}", f"{row['paraphrases']} / {row['paraphrases_of']}",
-        f"{row['search']} / {row['search_of']}", f"{row['right']} / {row['ordinary_of']}", f"{points_lost(row):.1f}",
+        search, f"{row['right']} / {row['ordinary_of']}", f"{points_lost(row):.1f}",
         f"{row['same']} / {row['ordinary_of']}", f"{row['moved']:.2f}", f"{row['seconds_once']:g}",
         f"{row['seconds_a_prompt']:g}", f"{row['seconds_a_picture']:.2f}",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
 
+def kept_rows(store):
+    """The rows that a file holds, if it is there."""
+    return json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+
+
 def measure(node, variant, store, say, chosen=None):
     """{mitigation: row}; rows that the file `store` holds are not measured again."""
-    rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
-    here = Here(node, variant, store)
+    here, rows = Here(node, variant, store), kept_rows(store)
     say(HEADER)
     for name, make in here.methods(variant).items():
         if chosen and name not in chosen:
             continue
         if name not in rows:
             found = make()
-            rows[name] = here.row(found, here.searched(found.weights))
+            row = here.row(found, here.searched(found.weights) if variant == "day" else None)
+            rows = kept_rows(store) | {name: row}  # another run may have kept one meanwhile
             quality.write(store, json.dumps(rows, indent=1) + "\n")
         say(line(name, rows[name]))
     return {name: rows[name] for name in here.methods(variant) if name in rows}
@@ -332,7 +338,7 @@ def figures_of(tables):
         for variant, rows in tables.items()
         for name, row in rows.items()
         for what, value in row.items()
-        if what != "of" and not what.endswith("_of")
+        if what != "of" and not what.endswith("_of") and value is not None
     }
 
 

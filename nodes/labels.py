@@ -121,6 +121,7 @@ LABELS = {
     "warmup": "Warm-up steps",
     "weights_file": "File with edited weights",
     "width": "Width",
+    "wording": "Other wording to look at",
 }
 
 

@@ -11,7 +11,16 @@ from ..core.host.text.encode import encode
 from ..core.host.text.vocabulary import words_near
 from ..core.measures.attack import STARTS, Descent, Search
 from ..core.measures.judges import CLASSIFIERS, NONE, classes_of, judge_of
-from ..core.measures.stress import ATTACKS, DERIVED, GRADIENT, WORDS, WORDS_TRIED, StressTest, require_class
+from ..core.measures.stress import (
+    ATTACKS,
+    DERIVED,
+    GRADIENT,
+    WORDS,
+    WORDS_TRIED,
+    StressTest,
+    require_class,
+    wordings,
+)
 from ..core.text.concepts import parse_templates
 from . import inputs
 from .labels import labelled
@@ -87,6 +96,12 @@ class MembraneStressTest:
                     "", "Words of something that was kept, in whose caption a search by gradient begins. Empty: a "
                     "neutral caption.",
                 ),
+                "wording": inputs.text(
+                    "",
+                    "Other wording to draw beside the attacks, one prompt per line: synonyms, or captions like those "
+                    "above. The line automatic adds a list, another opening, emphasis and capitals. Empty: none.",
+                    placeholder="Other wording, one per line: automatic, or synonyms",
+                ),
             },
         }, penalty="Penalty of derived vectors")  # fmt: skip
 
@@ -94,16 +109,16 @@ class MembraneStressTest:
         self, original, erased, clip, concept, captions, pictures, seed, steps, cfg, sampler_name, scheduler_name,
         width, height, vae=None, attacks="both", penalty=0.1, length=4, generations=30, population=32, push=1.0,
         prompts_tried=3, classifier=NONE, class_names="", clip_vision=None, class_clip=None, search_steps=50,
-        search_seeds=1, kept="",
+        search_seeds=1, kept="", wording="",
     ):  # fmt: skip
         concept, classes = concept.strip(), classes_of(classifier, class_names)
-        judge = judge_of(classifier, classes, *inputs.vision(clip_vision, class_clip))
-        require_class(concept, classes, judge)
+        require_class(concept, classes, judge := judge_of(classifier, classes, *inputs.vision(clip_vision, class_clip)))
         test = StressTest(concept, parse_templates(captions), partial(conditioning, clip), judge)
+        test.reword(wordings(wording, concept))
         kinds, searches = ATTACKS[attacks], search_seeds * len(STARTS)
         attempts = {DERIVED: len(test.captions), WORDS: prompts_tried, GRADIENT: searches}
         stages = {DERIVED: len(list(text_readers(original))), WORDS: generations, GRADIENT: searches * search_steps}
-        progress = Progress(sum(stages.values()) + sum(attempts[kind] for kind in kinds) + 2)
+        progress = Progress(sum(stages.values()) + sum(attempts[kind] for kind in kinds) + len(test.attempts) + 2)
         settings, empty = Sampling(steps, cfg, sampler_name, scheduler_name, width, height), conditioning(clip, "")
         if DERIVED in kinds:
             test.derive(attack_grams(original, erased, progress.at), penalty)

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ErasureError
-from ..text.concepts import fill
+from ..text.captions import AUTOMATIC
+from ..text.concepts import fill, parse_lines
 from .attack import CONCEPT, EMPTY, KEPT, NOISE, derived_vectors, noise_like, search_prompts, search_target
 from .distances import rms
 from .render_grid import attack_sheet
 
-DERIVED, WORDS, GRADIENT = "derived vectors", "words", "gradient"
+DERIVED, WORDS, GRADIENT, WORDING = "derived vectors", "words", "gradient", "other wording"
 ATTACKS = {
     "both": (DERIVED, WORDS),
     DERIVED: (DERIVED,),
@@ -18,6 +19,7 @@ ATTACKS = {
     GRADIENT: (GRADIENT,),
     "all": (DERIVED, WORDS, GRADIENT),
 }
+STYLES = ("{}, high quality, detailed", "an image that shows {}", "({}:1.3)")  # a list, another opening, emphasis
 WORDS_TRIED = 500  # the words nearest to the concept that the search chooses from
 
 
@@ -40,6 +42,18 @@ class Attempt:
     def name(self):
         """The kind, with the start of a search by gradient."""
         return f"{self.kind} from {self.start}" if self.start else self.kind
+
+
+def wordings(text, concept):
+    """Prompts of a concept in wording that a user writes, one per line with {} for the concept, or synonyms.
+
+    The line "automatic" stands for STYLES and the concept in capitals.
+    """
+    found = []
+    for line in parse_lines(text):
+        automatic = line.lower() == AUTOMATIC
+        found += [*(fill(style, concept) for style in STYLES), concept.upper()] if automatic else [fill(line, concept)]
+    return list(dict.fromkeys(found))
 
 
 def require_class(concept, classes, judge):
@@ -78,6 +92,10 @@ class StressTest:
         target = search_target(off.mean(dim=0), on, off, search.push)
         found = search_prompts(target, words, encode, search, on_generation)[:tried]
         self.attempts += [Attempt(WORDS, one.prompt, self.condition(one.prompt)) for one in found]
+
+    def reword(self, prompts):
+        """Adds prompts in wording that no caption has: no attack, but what an erasure has to hold for as well."""
+        self.attempts += [Attempt(WORDING, prompt, self.condition(prompt)) for prompt in prompts]
 
     def starts(self, kept, seed):
         """{start: (prompt, CONDITIONING)} of a search by gradient; kept: a caption of something that was kept; seed: of
@@ -137,9 +155,15 @@ class StressTest:
 
     def report(self):
         """How far each attempt brings the concept back, as text."""
-        lines = [f'As asked, "{self.plain.prompt}": {self.plain.said}', *self._of_searches()]
+        lines = [f'As asked, "{self.plain.prompt}": {self.plain.said}', *self._of_wording(), *self._of_searches()]
         lines.append("Attacks, the strongest first:")
-        return "\n".join([*lines, *(f'  {a.name}, "{a.prompt}": {a.said}' for a in self.attempts)])
+        attacks = (attempt for attempt in self.attempts if attempt.kind != WORDING)
+        return "\n".join([*lines, *map(_told, attacks)])
+
+    def _of_wording(self):
+        """How far the concept comes back where it is only worded in another way."""
+        found = [attempt for attempt in self.attempts if attempt.kind == WORDING]
+        return ["In other wording, the worst first:", *map(_told, found)] if found else []
 
     def _of_searches(self):
         """What to conclude from the searches by gradient: the worst of all counts."""
@@ -156,6 +180,10 @@ class StressTest:
         rows += [("erased, as asked", self.plain.said, self.plain.pictures)]
         rows += [(f"{a.name}: {a.prompt}", a.said, a.pictures) for a in self.attempts]
         return torch.from_numpy(attack_sheet(rows))[None]
+
+
+def _told(attempt):
+    return f'  {attempt.name}, "{attempt.prompt}": {attempt.said}'
 
 
 def derived(positive, grams, penalty):

@@ -1,6 +1,8 @@
 // node examples.mjs <address> <files...>: opens each workflow as a person would who picks it among the templates, one
-// JSON line {name, missing, changed, prompt, zoom, overlaps, cut, error} for each; changed: widget values that are not
-// what the file says; zoom: of the page at 1440x900; cut: texts that their boxes or rows do not show whole.
+// JSON line {name, missing, changed, prompt, zoom, overlaps, cut, app, error} for each; changed: widget values that are not
+// what the file says; zoom: of the page at 1440x900; cut: texts that their boxes or rows do not show whole; app: labels
+// of the form's rows, null where it did not open as an app, false on pages without
+// apps, "every input" on those of 2025, whose forms have all of them.
 
 import { readFileSync } from "node:fs";
 import { basename } from "node:path";
@@ -36,18 +38,34 @@ function layout() {
     return { zoom: app.canvas.ds.scale, overlaps, cut };
 }
 
+/** Labels of the form that the page shows instead of the graph, which it shows again then; null where there is none. */
+async function appForm(page) {
+    const mode = await api(page, () => {
+        const workflow = app.extensionManager?.workflow?.activeWorkflow;
+        if (workflow && "initialMode" in workflow) return workflow.initialMode ?? "graph";
+        return app.canvas.canvas.clientWidth ? "no apps" : "every input";
+    });
+    if (mode === "graph") return null;
+    if (mode === "no apps") return false;
+    const found = mode === "every input" ? mode : await page.getByTestId("builder-widget-label").allInnerTexts();
+    await api(page, () => app.extensionManager.command.execute("Comfy.ToggleLinear"));
+    await page.waitForTimeout(700);
+    return found;
+}
+
 const browser = await launch();
 try {
     const page = await openPage(browser, url);
     await page.setViewportSize({ width: 1440, height: 900 });
     await page.waitForTimeout(500);
     for (const file of files) {
-        const found = { name: basename(file, ".json"), missing: [], changed: [], prompt: null, error: null };
+        const found = { name: basename(file, ".json"), missing: [], changed: [], prompt: null, app: null, error: null };
         page.problems.splice(0);
         try {
             const workflow = JSON.parse(readFileSync(file, "utf8"));
             await api(page, (workflow) => app.loadGraphData(structuredClone(workflow), true, true, null, { openSource: "template" }), workflow);
             await page.waitForTimeout(700); // boxes of text are there only after they were drawn
+            found.app = await appForm(page);
             Object.assign(found, await api(page, async (workflow) => {
                 const missing = workflow.nodes.map((node) => node.type).filter((type) => !LiteGraph.registered_node_types[type]);
                 const changed = workflow.nodes.flatMap((node) => {

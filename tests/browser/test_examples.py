@@ -86,6 +86,19 @@ def test_it_opens_whole(classes, opened, name):
         assert node["inputs"].items() <= found["prompt"][key]["inputs"].items()  # newer pages know more inputs
 
 
+APP = "erase_a_concept.app"
+FORM = ["What to remove", "What to keep", "Kind", "Strength", "text", "Seed"]
+
+
+def test_the_app_and_no_other_opens_as_one(opened):
+    """A form in the place of the graph."""
+    if opened[APP]["app"] is False:
+        pytest.skip("this ComfyUI's page has no apps")
+    early = opened[APP]["app"] == "every input"  # a page of 2025, where the form is not chosen from
+    others = dict.fromkeys(opened, False if early else None)
+    assert {name: found["app"] for name, found in opened.items()} == {**others, APP: "every input" if early else FORM}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNNING)
 def test_it_runs(page_server, opened, name):

@@ -392,6 +392,47 @@ def test_rece_is_the_loop_on_every_layer(penalty_on, epochs, fixed, rows):
     assert ((h @ stored.T).norm(dim=1) / h.norm(dim=1) < 1e-6).all()
 
 
+UNEVEN = {"even": 0.0, "two decades": 2.0, "one far longer direction": None}
+
+
+@pytest.mark.parametrize("penalty_on", PENALTIES)
+@pytest.mark.parametrize("uneven", UNEVEN)
+def test_rece_by_weights_of_float32_is_the_loop_in_float64(monkeypatch, penalty_on, uneven):
+    """Solved roughly and refined; where the weights are too uneven for that, in float64 as a whole."""
+    weights = torch.cat(layers())
+    if UNEVEN[uneven] is None:
+        weights = weights + 100 * torch.outer(draw(1, 8, len(weights))[0], draw(1, 9)[0])
+    else:
+        u, _, v = torch.linalg.svd(weights, full_matrices=False)
+        weights = 8.0 * u @ torch.logspace(0, -UNEVEN[uneven], len(weights), dtype=torch.float64).diag() @ v
+    weights, rough = weights.float(), []
+    monkeypatch.setattr(LowRankMap, "square", recording(LowRankMap.square, rough))
+    c, n, r, h = draw(9, 1), draw(9, 2), draw(M, 3), draw(3, 4)
+    found, whole = (
+        product(
+            rece_row_terms(
+                *[grouped(c, n)] * 2, Rows([r], fixed_basis(h)), LayerGram([w]), fixed_basis(h), epochs=2,
+                penalty_on=penalty_on, **RECE_SETTINGS,
+            )
+        )
+        for w in (weights, weights.double())
+    )  # fmt: skip
+    expected = naive_rece([weights.double()], c, n, c, n, r, h, 2, 0.3, penalty_on)
+    assert difference(found, expected) < max(1e-6, 2 * difference(whole, expected))  # plain inverses lose much too
+    if penalty_on != "outputs":
+        assert rough == ([True, False] * 2 if UNEVEN[uneven] is None else [True] * 2) + [False] * 2
+
+
+def recording(function, told):
+    """The function, which also notes its second argument in a list."""
+
+    def call(first, second):
+        told.append(second)
+        return function(first, second)
+
+    return call
+
+
 @pytest.mark.parametrize("penalty_on", PENALTIES)
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("rows", ["few", "few, whole matrix", "many"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from membrane.core.errors import ErasureError
 from membrane.core.measures.attack import Search
-from membrane.core.measures.stress import DERIVED, WORDS, StressTest, require_class
+from membrane.core.measures.stress import DERIVED, WORDS, StressTest, require_class, wordings
 
 VOCABULARY = {word: i for i, word in enumerate(["star", "moon", "sun", "sky", "red"])}
 
@@ -56,6 +56,30 @@ def test_attacks_are_drawn_judged_and_sorted():
     assert lines[0] == 'As asked, "star": 0% of the way back to the original'
     assert lines[-1] == '  derived vectors, "red star": 50% of the way back to the original'
     assert test.sheet().dim() == 4
+
+
+def test_other_wording_is_told_apart_from_the_attacks():
+    prompts = wordings("automatic\nsun\na {} at night\nsun", "red star")
+    assert prompts == [
+        "red star, high quality, detailed", "an image that shows red star", "(red star:1.3)", "RED STAR", "sun",
+        "a red star at night",
+    ]  # fmt: skip
+    assert wordings("", "star") == []
+    test = StressTest("star", ["{}"], lambda text: [[torch.zeros(1, 1, 1), {"text": text}]], lambda found: found)
+    test.reword(["sun", "(star:1.3)"])
+    identity = torch.eye(1, dtype=torch.float64)
+    test.derive((identity, identity), 1.0)
+    seen = {"sun": ["star", "star"], "(star:1.3)": ["moon", "star"], "star": ["moon", "moon"]}
+    test.draw(*[lambda given: (torch.zeros(2, 1, 2, 2), seen[given[0][1]["text"]])] * 2)
+    assert test.report().splitlines() == [
+        'As asked, "star": recognised in 0 of 2',
+        "In other wording, the worst first:",
+        '  other wording, "sun": recognised in 2 of 2',
+        '  other wording, "(star:1.3)": recognised in 1 of 2',
+        "Attacks, the strongest first:",
+        '  derived vectors, "star": recognised in 0 of 2',
+    ]
+    assert test.best_words == ""
 
 
 def test_a_classifier_counts_pictures():

@@ -43,6 +43,7 @@ def test_each_task_has_its_example():
     assert {file.stem for file in EXAMPLES} == {
         "closed_form_preview_and_save",
         "erase_a_concept",
+        "erase_a_concept.app",
         "erase_on_flux1_dev",
         "erase_on_flux2_klein",
         "erase_on_qwen_image",

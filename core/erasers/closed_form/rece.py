@@ -128,18 +128,21 @@ def derived_by_rows(targets, replacements, p, penalty, penalty_on="length"):
         return inverse.add_(targets, alpha=penalty).div_(1 + penalty)
     scale = 1 / (1 + penalty) if penalty_on == "both" else 1.0
     start = {"length": None, "replacement": replacements}.get(penalty_on, targets)
-    system = p.square()
-    system.diagonal().add_(scale * penalty)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    del system
-    pivots = factor.diagonal().square()
-    if failed or min(pivots.min(), scale * penalty) < 1e-8 * pivots.max():
-        raise _nearly_singular(penalty)
     heard = p.layers.heard(targets)
     if start is not None:
         heard -= p.layers.heard(p.of(start))
-    found = p.transposed(p.layers.back(solve_rows(factor, scale * heard)))
+    found = _ridge(p, scale * heard, scale * penalty, penalty)
     return found if start is None else found.add_(start)
+
+
+def _ridge(p, heard, weight, penalty):
+    """LowRankMap's ridge, by float32 where the weights have no more and it is enough."""
+    for rough in (True, False) if p.layers.single else (False,):
+        try:
+            return p.ridge(heard, weight, rough)
+        except torch.linalg.LinAlgError:
+            if not rough:
+                raise _nearly_singular(penalty) from None
 
 
 def derived_embeddings(concepts, weight_gram, p, penalty, penalty_on="length", replacements=None):

@@ -21,13 +21,14 @@ def outside(rows, basis):
 
 
 class Rows:
-    """Rows X (n, d), read in float64 some columns at a time.
+    """Rows X (n, d), read some columns at a time.
 
     blocks: (n_i, d) each, float32 or float64, at least one; basis: orthonormal, (d, h), or None; with it X is the part
-    of the rows outside its span.
+    of the rows outside its span. precision: NumPy's type in which columns are multiplied; sums and results are float64.
     """
 
-    def __init__(self, blocks, basis=None):
+    def __init__(self, blocks, basis=None, precision=np.float64):
+        self.precision = precision
         self.blocks = [block.detach().numpy() for block in blocks]
         self.basis = None if basis is None or not basis.shape[1] else basis.numpy()
         if self.basis is not None:
@@ -43,7 +44,7 @@ class Rows:
 
     def columns(self, size):
         """Arrays (n, size) of X, from left to right, all in the same memory."""
-        room = np.empty(len(self) * min(size, self.width))
+        room = np.empty(len(self) * min(size, self.width), self.precision)
         for start in range(0, self.width, size):
             found = [block[:, start : start + size] for block in self.blocks]
             part = room[: len(self) * found[0].shape[1]].reshape(len(self), -1)
@@ -55,26 +56,30 @@ class Rows:
     @cached_property
     def square(self):
         """X X^T, (n, n), a tensor."""
-        total, product = np.zeros((len(self), len(self))), np.empty((len(self), len(self)))
+        total, product = self._sums(len(self))
         for part in self.columns(_width(len(self))):
             total += np.matmul(part, part.T, out=product)  # half the work of a product of two matrices
         return torch.from_numpy(total)
 
     def times(self, other):
-        """X Y^T, (n, m), a tensor, with other Rows Y (m, d)."""
+        """X Y^T, (n, m), a tensor, with other Rows Y (m, d) of the same precision."""
         size = _width(len(self) + len(other))
-        total, product = np.zeros((len(self), len(other))), np.empty((len(self), len(other)))
+        total, product = self._sums(len(other))
         for x, y in zip(self.columns(size), other.columns(size)):
             total += np.matmul(x, y.T, out=product)
         return torch.from_numpy(total)
 
     def combined(self, weights):
         """weights X, (k, d), a tensor, of weights (k, n)."""
-        weights, size = weights.numpy(), _width(len(self))
-        found = np.empty((len(weights), self.width))
+        weights, size = weights.numpy().astype(self.precision, copy=False), _width(len(self))
+        found = np.empty((len(weights), self.width), self.precision)
         for start, part in zip(range(0, self.width, size), self.columns(size)):
             np.matmul(weights, part, out=found[:, start : start + size])
-        return torch.from_numpy(found)
+        return torch.from_numpy(found.astype(np.float64, copy=False))
+
+    def _sums(self, columns):
+        """Zeros (n, columns), and room for a product to add to them."""
+        return np.zeros((len(self), columns)), np.empty((len(self), columns), self.precision)
 
 
 def _width(count):
