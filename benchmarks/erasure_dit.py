@@ -16,7 +16,8 @@ trained ones are those of benchmarks/training_dit.py, trained on the bare word, 
 
 --remedies compares, once, what else could be done where a T5 spreads a word over the whole prompt: which rows, how much
 of the pooled map, a map behind the first blocks, the values of the blocks alone. Finished rows are kept in
-output/erasure_dit; --fresh starts anew, --finished writes the report of what is there.
+output/erasure_dit; --fresh starts anew, --finished writes the report of what is there. Rows that a table of the report
+lacks were not run.
 """
 
 import argparse
