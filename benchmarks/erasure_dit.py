@@ -1,4 +1,4 @@
-"""Erasure on the demo transformer: this pack's nodes as they are, the published methods, and the remedies between.
+"""Erasure on both demo models: this pack's nodes as they are, the published methods, and the remedies between.
 
 One value of each kind of attribute, then four at once. Every prompt is drawn by the unerased model and by each erased
 one from the same noise, in the plain caption (in-style) and in the held-out styles of tools/pixel_world/styles.py that
@@ -16,7 +16,8 @@ trained ones are those of benchmarks/training_dit.py, trained on the bare word, 
 
 --remedies compares, once, what else could be done where a T5 spreads a word over the whole prompt: which rows, how much
 of the pooled map, a map behind the first blocks, the values of the blocks alone. Finished rows are kept in
-output/erasure_dit; --fresh starts anew, --finished writes the report of what is there.
+output/erasure_dit; --fresh starts anew, --finished writes the report of what is there. Rows that a table of the report
+lacks were not run.
 """
 
 import argparse
@@ -402,7 +403,7 @@ def figures_of(rows):
 
 def report(rows, remedies):
     """The whole report as Markdown."""
-    parts = ["# Erasure on the demo transformer, with the nodes' own defaults\n", __doc__.split("\n\n", 1)[1].strip()]
+    parts = ["# Erasure on both demo models, with the nodes' own defaults\n", __doc__.split("\n\n", 1)[1].strip()]
     for model, tasks in rows.items():
         parts += [f"\n## {MODELS[model]}", tables(tasks)]
     if remedies:

@@ -54,7 +54,11 @@ def test_without_a_classifier_the_pictures_are_compared(attack):
 
 
 def test_other_wording_stands_beside_the_attacks(attack):
-    report = attack(attacks="words", prompts_tried=1, classifier="demo world", wording="({}:1.3)\na red {}, on snow")[1]
+    found = attack(
+        attacks="words", prompts_tried=1, generations=1, population=4, classifier="demo world",
+        wording="({}:1.3)\na red {}, on snow",
+    )  # fmt: skip
+    report = found[1]
     lines = report.splitlines()
     assert lines[1] == "In other wording, the worst first:" and lines[4] == "Attacks, the strongest first:"
     assert {line.split('"')[1] for line in lines[2:4]} == {"(star:1.3)", "a red star, on snow"}

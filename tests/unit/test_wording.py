@@ -47,13 +47,14 @@ def test_own_captions_are_all_taken_with_the_anchor_weight_as_it_is():
 
 
 @pytest.mark.parametrize("method", ["UCE", "RECE"])
-def test_the_anchor_weight_counts_for_each_pair_of_built_in_captions(method):
+def test_weights_with_built_in_captions_are_those_of_one_concept_in_one_caption(method):
     given = {"templates": "automatic", "anchor": 0.2}
     expert = Job.from_text("red", "", (), method=method, **chosen(CUSTOM, method, 0, given))
     assert len(expert.templates) == 23 and expert.settings.anchor == pytest.approx(23 * 0.2)
     assert daily_job("red", (), "anything", method=method, **given) == expert
     several = daily_job("star\nmoon", (), "anything", method=method, **given)
     assert len(several.templates) == 24 and several.settings.anchor == pytest.approx(48 * 0.2)
+    assert (expert.settings.preserve_scale, several.settings.preserve_scale) == (1.0, 2.0)
 
 
 def test_published_presets_keep_their_captions_and_their_anchor_weight():

@@ -55,9 +55,9 @@ class Job:
     ):
         """A job from the lines of a text: see parse_concepts(); given: as of() takes them.
 
-        built_in: whether the templates are this pack's own. Those that name a concept are left out then, and the anchor
-        weight counts for each pair of prompts: with n of them the sums that it stands beside are n times as large as
-        with one, for which it is published.
+        built_in: whether the templates are this pack's own. Those that name a concept are left out then, and the
+        weights are those of one concept in one caption, for which they are published: the anchor weight counts for
+        each pair of prompts, and the preserve scale for each concept.
 
         Where nothing replaces a concept, Double Projections looks for a safe anchor itself, as published. replacements:
         one of REPLACEMENTS, whether those that no line preserves are preserved as well, see unlisted().
@@ -67,9 +67,14 @@ class Job:
         safe_anchor = not any(concept.surrogate for concept in parsed)
         templates = fitting(templates, [concept.text for concept in parsed]) if built_in else templates
         job = cls.of(parsed, (*preserve, *added), templates, safe_anchor=safe_anchor, **given)
-        if built_in and isinstance(job.settings, Scales):
-            job = replace(job, settings=replace(job.settings, anchor=job.settings.anchor * len(job.pairs())))
-        return replace(job, added=added)
+        return replace(job, added=added, settings=job.evened_settings() if built_in else job.settings)
+
+    def evened_settings(self):
+        """Its settings with the weights of UCE, which are for one concept in one caption, for all of them."""
+        if not isinstance(self.settings, Scales):
+            return self.settings
+        anchor, kept = self.settings.anchor * len(self.pairs()), self.settings.preserve_scale * len(self.concepts)
+        return replace(self.settings, anchor=anchor, preserve_scale=kept)
 
     @property
     def rounds(self):
