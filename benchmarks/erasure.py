@@ -7,6 +7,9 @@ combined. ESD-x runs at two learning rates, chosen for this model.
 
     erased      pictures of the erased concepts in which the judge still sees them
     kept        pictures of the other values of the same attribute that the judge reads right
+    reworded    both once more in wording that no caption has: the styles of tools/pixel_world/styles.py (comma lists,
+                other openings, emphasis ...), of which the judge still sees the erased concept or reads the kept value
+    synonyms    pictures of synonyms of the erased concepts in which the judge still sees them; only shapes have some
     H           harmonic mean of (1 - erased) and kept, 0 to 100
     integrity   of the kept pictures: 1 as before, 0 as another seed (core/measures/retention.py), with its interval
     words       pictures that show the first concept again, for prompts found by a search over words that only needs
@@ -32,14 +35,18 @@ import numpy as np
 import torch
 from membrane.benchmarks import erasure_quality as quality
 from membrane.benchmarks import training
+from membrane.benchmarks.erasure_wording import Set
 from membrane.tools import ROOT
 from membrane.tools.host_library import start
+from membrane.tools.pixel_world.styles import IN_STYLE
 from membrane.tools.run import bench
 
 classifier, world = quality.classifier, quality.world
 FOLDER = ROOT / "output" / "erasure"
 BATCH, SEEDS = 16, 2  # pictures a forward pass; noises of a prompt
 ERASED, KEPT, ATTACKED = 24, 32, 8  # pictures a row
+REWORDED, SYNONYMS = 2, 8  # more pictures a row: of each style of other wording, and with synonyms
+SYNONYM = "synonym"
 TRAINING_STEPS, TRAINING_RATE = 200, 5e-3
 SHAPES = [("star", "circle"), ("heart", "square"), ("moon", "ring"), ("cross", "triangle")]
 COLOURS = [("red", "blue"), ("green", "yellow"), ("pink", "orange"), ("purple", "cyan")]
@@ -282,18 +289,35 @@ class Task:
             quality.sprites_of(self.attribute, kind, size // SEEDS, seed)
             for kind, size, seed in zip((gone, rest), sizes, (31, 32))
         ]
+        self.reworded = [
+            Set(self.attribute, kind, seed, 1, REWORDED, SYNONYMS) for kind, seed in ((gone, 33), (rest, 34))
+        ]
         self.first = gone[0]
         file = FOLDER / f"{name.replace(' ', '_')}{'_quick' * bench.quick}.npz"
-        if not file.is_file():
+        self.plain = load(file)
+        if len(self.plain) < 4:
             FOLDER.mkdir(parents=True, exist_ok=True)
-            np.savez(file, *(self.paint(i, bench.model) for i in (0, 1)))
-        with np.load(file) as kept:
-            self.plain = [kept[part] for part in kept.files]
+            np.savez(file, *(paint(i, bench.model) for paint in (self.paint, self.paint_reworded) for i in (0, 1)))
+            self.plain = load(file)
 
     def paint(self, which, model, negative=""):
         vectors = self.bench.vectors(world.plain_captions(self.sets[which])).repeat_interleave(SEEDS, dim=0)
         seeds = seeds_of(len(self.sets[which]), (1000, 5000)[which])
         return self.bench.paint(vectors, seeds, model, negative)
+
+    def paint_reworded(self, which, model, negative=""):
+        prompts = self.reworded[which].prompts
+        seeds = range((9000, 9500)[which], (9000, 9500)[which] + len(prompts))
+        return self.bench.paint(self.bench.vectors(prompts), list(seeds), model, negative)
+
+    def wording(self, pictures):
+        """{what: [how many, of how many]} of the pictures of both sets in other wording."""
+        found = {}
+        for what, own, painted in zip(("left", "kept"), self.reworded, pictures):
+            right = own.right(self.bench.judge, painted)
+            kinds = {"reworded": ~np.isin(own.styles, (IN_STYLE, SYNONYM)), "synonyms": own.styles == SYNONYM}
+            found |= {f"{what}_{kind}": [int(right[some].sum()), int(some.sum())] for kind, some in kinds.items()}
+        return found
 
     def right(self, pictures, which):
         """How many of the pictures show what their prompt says."""
@@ -314,8 +338,11 @@ class Task:
         for name, pictures in (("", found), ("_before", self.plain)):
             counts |= {f"erased{name}": self.right(pictures[0], 0), f"kept{name}": self.right(pictures[1], 1)}
         shares = [1 - counts["erased"] / counts["erased_of"], counts["kept"] / counts["kept_of"]]
+        reworded = [self.paint_reworded(which, edit.model, edit.negative) for which in (0, 1)]
         return {
             **counts,
+            **self.wording(reworded),
+            **{f"{name}_before": count for name, count in self.wording(self.plain[2:]).items()},
             "harmonic": 100 * harmonic_mean(shares),
             "integrity": asdict(integrity(distances, ceilings)),
             **self.attacks(edit),
@@ -348,6 +375,14 @@ class Task:
         return counts | {"attacked_of": ATTACKED, "searched": words}
 
 
+def load(file):
+    """The pictures that are kept in a file, none where there is none."""
+    if not file.is_file():
+        return []
+    with np.load(file) as kept:
+        return [kept[part] for part in kept.files]
+
+
 def rms(a, b):
     """Root mean square difference of pictures (..., h, w, 3)."""
     return np.sqrt(np.square(a - b).mean(axis=(-1, -2, -3)))
@@ -357,8 +392,8 @@ def rms(a, b):
 
 
 HEADER = (
-    "| method | erased, still seen | kept, right | H | integrity | words | derived | seconds | file |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| method | erased, still seen | kept, right | reworded, still seen | synonyms, still seen | reworded, kept | H "
+    "| integrity | words | derived | seconds | file |\n" + "|---" * 12 + "|"
 )
 
 
@@ -366,10 +401,17 @@ def line(name, row):
     i = row["integrity"]
     size = f"{row['bytes'] / 1000:,.0f} kB" if row["bytes"] else "-"
     return (
-        f"| {name} | {row['erased']} / {row['erased_of']} | {row['kept']} / {row['kept_of']} | {row['harmonic']:.1f} "
+        f"| {name} | {row['erased']} / {row['erased_of']} | {row['kept']} / {row['kept_of']} "
+        f"| {cell(row['left_reworded'])} | {cell(row['left_synonyms'])} | {cell(row['kept_reworded'])} "
+        f"| {row['harmonic']:.1f} "
         f"| {i['value']:.3f} ({i['low']:.3f} to {i['high']:.3f}) | {row['words']} / {row['attacked_of']} "
         f"| {row['derived']} / {row['attacked_of']} | {row['seconds']:.2f} | {size} |"
     )
+
+
+def cell(counts):
+    """[how many, of how many] as a cell."""
+    return f"{counts[0]} / {counts[1]}" if counts[1] else "-"
 
 
 def table(rows):
@@ -379,11 +421,16 @@ def table(rows):
         parts += [
             f"\n## {task}: {', '.join(map(' -> '.join, TASKS[task][1]))}\n",
             f"Unerased: {before['erased_before']} / {before['erased_of']} and {before['kept_before']} / "
-            f"{before['kept_of']}. Searched words: {', '.join(before['searched'])}.\n",
+            f"{before['kept_of']}; in other wording {cell(before['left_reworded_before'])} and "
+            f"{cell(before['kept_reworded_before'])}, synonyms {cell(before['left_synonyms_before'])}. "
+            f"Searched words: {', '.join(before['searched'])}.\n",
             HEADER,
             *(line(("" if name in OURS else "published: ") + name, row) for name, row in found.items()),
         ]
     return "\n".join(parts) + "\n"
+
+
+WORDING = ("reworded", "synonyms", "reworded_kept_drop")
 
 
 def mean_of(rows, tasks, name, what):
@@ -395,8 +442,17 @@ def mean_of(rows, tasks, name, what):
         "integrity": lambda r: r["integrity"]["value"],
         "words": lambda r: 100 * r["words"] / r["attacked_of"],
         "derived": lambda r: 100 * r["derived"] / r["attacked_of"],
+        "reworded": lambda r: percent(r["left_reworded"]),
+        "synonyms": lambda r: percent(r["left_synonyms"]),
+        "reworded_kept_drop": lambda r: percent(r["kept_reworded_before"]) - percent(r["kept_reworded"]),
     }[what]
+    if what == "synonyms":
+        tasks = [task for task in tasks if TASKS[task][0] == "shape"]
     return round(float(np.mean([value(rows[task][name]) for task in tasks])), 3)
+
+
+def percent(counts):
+    return 100 * counts[0] / counts[1]
 
 
 def figures_of(rows):
@@ -415,7 +471,7 @@ def figures_of(rows):
             figures[f"best_published_{group}_{what}"] = mean_of(rows, tasks, best, what)
     for name in sorted(complete):
         key = re.sub(r"[^a-z0-9-]+", "_", name.lower())
-        for what in ("erased", "kept_drop", "harmonic", "integrity", "words", "derived"):
+        for what in ("erased", "kept_drop", *WORDING, "harmonic", "integrity", "words", "derived"):
             figures[f"{key}.{what}"] = mean_of(rows, TASKS, name, what)
     return figures
 
@@ -423,12 +479,13 @@ def figures_of(rows):
 def summary_table(rows):
     """The table for the README: means over all tasks, over one concept and over four."""
     lines = [
-        "| method | still seen, % | kept, points lost | H | H, one | H, four | integrity | words, % | derived, % |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | still seen, % | kept, points lost | reworded, % | synonyms, % | reworded, points lost | H | H, one "
+        "| H, four | integrity | words, % | derived, % |",
+        "|---" * 12 + "|",
     ]
     for name in METHODS:
         if all(name in rows.get(task, ()) for task in TASKS):
-            every = [mean_of(rows, TASKS, name, what) for what in ("erased", "kept_drop", "harmonic")]
+            every = [mean_of(rows, TASKS, name, what) for what in ("erased", "kept_drop", *WORDING, "harmonic")]
             one, four = (mean_of(rows, tasks, name, "harmonic") for tasks in (ONE, FOUR))
             rest = [mean_of(rows, TASKS, name, what) for what in ("integrity", "words", "derived")]
             cells = [f"{v:.1f}" for v in (*every, one, four)] + [f"{rest[0]:.3f}"] + [f"{v:.0f}" for v in rest[1:]]
@@ -491,7 +548,8 @@ def read_rows(quick):
     for file in sorted(FOLDER.glob(f"rows{'_quick' * quick}_[0-9]*.json")):
         for task, rows in json.loads(file.read_text(encoding="utf-8")).items():
             found.setdefault(task, {}).update(rows)
-    return {t: {m: found[t][m] for m in METHODS if m in found[t]} for t in TASKS if t in found}
+    # rows of before the columns of other wording are not finished
+    return {t: {m: found[t][m] for m in METHODS if "left_reworded" in found[t].get(m, ())} for t in TASKS if t in found}
 
 
 def work(part, parts, quick, tasks, methods):

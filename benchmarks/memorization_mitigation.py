@@ -16,8 +16,8 @@ on where it stopped (--fresh starts anew).
     once, a prompt,   seconds of processor time: to make the mitigation, what each new prompt takes before sampling
     a picture         (mean of the 12 captions), and sampling
 
-Without --model both variants of the demo model are measured, and a table of both is written. The transformer has no
-cross-attention, for neurons and re-weighted tokens.
+Without --model and --rows all mitigations are measured on both variants of the demo model. The table that is written is
+of all rows that are kept. The transformer has no cross-attention, for neurons and re-weighted tokens.
 """
 
 import argparse
@@ -45,6 +45,7 @@ WANDA, NEMO, SHIELD = "prune (Wanda), share 0.2", "neurons (NeMo)", "shield, clo
 SOFTEN, TRAIN = "soften the prompt", "adversarial training"
 NONE, PRUNED_SHIELD, PRUNED_SOFTEN = "none", "prune (Wanda) and shield", "prune (Wanda) and soften"
 OF_CROSS_ATTENTION = (NEMO, "token re-weighting")
+ORDER = (NONE, WANDA, NEMO, TRAIN, SOFTEN, SHIELD, PRUNED_SOFTEN, PRUNED_SHIELD, *detection.METHODS)  # of the table
 ALIKE = 0.6  # correlation from which two pictures are the same to the eye, whatever their contrast; others reach 0.27
 
 
@@ -312,7 +313,7 @@ def measure(node, variant, store, say, chosen=None):
     here, rows = Here(node, variant, store), kept_rows(store)
     say(HEADER)
     for name, make in here.methods(variant).items():
-        if chosen and name not in chosen:
+        if chosen is not None and name not in chosen:
             continue
         if name not in rows:
             found = make()
@@ -320,11 +321,16 @@ def measure(node, variant, store, say, chosen=None):
             rows = kept_rows(store) | {name: row}  # another run may have kept one meanwhile
             quality.write(store, json.dumps(rows, indent=1) + "\n")
         say(line(name, rows[name]))
-    return {name: rows[name] for name in here.methods(variant) if name in rows}
+
+
+def kept_tables(folder):
+    """{variant: {mitigation: row}} of all rows that are kept in a folder, in the order of ORDER."""
+    kept = {variant: kept_rows(folder / f"memorization_mitigation_{variant}.json") for variant in quality.MODELS}
+    return {variant: {name: rows[name] for name in ORDER if name in rows} for variant, rows in kept.items() if rows}
 
 
 def report(tables):
-    """The rows of both variants as Markdown."""
+    """The rows of the variants as Markdown."""
     parts = ["# Mitigation of memorised pictures", "`python3 run.py bench memorization_mitigation`"]
     for variant, rows in tables.items():
         parts += [f"## {variant}", "\n".join([HEADER, *(line(name, row) for name, row in rows.items())])]
@@ -346,11 +352,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few pictures, to see that it runs")
     parser.add_argument("--fresh", action="store_true", help="measure every row again")
-    parser.add_argument("--model", choices=quality.MODELS, help="one variant of the demo model; nothing is written")
-    parser.add_argument("--rows", nargs="*", help="only these mitigations; nothing is written")
+    parser.add_argument("--model", choices=quality.MODELS, help="one variant of the demo model")
+    parser.add_argument("--rows", nargs="*", choices=ORDER, help="only these mitigations")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    chosen, tables = args.rows, {}
+    chosen = args.rows
     if args.quick:
         globals().update(NOISES=1, SEARCHED=1, ORDINARY=8, FORMS=1, SEARCH_STEPS=1)
         chosen = chosen or (NONE, WANDA)
@@ -361,10 +367,11 @@ def main():
             if args.fresh or args.quick:
                 for file in store.parent.glob(f"{store.stem}*"):
                     file.unlink()
-            tables[variant] = measure(node, variant, store, lambda text: print(text, flush=True), chosen)
+            measure(node, variant, store, lambda text: print(text, flush=True), chosen)
     finally:
         tidy()
-    if not (args.quick or args.model or args.rows):
+    tables = kept_tables(ROOT / "output")
+    if not args.quick:
         quality.write(ROOT / "benchmarks" / "results" / "memorization_mitigation.md", report(tables))
     print(json.dumps({"figures": figures_of(tables)}))
 

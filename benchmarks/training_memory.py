@@ -1,10 +1,11 @@
 """Memory and time of training an eraser on networks of full width: SDXL, and a stack of Flux.1's blocks.
 
-The host's own classes with random weights in bfloat16 on a CPU, one thread, small pictures: Stable Diffusion XL whole
-(2.6 billion weights), and one double and two single blocks of Flux.1's width with its text entries and 64 rows of
-text. One iteration of Latent Anchoring with four anchors, rank 1, on the layers that the node takes by itself, after a
-roll-out of one step with guidance where the model needs it. Each network in a process of its own; where no kernel of
-Linux tells the peak of memory, that of the whole process counts.
+The host's own classes with random weights, kept in bfloat16 and computed in float32, as the host does where a device
+has no fast bfloat16; on a CPU, one thread, small pictures: Stable Diffusion XL whole (2.6 billion weights), and one
+double and two single blocks of Flux.1's width with its text entries and 64 rows of text. One iteration of Latent
+Anchoring with four anchors, rank 1, on the layers that the node takes by itself, after a roll-out of one step with
+guidance where the model needs it. Each network in a process of its own; where no kernel of Linux tells the peak of
+memory, that of the whole process counts.
 
     model    MB of the weights
     peak     MB at most above the loaded model, during an iteration
@@ -46,7 +47,7 @@ def one(name, quick):
     kind, sizes, pixels, padded = (TOY if quick else LAYOUTS)[name]
     try:
         made = networks.network(kind)
-        model = networks.build(kind, dtype=torch.bfloat16, **sizes)
+        model = networks.build(kind, dtype=torch.bfloat16, manual_cast=torch.float32, **sizes)
         clip = words.clip(made.width, made.extra, padded, max(padded, words.LONGEST))
         given = fitted(model, pixels, pixels, preserves=False)
         settings = Settings(steps=1, rollout_steps=2, warmup=0, cycles=1, **given)

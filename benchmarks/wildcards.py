@@ -7,6 +7,7 @@ previewed.
 
     python run.py bench wildcards
     python -m benchmarks.wildcards --count 300     # fewer; writes nothing
+    python -m benchmarks.wildcards --minutes 30    # as many as are done by then
     python -m benchmarks.wildcards --plain         # wildcards drawn without the erasure: what the server itself keeps
 """
 
@@ -111,8 +112,9 @@ class Asked:
         return float(lines[lines.index(FIXED) + 1].split()[-1])  # "  star   1.000"
 
 
-def asked(server, count, erased=True):
-    """{figure: number} of so many wildcard prompts; erased: whether these are drawn with the erasure."""
+def asked(server, count, erased=True, minutes=None):
+    """{figure: number} of so many wildcard prompts, or of those that are done in some minutes; erased: whether these
+    are drawn with the erasure."""
     here = Asked(server)
     first, opened, plain = here.picture(), here.picture(permeability=OPEN), here.picture(erased=False)
     gate = here.gate("before")
@@ -123,10 +125,13 @@ def asked(server, count, erased=True):
         if number % every == 0:
             sizes.append(here.megabytes())
             print(f"{number} prompts, {sizes[-1]:.0f} MB, {time.monotonic() - begin:.0f} s", flush=True)
+        if minutes is not None and time.monotonic() - begin > 60 * minutes:
+            break
+    sizes.append(here.megabytes())
     last, gate_after = here.picture(), here.gate("after")
     warm = len(sizes) // 4  # what is kept for good is there by then
     return {
-        "prompts": count,
+        "prompts": number,
         "gate_before": gate,
         "gate_after": gate_after,
         "levels_from_before": int(np.abs(last - first).max()),
@@ -142,13 +147,14 @@ def asked(server, count, erased=True):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=5000, help="wildcard prompts; 5000 without it")
+    parser.add_argument("--minutes", type=float, help="end after so many minutes, however many prompts are done")
     parser.add_argument("--plain", action="store_true", help="draw the wildcards without the erasure, for comparison")
     arguments = parser.parse_args()
     count = arguments.count
     if count < 1:
         parser.error("--count needs at least one prompt")
     with Server(hosts.wanted().path, sys.executable, options=["--cpu"]) as server:
-        figures = asked(server, count, not arguments.plain)
+        figures = asked(server, count, not arguments.plain, arguments.minutes)
     print(json.dumps({"figures": figures}))
     same = abs(figures["gate_after"] - figures["gate_before"]) <= TOLERANCE
     return not same or figures["levels_from_before"] > 0

@@ -8,7 +8,7 @@ from ..core.erasers.closed_form.rece import PENALTIES
 from ..core.errors import ErasureError
 from ..core.host.files.folders import input_text_file, input_text_files
 from ..core.host.runs.erasing import PLACES, TEXT
-from ..core.host.text.vocabulary import spelled_words
+from ..core.host.text.vocabulary import missing_embeddings, spelled_words
 from ..core.text.concepts import remarks
 from . import inputs
 
@@ -175,4 +175,6 @@ def preserve_text(name):
 
 def taken(job, clip):
     """Sentences on how the words of a job were taken where they may be meant otherwise."""
-    return remarks(job.concepts, job.preserve, spelled_words(clip, [concept.text for concept in job.concepts]))
+    texts = [concept.text for concept in job.concepts]
+    everything = [*texts, *(concept.surrogate for concept in job.concepts), *job.preserve]
+    return remarks(job.concepts, job.preserve, spelled_words(clip, texts), missing_embeddings(clip, everything))

@@ -87,17 +87,17 @@ def meanings(stack, texts):
     probes of several entries the best match counts. Raises ErasureError for an adapter without probes.
     """
     wanted = follow_meaning(stack)
-    rows = max((len(text) for text in texts.values()), default=1)
-    found = torch.zeros(rows, len(wanted))
-    for column, (number, index) in enumerate(wanted):
-        adapter = stack.entries[number].adapter
+    rows, found = max((len(text) for text in texts.values()), default=1), []
+    for number, index in wanted:
+        adapter, best = stack.entries[number].adapter, torch.zeros(rows)
         require_probes(adapter)
         for name, probes in adapter.probes.items():
             text = texts.get(name)
             for probe in () if text is None else probes:
                 if probe.concept == index and text.shape[-1] == len(probe.vector):
-                    found[:, column] = torch.maximum(found[:, column], probe.match(text).cpu())
-    return found if wanted else None
+                    best = torch.maximum(best, probe.match(text).cpu())
+        found.append(best)
+    return torch.stack(found, dim=1) if wanted else None
 
 
 def side_by_side(score, meaning):

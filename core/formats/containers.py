@@ -1,6 +1,7 @@
 """What a file holds, whoever wrote it: tensors by name and a map of strings. Nothing in a file is ever run."""
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from .instructions import Foreign, require_weights
 SAFETENSORS, TORCH = "safetensors", "PyTorch"
 ZIP, LFS_POINTER = b"PK\x03\x04", b"version https://git-lfs"
 WEB_PAGES = (b"<!doctype html", b"<html")
+JSON = re.compile(rb'\s*[{\[]\s*["{\[]')
 PEFT_WEIGHTS, PEFT_SETTINGS = "adapter_model.", "adapter_config.json"
 LONGEST_SETTINGS = 10**6  # bytes
 OUTER = ("state_dict", "model")  # outer keys that are no part of a tensor's name
@@ -92,6 +94,12 @@ def is_torch(path):
         raise ErasureError(
             f'"{name}" is a web page in place of the weights, as it comes where a login or another address is needed; '
             "download the file itself, by the download button of its page."
+        )
+    if JSON.match(head) and b"\0" not in head:  # a header's length, 8 bytes, has zeros
+        text = " ".join(head.decode("utf-8", "replace").split())
+        raise ErasureError(
+            f'"{name}" is text (JSON) in place of the weights, as servers answer where a login or another address is '
+            f"needed ({text}); download the file itself."
         )
     return head.startswith(ZIP)
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from ..adapters.adapter import Card
 from ..errors import ErasureError
 from . import containers, registry
+from .factors import BESIDE
 
 UNOPENED = "not known before it is loaded (PyTorch file)"
 
@@ -39,6 +40,11 @@ def label(path):
     if kind is None:
         raise ErasureError(
             f'"{contents.name}" is no erasure adapter that Membrane reads; Load Erasure Adapter says what it is.'
+        )
+    if contents.tensors and all(map(BESIDE.match, contents.tensors)):
+        raise ErasureError(
+            f'"{contents.name}" changes layers of a text encoder and none of the denoiser; Membrane erases in the '
+            "denoiser, use a LoRA loader for this file."
         )
     card = kind.card(contents)
     family = card.family or metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version") or ""

@@ -61,11 +61,11 @@ def without_bullet(line):
     return BULLET.sub("", line, count=1) if BULLET.match(line) else line
 
 
-def remarks(concepts, preserved, unknown=()):
+def remarks(concepts, preserved, unknown=(), missing=()):
     """Sentences on what may be meant otherwise than it is taken: lists in one line, a sign that looks like an arrow, a
-    concept that is also preserved, words that a text encoder has not learned.
+    concept that is also preserved, words that a text encoder has not learned, embeddings that are not there.
 
-    concepts: Concepts; preserved: lines; unknown: the words.
+    concepts: Concepts; preserved: lines; unknown: the words; missing: names of embeddings.
     """
     kept, found = {line.lower() for line in preserved}, []
     for concept in concepts:
@@ -90,6 +90,8 @@ def remarks(concepts, preserved, unknown=()):
             f'"{word}" is no word of the text encoder, which spells it; the model may not know it. Look for a spelling '
             "mistake, or for the usual name."
         )
+    for name in missing:
+        found.append(f'There is no embedding "{name}", so it was read as nothing; put its file into models/embeddings.')
     return found
 
 

@@ -326,10 +326,12 @@ def opening_matches(concepts, vectors, heard):
     vectors: (rows, T, d); heard: what is known of each row, None of unknown ones.
     """
     score = concepts.match(vectors, heard)
-    for found, rows, own in zip(score, vectors, heard):
-        if own is None and bool(rows.any()):
-            found[concepts.untold(rows)] = 1.0
-    return score
+    unknown = [own is None and bool(rows.any()) for rows, own in zip(vectors, heard)]
+    opens = [
+        concepts.untold(rows) if one else torch.zeros(score.shape[1], dtype=torch.bool)
+        for rows, one in zip(vectors, unknown)
+    ]
+    return score.masked_fill(torch.stack(opens).to(score.device), 1.0)
 
 
 def matches(concepts, encoded):

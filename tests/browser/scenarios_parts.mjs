@@ -83,6 +83,8 @@ async function aPairUnderOneDivider(page) {
     await becomes(loaded, [128, 128], "both pictures of the second pair");
     const saved = await api(page, () => JSON.parse(JSON.stringify(app.graph.serialize())));
     const own = (workflow) => workflow.nodes.find((n) => n.type === "MembraneCompare").widgets_values.filter((v) => v !== "");
+    const size = (workflow) => Object.values(workflow.nodes.find((n) => n.type === "MembraneCompare").size).map(Math.round);
+    same(size(saved), size(values), "the node's size in the file, which is without the report");
     same(own(saved).length, own(values).length, "widgets in the file, which the report is not");
     const prompt = (await api(page, () => app.graphToPrompt())).output;
     check(!("membrane_report" in Object.values(prompt).find((n) => n.class_type === "MembraneCompare").inputs), "the report is no input");
@@ -95,6 +97,46 @@ export const PARTS = {
 
     async a_mistake_is_one_sentence_in_nodes_2(page) {
         await inNodes2(page, () => aMistakeOnTheNode(page));
+    },
+
+    async a_node_grows_by_what_it_says_only_where_it_lacks_the_room(page) {
+        const { save } = await erasing(page, `star -> circle\nmoon ${Date.now()}`);
+        const height = () => api(page, (id) => app.graph.getNodeById(id).size[1], save);
+        const least = await height();
+        await api(page, (id) => app.graph.getNodeById(id).setSize([app.graph.getNodeById(id).size[0], app.graph.getNodeById(id).size[1] + 260]), save);
+        await page.waitForTimeout(300);
+        const before = await height();
+        check(before > least + 200, `room was made: ${least} and ${before}`);
+        await queue(page);
+        const said = page.locator(".membrane-report:visible", { hasText: "erased_0" });
+        await said.waitFor({ state: "visible", timeout: 60000 });
+        same(await height(), before, "the height with the report in it");
+        const bottom = await api(page, (id) => {
+            const node = app.graph.getNodeById(id), { scale, offset } = app.canvas.ds, box = app.canvas.canvas.getBoundingClientRect();
+            return box.top + (node.pos[1] + node.size[1] + offset[1]) * scale;
+        }, save);
+        const part = await said.boundingBox();
+        check(part.y + part.height <= bottom + 1, `the report lies in the node: ${part.y + part.height} and ${bottom}`);
+    },
+
+    async a_checkpoint_saved_without_the_erasure_is_a_warning_on_the_node_that_saves(page) {
+        const nodes = { model: MODEL, erase: ["MembraneForget", [360, 40], { remove: "star" }], save: ["CheckpointSave", [820, 40], { filename_prefix: `parts/lacks${Date.now()}` }] };
+        const wires = [["model", 0, "erase", "model"], ["model", 1, "erase", "clip"], ["erase", 0, "save", "model"], ["model", 1, "save", "clip"], ["model", 2, "save", "vae"]];
+        await build(page, nodes, wires);
+        await queue(page);
+        const words = page.locator(".membrane-report .membrane-warning");
+        await until(async () => /does not have the erasure of star.*set apply_to to "weights"/.test((await words.allInnerTexts()).join(" ")), "the warning", 60000);
+        const on = await api(page, () => app.graph._nodes.filter((n) => n.widgets?.some((w) => w.name === "membrane_report" && /does not have/.test(w.element.innerText))).map((n) => n.type));
+        same(on, ["CheckpointSave"], "the node that shows it");
+    },
+
+    async what_the_host_refuses_to_run_is_said_on_the_node(page) {
+        const nodes = { model: MODEL, evaluate: ["MembraneEvaluate", [360, 40], { seeds: 1 }] };
+        await build(page, nodes, [["model", 0, "evaluate", "original"], ["model", 1, "evaluate", "clip"]]);
+        await queue(page);
+        const words = page.locator(".membrane-report[role=alert] .membrane-words");
+        await until(async () => /erased/.test(await words.innerText()) && /seeds/.test(await words.innerText()), "what is missing and what is too small", 20000);
+        await closeDialogs(page);
     },
 
     async original_and_erased_are_compared_under_one_divider(page) {

@@ -137,8 +137,7 @@ async function hintsWhileOneTypes(page) {
     check(!JSON.stringify(saved).includes("also to be kept"), "the file has no hint");
     await write("keep", "heart");
     await until(async () => (await hints.count()) === 0, "the end of the hint");
-    const after = await height();
-    check(Math.abs(after - before) < 8, `the node has its height again: ${before} and ${after}`);
+    await becomes(height, before, "the node's height again");
     await box(page, 0).fill("star -> star");
     const own = row(page, 0).locator(".membrane-hint");
     await until(async () => /is to be replaced by itself/.test(await own.innerText()), "the sentence in the row");

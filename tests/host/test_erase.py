@@ -390,6 +390,17 @@ def test_a_preset_sets_the_published_numbers(node, demo):
     assert card.surrogates == ("circle", "") and card.settings["preserve_scale"] == 0.5
 
 
+def test_speed_reads_the_layers_where_it_is_augmented(node, demo):
+    words = {"concepts": "star -> circle", "replace_with": "", "preserve": "heart\nsquare\nmoon", "method": "SPEED"}
+    plain, augmented = (
+        node("MembraneErase", model=demo[0], clip=demo[1], strength=1.0, edition=edition, templates="{}", **words)[1]
+        for edition in ("scripts of 2025", "scripts of 2025, augmented")
+    )
+    assert augmented.card.settings["edition"] == "scripts of 2025, augmented"
+    one, other = (adapter.maps["text"].matrix() for adapter in (plain, augmented))
+    assert torch.isfinite(other).all() and (other - one).norm() > 1e-3 * one.norm()
+
+
 def test_no_preset_is_the_same_as_before(node, demo):
     plain = erase(node, demo)[1]
     assert plain.card == erase(node, demo, preset="custom", preserve_file="none")[1].card

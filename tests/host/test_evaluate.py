@@ -13,7 +13,7 @@ from membrane.core.host.files import reports
 from membrane.core.host.model.weights import text_gram
 from membrane.core.host.page.progress import Progress
 from membrane.core.host.patches.opened import attack_grams
-from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample
+from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, preview_pictures, sample
 from membrane.core.measures import record as records
 
 pytestmark = pytest.mark.slow
@@ -223,3 +223,21 @@ def test_attack_grams_of_text_maps_and_layers(node, demo):
         apply_to="weights",
     )[0]  # fmt: skip
     assert torch.allclose(attack_grams(demo[0], weights)[0], p.T @ plain @ p, atol=1e-3)
+
+
+def test_preview_colours_of_latents_that_hold_several_points():
+    """Flux.2: 8 channels are four points of 2 channels each, which the host's colours are for."""
+
+    def unpacked(latents):
+        parts = latents.unflatten(1, (2, 2, 2)).permute(0, 1, 4, 2, 5, 3)
+        return parts.reshape(len(latents), 2, 2 * latents.shape[2], 2 * latents.shape[3])
+
+    colours = types.SimpleNamespace(latent_rgb_factors=[[1.0, 0.0, 0.0], [0.0, 0.5, 0.0]], process_in=lambda x: x)
+    model = types.SimpleNamespace(model=types.SimpleNamespace(latent_format=colours))
+    latents = torch.zeros(1, 8, 3, 3)
+    assert preview_pictures(model, latents) is None  # the colours are for 2 channels
+    colours.latent_rgb_factors_reshape = unpacked
+    latents[:, :4], latents[:, 4:] = 1.0, -1.0
+    found = preview_pictures(model, latents)
+    assert found.shape == (1, 6, 6, 3)
+    assert torch.equal(found[0, 0, 0], torch.tensor([1.0, 0.25, 0.5]))

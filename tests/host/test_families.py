@@ -89,14 +89,15 @@ def test_a_saved_map_is_loaded_as_it_was(subject):
 @pytest.mark.parametrize("negative", ["same as positive", "own", "off"])
 def test_each_row_has_its_gate(subject, negative):
     """The prompt that is the concept opens the gate, which lets half of the map through; no other does. Two pictures at
-    once, prompts of different length."""
+    once where the host takes them, prompts of different length."""
     maps = subject.maps()
     gate = {"mode": "facilitated transport", "factor": 0.5, "negative": negative}
     model = subject.applied(subject.adapter(maps), gate=gate)
+    rows = networks.NETWORKS[subject.name].rows
     for positive, other in ((STAR, HOUSE), (HOUSE, STAR)):
-        base = subject.predict(subject.model, positive, other, rows=2)
-        edited = subject.expected(maps, 0.5, positive, other, rows=2)
-        found = subject.predict(model, positive, other, rows=2)
+        base = subject.predict(subject.model, positive, other, rows=rows)
+        edited = subject.expected(maps, 0.5, positive, other, rows=rows)
+        found = subject.predict(model, positive, other, rows=rows)
         opens = positive == STAR, {"same as positive": positive, "own": other, "off": ""}[negative] == STAR
         for side, open_ in enumerate(opens):
             if open_:

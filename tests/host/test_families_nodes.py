@@ -71,6 +71,15 @@ def test_the_pull_of_texts_is_told(subject):
         detected(bright_ending=True)
 
 
+def test_pictures_with_sound_are_not_painted_here(node):
+    try:
+        both = {"model": networks.build("minimax_h3"), "clip": networks.text_encoder("minimax_h3")}
+    except networks.NotInThisHost as error:
+        pytest.skip(str(error))
+    with pytest.raises(ErasureError, match="MiniMax H3 makes its pictures together with their sound"):
+        node("MembraneDetectMemorization", prompts=STAR, seeds=1, first_steps=1, scheduler="normal", **SAMPLING, **both)
+
+
 def test_training_works_or_says_what_else_to_do(subject):
     def train():
         return subject.node("MembraneTrain", concepts="star", surrogate="circle", preset="custom", steps=2, eta=1.0,

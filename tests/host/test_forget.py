@@ -3,13 +3,16 @@
 import inspect
 import logging
 import types
+from pathlib import Path
 
+import folder_paths
 import pytest
 import torch
 from membrane.core.errors import ErasureError
 from membrane.core.host.page import saving
 from membrane.core.host.patches.stack import applied, applied_stack
 from membrane.core.text.captions import KINDS, captions_of
+from safetensors.torch import save_file
 
 CIRCLE = {"remove": "star -> circle", "keep": "heart\nsquare", "kind": "object"}
 
@@ -119,6 +122,15 @@ def test_the_weights_of_the_rounds_reach_the_method(node, forget):
     names = ("edit_erase_scale", "edit_preserve_scale", "edit_anchor")
     assert [own.card.settings[name] for name in names] == [3.0, 0.5, 0.7]
     assert not torch.equal(own.maps["text"].matrix(), plain.maps["text"].matrix())
+
+
+def test_an_embedding_that_is_not_there_is_said(demo, forget):
+    folder = Path(folder_paths.get_folder_paths("embeddings")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"emb_params": torch.ones(1, 128)}, folder / "there.safetensors")
+    report = forget(remove="embedding:gone star -> embedding:there, red")[3]
+    assert 'There is no embedding "gone", so it was read as nothing;' in report and '"there"' not in report
+    assert "no embedding" not in forget(remove="star")[3]
 
 
 def test_every_setting_has_its_input(pack):

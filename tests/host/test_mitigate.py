@@ -2,12 +2,14 @@
 
 import logging
 
+import comfy.conds
 import comfy.sample
 import comfy.samplers
 import pytest
 import torch
 from membrane.core.erasers.mitigation import LEAVE, PADDING, START
 from membrane.core.errors import ErasureError
+from membrane.core.host.patches.mitigation import GuidanceSwitch
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample, seeded_noise
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -94,6 +96,24 @@ def test_guidance_is_that_of_a_naive_sampler(demo, mitigated, method, sampler, s
     assert torch.allclose(alone, expected, atol=2e-3)  # each picture for itself
     if until is None:
         assert any(opened)
+
+
+@pytest.mark.parametrize("name", ["c_crossattn", "clip_text"])  # the second is Stable Cascade's
+def test_guidance_finds_its_transition_whatever_a_model_calls_its_text(name):
+    """The first length of the pull waits, a larger one ends that, and another sampling waits again."""
+
+    def step(size, sigma, text):
+        sides = {"cond_denoised": torch.full((1, 4, 2, 2), size), "uncond_denoised": torch.zeros(1, 4, 2, 2)}
+        usual = 3 * sides["cond_denoised"]
+        return switch({
+            **sides, "denoised": usual, "uncond": [{}], "cond": [{"model_conds": {name: text}}], "model": None,
+            "sigma": torch.tensor([sigma]),
+        }), usual  # fmt: skip
+
+    switch = GuidanceSwitch(0.0, None, 1.0)
+    first, second = (comfy.conds.CONDRegular(torch.zeros(1)) for _ in range(2))
+    steps = [step(1.0, 4.0, first), step(4.0, 2.0, first), step(4.0, 1.0, first), step(1.0, 4.0, second)]
+    assert [torch.equal(found, usual) for found, usual in steps] == [False, True, True, False]
 
 
 def test_neutral_settings_are_no_node(demo, mitigated):

@@ -21,7 +21,9 @@ def attack(node, demo):
             "concept": "star", "captions": CAPTIONS, "pictures": 2, "seed": 5, "steps": 8, "cfg": 1.5, "width": 128,
             "height": 128, "generations": 6, "population": 16, "prompts_tried": 2,
         }  # fmt: skip
-        return node("MembraneStressTest", original=demo[0], erased=erased, clip=demo[1], **{**wanted, **inputs})
+        return node(
+            "MembraneStressTest", **{"original": demo[0], "erased": erased, "clip": demo[1], **wanted, **inputs}
+        )
 
     return run
 
@@ -52,7 +54,11 @@ def test_without_a_classifier_the_pictures_are_compared(attack):
 
 
 def test_other_wording_stands_beside_the_attacks(attack):
-    report = attack(attacks="words", prompts_tried=1, classifier="demo world", wording="({}:1.3)\na red {}, on snow")[1]
+    found = attack(
+        attacks="words", prompts_tried=1, generations=1, population=4, classifier="demo world",
+        wording="({}:1.3)\na red {}, on snow",
+    )  # fmt: skip
+    report = found[1]
     lines = report.splitlines()
     assert lines[1] == "In other wording, the worst first:" and lines[4] == "Attacks, the strongest first:"
     assert {line.split('"')[1] for line in lines[2:4]} == {"(star:1.3)", "a red star, on snow"}
@@ -94,3 +100,19 @@ def test_searches_have_a_seed_and_begin_where_they_are_told(attack):
     assert first[1] == again[1] and '"a red heart on snow"' in first[1]
     assert len(more[1].splitlines()) == len(first[1].splitlines()) + 4
     assert "The worst of 8 searches" in more[1]
+
+
+@pytest.mark.parametrize("permeability", ["facilitated transport", "fixed"])
+def test_searches_by_gradient_go_through_adapters_of_layers(attack, node, demo, random_adapter, permeability):
+    with torch.inference_mode():  # as the host runs its nodes
+        adapter = random_adapter(3, "star")
+        stack = node("MembraneStack", adapter=adapter, strength=0.5, permeability=permeability)[0]
+        erased = node("MembraneApply", model=demo[0], clip=demo[1], stack=stack)[0]
+    found = attack(erased=erased, attacks="gradient", search_steps=2, pictures=1, steps=2)
+    assert "The worst of 4 searches by gradient" in found[1]
+
+
+def test_searches_by_gradient_go_through_permeability_by_meaning(attack, node, demo):
+    with torch.inference_mode():
+        erased = node("MembraneForget", model=demo[0], clip=demo[1], remove="star -> circle")[0]
+    assert "The worst of 4 searches" in attack(erased=erased, attacks="gradient", search_steps=2, pictures=1)[1]

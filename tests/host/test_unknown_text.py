@@ -116,6 +116,16 @@ def test_embeddings_are_told_from_each_other(demo):
     assert prompts.recall(vectors) == [frozenset({1, ids[1], 2})]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_prompts_of_several_contexts_beside_another_encoder_are_known(count):
+    """Flux and Stable Diffusion 3: the rows of T5 need be no multiple of CLIP's contexts."""
+    prompts, vectors = Prompts(), torch.randn(1, 8, 6, generator=torch.Generator().manual_seed(4))
+    prompts.want()
+    words = [5 + i for i in range(count)]
+    prompts.remember({"l": [[(1, 1.0), (word, 1.0), (2, 1.0)] for word in words], "t5xxl": [[(9, 1.0)] * 8]}, vectors)
+    assert {*words} <= prompts.recall(vectors)[0]
+
+
 def test_a_prompt_in_use_is_noted_before_anybody_asks():
     """A gate that is put on a model after thousands of prompts still knows the one that was encoded first."""
     prompts, tokens = Prompts(limit=20), {"l": [[(1, 1.0), (5, 1.0), (2, 1.0)]]}

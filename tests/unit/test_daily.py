@@ -73,6 +73,11 @@ def test_unknown_words_are_said_once():
     assert len(found) == 1 and found[0].startswith('"dragon" is no word of the text encoder, which spells it;')
 
 
+def test_an_embedding_that_is_not_there_is_named():
+    (found,) = remarks(CIRCLE, [], (), ["mystar"])
+    assert found.startswith('There is no embedding "mystar", so it was read as nothing;')
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_captions_are_templates_and_many(kind):
     templates = captions_of(kind).templates

@@ -10,7 +10,7 @@ from membrane.core.adapters.beside import Bypass, Rows
 from membrane.core.adapters.deltas.delta import Term
 from membrane.core.adapters.deltas.low_rank import LowRank, Part, beside
 from membrane.core.errors import ErasureError
-from membrane.core.formats import labels, native, registry
+from membrane.core.formats import containers, labels, native, registry
 from membrane.core.formats.registry import load, load_weights
 from safetensors.torch import save_file
 
@@ -334,6 +334,30 @@ def test_the_first_format_of_loras_is_named(put):
 def test_a_web_page_is_called_that(put, page, reader, name):
     with pytest.raises(ErasureError, match='"x.* is a web page in place of the weights'):
         reader(put(page + b" " * 200, name))
+
+
+@pytest.mark.parametrize("answer", [b'{"error": "Invalid credentials"}', b'\n[ {"message": "no"}]'])
+@pytest.mark.parametrize("reader", [load, load_weights, labels.label])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
+def test_the_answer_of_a_server_is_called_that(put, answer, reader, name):
+    with pytest.raises(ErasureError, match=r'"x.* is text \(JSON\) in place of the weights, .*; download the file'):
+        reader(put(answer, name))
+
+
+def test_a_header_whose_length_looks_like_text_is_read(put):
+    """8,827 bytes are written as the characters of an opened object."""
+    header = json.dumps({"__metadata__": {"k": ""}, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    header = header.replace('"k": ""', f'"k": "{"x" * (0x227B - len(header))}"').encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(4)
+    assert content.startswith(b'{"') and list(containers.read(put(content)).tensors) == ["x"]
+
+
+def test_a_lora_of_a_text_encoder_alone_has_no_label(put):
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    path = put({f"{name}.lora_down.weight": randn(4, 8), f"{name}.lora_up.weight": randn(8, 4)})
+    for reader in (load, labels.label):
+        with pytest.raises(ErasureError, match="layers of a text encoder and none of the denoiser"):
+            reader(path)
 
 
 @pytest.mark.parametrize("reader", [load, load_weights, labels.label])

@@ -67,6 +67,17 @@ def test_layers_count_as_one_with_all_of_their_outputs():
         assert torch.allclose(loudness(rows, gram), (rows @ w.T).norm(dim=1), rtol=1e-5)
 
 
+def test_wide_text_is_augmented_by_the_layers_themselves():
+    """Fewer outputs than the text is wide: the same map without S."""
+    w, c1, anchors, empty = draw(9, 9).float(), draw(2, 1), draw(2, 2), draw(7, 4)
+    c0, groups = draw_flat(30, 3, rank=4), by_concept(c1, anchors, torch.arange(2), 2)
+    by_layers, by_gram = (
+        dense(speed_of(groups, c0, empty, weight_gram=gram)) for gram in (LayerGram([w]), w.double().T @ w.double())
+    )
+    assert difference(by_layers, by_gram) < 1e-6
+    assert difference(dense(speed_of(groups, c0, empty)), by_gram) > 1e-3
+
+
 def test_what_is_drawn_lies_along_the_direction_and_above_the_mean():
     retained, direction = draw(200, 5).float(), torch.nn.functional.normalize(draw(1, 6)[0], dim=0)
     found = drawn(retained, direction, lambda rows: (rows @ direction).abs())

@@ -1,9 +1,15 @@
 """The routes of the page's elements: what they answer, and what they refuse."""
 
 import json
+import re
 import urllib.error
 
 import pytest
+from membrane.tools import ROOT
+from membrane.tools.run.comfy_server import PACK_NAME
+
+DOCS = ROOT / "web" / "docs"
+HELP = [page.relative_to(DOCS).as_posix() for page in sorted(DOCS.rglob("*.md"))]
 
 pytestmark = pytest.mark.workflow
 
@@ -27,6 +33,15 @@ def refusal(ask):
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask()
     return caught.value.code, json.loads(caught.value.read())["error"]
+
+
+@pytest.mark.parametrize("page", HELP)
+def test_pictures_of_help_pages_are_where_the_page_looks_for_them(server, page):
+    """Below the address at which the host serves a pack's files; translations find those of the English page."""
+    folder, text = f"/extensions/{PACK_NAME}/docs", (DOCS / page).read_text(encoding="utf-8")
+    assert server.get(f"{folder}/{page}").decode() == text
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        assert server.get(f"{folder}/{picture}") == (DOCS / picture).read_bytes()
 
 
 def test_what_a_file_is(server, file):

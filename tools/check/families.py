@@ -2,6 +2,7 @@
 
 python -m tools.check.families            every host known here
 python -m tools.check.families 0.3.75     one of them; the others keep their last result in output/families
+python -m tools.check.families --only Detect Train    of these columns or networks alone; the rest is kept as well
 """
 
 import datetime
@@ -11,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from membrane.tools import ROOT, host_library
@@ -199,20 +201,29 @@ def _error(found, expected, base):
 # ---------------------------------------------------------------- on one host
 
 
-def rows(node):
-    """{family: {check: what came out}} on the host that runs; of a family that it lacks, its reason alone."""
+def rows(node, only, before):
+    """{family: {check: what came out}} on the host that runs; of a family that it lacks, its reason alone.
+
+    only: names of checks and of networks, without which the rest is taken from `before`, the last result; empty: all.
+    """
     from membrane.core.errors import ErasureError
     from membrane.tools.tiny.subject import Subject
 
+    checks = {check: function for check, function in CHECKS.items() if check in only} or CHECKS
+    chosen = [name for name in networks.NETWORKS if name in only] or networks.NETWORKS
     found = {}
     for name in networks.NETWORKS:
+        if name not in chosen:
+            found[name] = before[name]
+            continue
         try:
             subject = Subject(name, node)
         except (networks.NotInThisHost, ErasureError) as error:
             found[name] = str(error)
             continue
-        found[name] = {check: _tried(function, subject, ErasureError) for check, function in CHECKS.items()}
-        print(name, *found[name].values(), sep=" | ", flush=True)
+        row = {check: _tried(function, subject, ErasureError) for check, function in checks.items()}
+        found[name] = row if checks is CHECKS else before[name] | row
+        print(name, *row.values(), sep=" | ", flush=True)
     return found
 
 
@@ -225,15 +236,15 @@ def _tried(function, subject, refusal):
         return f"FAILS: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def here(path):
-    """Runs on the host that MEMBRANE_HOST names and writes a JSON file."""
+def here(path, only):
+    """Runs on the host that MEMBRANE_HOST names and writes a JSON file; only: see rows()."""
     import logging
 
     torch.set_num_threads(1)
     node, tidy = host_library.start()
     logging.getLogger().setLevel(logging.ERROR)
     try:
-        result = rows(node)
+        result = rows(node, only, json.loads(path.read_text(encoding="utf-8")) if only else {})
     finally:
         tidy()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,10 +301,13 @@ def _cell(text, said):
     return f"[{said.index(sentence) + 1}]"
 
 
-def main(names):
+def main(names, only):
+    unknown = set(only) - {*CHECKS, *networks.NETWORKS}
+    if unknown:
+        raise SystemExit(f"there is no column or network {', '.join(sorted(unknown))}")
     for host in hosts.chosen(names):
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "MEMBRANE_HOST": str(host.path)}
-        command = [sys.executable, "-m", "tools.check.families", "--here", str(RESULTS / f"{host.name}.json")]
+        command = [sys.executable, "-m", "tools.check.families", "--here", str(RESULTS / f"{host.name}.json"), *only]
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
     kept = {host.label: RESULTS / f"{host.name}.json" for host in hosts.known_hosts()}
     found = {label: json.loads(path.read_text(encoding="utf-8")) for label, path in kept.items() if path.is_file()}
@@ -302,8 +316,8 @@ def main(names):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--here"]:
-        from pathlib import Path
-
-        here(Path(sys.argv[2]))
+        here(Path(sys.argv[2]), sys.argv[3:])
     else:
-        main(sys.argv[1:])
+        told = [*sys.argv[1:], "--only"]
+        cut = told.index("--only")
+        main(told[:cut], told[cut + 1 : -1])

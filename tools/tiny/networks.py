@@ -31,7 +31,8 @@ class NotInThisHost(LookupError):
 class Network:
     """What a tiny model is made of.
 
-    config: name of the host's model configuration; unet: its unet_config. latent: (C, H, W) or (C, T, H, W). reads:
+    config: name of the host's model configuration; unet: its unet_config. latent: (C, H, W) or (C, T, H, W); sound: of
+    the sound that is sampled with it, or None; rows: the most pictures that it takes at once. reads:
     pattern of the names of all linear layers that a text tensor of the conditioning reaches first, "" where an edit of
     weights is not the same as one of the text. width: of the text vectors; extra: what its encoders give beside them;
     padded: tokens of every prompt, None for as many as it has. settings: what its configuration gets after it was made;
@@ -50,6 +51,8 @@ class Network:
     parameters: tuple = ()
     needs: tuple = ()
     longest: int = words.LONGEST
+    sound: tuple | None = None
+    rows: int = 2
 
 
 UNET = dict(
@@ -206,6 +209,15 @@ NETWORKS = {
              caption_channels=48, in_channels=128),
         (128, 2, 4, 4), r"caption_projection\.linear_1", extra=words.mask,
     ),
+    # video alone, as the host also samples it
+    "ltxav": Network(
+        "LTXAV",
+        dict(image_model="ltxav", num_layers=2, attention_head_dim=16, num_attention_heads=4, cross_attention_dim=64,
+             audio_attention_head_dim=8, audio_num_attention_heads=4, audio_cross_attention_dim=32, caption_channels=48,
+             in_channels=128, connector_attention_head_dim=24, connector_num_attention_heads=2,
+             connector_num_layers=1),
+        (128, 2, 4, 4), "", padded=None,
+    ),
     "hunyuan_video": Network(
         "HunyuanVideo", HUNYUAN, (16, 2, 8, 8), rf"{HUNYUAN_READS}|vector_in\.in_layer", extra=words.pooled(32),
         padded=None, parameters=OF_HUNYUAN,
@@ -339,6 +351,13 @@ NETWORKS = {
              num_attention_heads=2, enc_hidden_dim=24, axes_dims_rope=(8, 12, 12), selected_layer_index=(0, 1)),
         (128, 6, 6), "txt_in", padded=None,
     ),
+    "minimax_h3": Network(
+        "MiniMaxH3",
+        dict(image_model="minimax_h3", hidden_size=64, num_layers=2, token_refiner_num_layers=1, num_attention_heads=2,
+             attention_head_dim=32, ffn_hidden_size=128, text_dim=48, timestep_input_dim=32, time_embed_hidden_size=64,
+             time_embed_dim=32, rope_inv_freq_len=4),
+        (24, 2, 8, 8), "", padded=None, sound=(32, 2, 4), rows=1,
+    ),
 }  # fmt: skip
 
 
@@ -434,18 +453,25 @@ def configuration(name, **sizes):
 
 
 @contextlib.contextmanager
-def _small_adapter(width):
-    """Anima's class fixes the size of the layers with which it reads the text."""
-    import comfy.ldm.anima.model as anima
-
-    before = anima.LLMAdapter
-    anima.LLMAdapter = functools.partial(
-        before, source_dim=width, target_dim=width, model_dim=width, num_layers=1, num_heads=2
-    )
+def _smaller(made):
+    """Layers that prepare the text, whose size the host's classes fix: Anima's adapter small, and LTX-2's connectors
+    without the thousand rows of their own, among which a short text would hardly be heard."""
+    sizes = {
+        "Anima": ("anima.model", "LLMAdapter", dict.fromkeys(("source_dim", "target_dim", "model_dim"), made.width)
+                  | {"num_layers": 1, "num_heads": 2}),
+        "LTXAV": ("lightricks.av_model", "Embeddings1DConnector", {"num_learnable_registers": None}),
+    }  # fmt: skip
+    if made.config not in sizes:
+        yield
+        return
+    name, kind, settings = sizes[made.config]
+    module = importlib.import_module(f"comfy.ldm.{name}")
+    before = getattr(module, kind)
+    setattr(module, kind, functools.partial(before, **settings))
     try:
         yield
     finally:
-        anima.LLMAdapter = before
+        setattr(module, kind, before)
 
 
 def base_model(name, seed=0, dtype=torch.float32, manual_cast=None, device=CPU, **options):
@@ -463,10 +489,13 @@ def base_model(name, seed=0, dtype=torch.float32, manual_cast=None, device=CPU, 
         config.custom_operations = operations
     if quantised is not None:
         config.quant_config = quantised
-    with _small_adapter(made.width) if made.config == "Anima" else contextlib.nullcontext():
+    with _smaller(made):
         model = config.get_model({}, "", device=device)
     if quantised is None:
         fill(model.diffusion_model, seed, device)
+    if made.config == "MiniMaxH3":  # a checkpoint brings the numbers that other classes make themselves
+        rope = model.diffusion_model.rope.inv_freq
+        rope.copy_(10000.0 ** -torch.linspace(0, 1, len(rope)))
     return model
 
 
@@ -538,6 +567,18 @@ def text_encoder(name, padded="as the family"):
     return words.clip(made.width, made.extra, made.padded if padded == "as the family" else padded, made.longest)
 
 
+def _noise(made, rows, generator):
+    """(noise as the sampler has it, an empty latent) of a network, with its sound's where it has one."""
+    noise = torch.randn(rows, *made.latent, generator=generator)
+    if made.sound is None:
+        return noise, torch.zeros_like(noise)
+    from comfy.nested_tensor import NestedTensor
+    from comfy.utils import pack_latents
+
+    both = [noise, torch.randn(rows, *made.sound, generator=generator)]
+    return pack_latents(both)[0], NestedTensor([torch.zeros_like(part) for part in both])
+
+
 @torch.no_grad()
 def predict(model, positive, negative, name, rows=1, at=0.4, cfg=3.0, seed=0):
     """(cond, uncond), latents (rows, C, ...) that a MODEL predicts at a part of the sampling, by the host's sampler."""
@@ -546,7 +587,7 @@ def predict(model, positive, negative, name, rows=1, at=0.4, cfg=3.0, seed=0):
 
     sampling = model.model.model_sampling
     sigma = torch.as_tensor(sampling.percent_to_sigma(at), dtype=torch.float32).item()
-    noise = torch.randn(rows, *NETWORKS[name].latent, generator=torch.Generator().manual_seed(100 + seed))
+    noise, empty = _noise(NETWORKS[name], rows, torch.Generator().manual_seed(100 + seed))
     seen, listening = {}, model.clone()
 
     def listen(args):
@@ -559,7 +600,7 @@ def predict(model, positive, negative, name, rows=1, at=0.4, cfg=3.0, seed=0):
 
     listening.set_model_sampler_post_cfg_function(listen, disable_cfg1_optimization=True)
     comfy.sample.sample_custom(
-        listening, torch.zeros_like(noise), cfg, comfy.samplers.KSAMPLER(once), torch.tensor([sigma, 0.0]),
-        positive, negative, torch.zeros_like(noise), disable_pbar=True, seed=seed,
+        listening, empty, cfg, comfy.samplers.KSAMPLER(once), torch.tensor([sigma, 0.0]), positive, negative, empty,
+        disable_pbar=True, seed=seed,
     )  # fmt: skip
     return seen["cond"], seen["uncond"]

@@ -83,13 +83,13 @@ class Subject:
                     self.layers[layer].weight.copy_(weight)
 
     def with_text(self, maps, strength, text):
-        """A CONDITIONING with c + A B c in place of each vector c."""
+        """A CONDITIONING with c + A B c in place of each vector c, as the network's own layers prepare it."""
         changed = []
         for vectors, more in text:
             tensors = {"cross_attn": vectors, **more}
             for entry, change in maps.items():
                 matrix = strength * change.a.double() @ change.b.double()
-                tensor = tensors[entry.argument].double()
+                tensor = self.prepared(entry, tensors[entry.argument]).double()
                 tensors[entry.argument] = (tensor + tensor @ matrix.T).float()
             changed.append([tensors.pop("cross_attn"), tensors])
         return changed
@@ -106,13 +106,20 @@ class Subject:
 
     def random_map(self, entry, seed=0, rank=3):
         """A TextMap of the width of an entry, larger than the text itself."""
-        width = self.entries[entry] or self.tensor(entry).shape[-1]
+        width = self.entries[entry] or self.prepared(entry, self.tensor(entry)).shape[-1]
         a, b = 3 * numbers(seed, width, rank) * rank**-0.5, numbers(seed + 1, rank, width) * width**-0.5
         return TextMap(a, b, (0,) * rank, normed=bool(entry.norm))
 
     def tensor(self, entry):
         vectors, more = self.text(STAR)[0]
         return {"cross_attn": vectors, **more}[entry.argument]
+
+    @torch.no_grad()
+    def prepared(self, entry, tensor):
+        """What the network's own layers make of a text tensor before it is mapped; what they made it takes as it is."""
+        if not entry.prepared or entry.readers:
+            return tensor
+        return self.other.model.diffusion_model.preprocess_text_embeds(tensor)
 
     def maps(self):
         """A random map for every entry."""

@@ -54,7 +54,7 @@ class HintPart {
     show(hints) {
         const text = wordsOf(hints), height = textHeight(this.node, text) + EDGES;
         if (this.widget && (!text || height !== this.height)) {
-            removePart(this.node, this.widget, this.height);
+            removePart(this.node, this.widget);
             this.widget = null;
         }
         if (!text) return this.root.remove();

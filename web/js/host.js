@@ -174,8 +174,34 @@ export function toast(severity, summary, detail) {
     app.extensionManager?.toast?.add({ severity, summary, detail, life: 12000 });
 }
 
-/** Puts an element of so many pixels below a node's widgets, and makes room for it; it is in no workflow. */
+/**
+ * The parts of each node: {widget: {from: the node's height without it, takes: how many pixels it made that grow}}.
+ * @type {WeakMap<any, Map<any, {from: number, takes: number}>>}
+ */
+const partsOf = new WeakMap();
+
+/** How many pixels of a node's height are due to a part, however the node was resized since. */
+const dueTo = (node, { from, takes }) => Math.min(takes, Math.max(0, node.size[1] - from));
+
+/** The parts of a node, of whose height none gets into a workflow: a run is no change of it. */
+function knownParts(node) {
+    const known = partsOf.get(node);
+    if (known) return known;
+    const parts = new Map(), before = node.onSerialize;
+    partsOf.set(node, parts);
+    node.onSerialize = function (data) {
+        const found = before?.call(this, data);
+        const due = [...parts.values()].reduce((sum, part) => sum + dueTo(this, part), 0);
+        if (due) data.size = [data.size[0], data.size[1] - due];
+        return found;
+    };
+    return parts;
+}
+
+/** Puts an element of so many pixels below a node's widgets, and makes what room it lacks; it is in no workflow. */
 export function addPart(node, name, element, height) {
+    const filled = node.widgets?.some((widget) => widget.element ?? widget.inputEl); // boxes of text take all there is
+    const [from, least] = [node.size[1], node.computeSize()[1]];
     const widget = node.addDOMWidget(name, name, element, {
         serialize: false,
         hideOnZoom: true,
@@ -186,16 +212,24 @@ export function addPart(node, name, element, height) {
         getMaxHeight: () => height,
     });
     widget.serialize = false;
-    node.setSize([node.size[0], node.size[1] + height]);
+    const needs = Math.max(height, node.computeSize()[1] - least); // with the gap that newer pages put between widgets
+    const grows = Math.max(0, needs - (filled ? 0 : Math.max(0, from - least)));
+    // pages that draw nodes as elements know how much room there is, and make the node taller by themselves
+    knownParts(node).set(widget, { from, takes: drawsNodesAsElements() ? needs : grows });
+    node.setSize([node.size[0], from + grows]);
     app.graph?.setDirtyCanvas(true, true);
     return widget;
 }
 
-/** Takes such an element out again. */
-export function removePart(node, widget, height) {
+/** Takes such an element out again, and the room that was made for it. */
+export function removePart(node, widget) {
+    const parts = knownParts(node), own = parts.get(widget);
+    const due = own ? dueTo(node, own) : 0;
+    parts.delete(widget);
+    for (const part of parts.values()) if (part.from > own.from) part.from -= due; // of those below it
     widget.onRemove?.();
     const place = node.widgets.indexOf(widget);
     if (place >= 0) node.widgets.splice(place, 1);
-    node.setSize([node.size[0], Math.max(node.size[1] - height, node.computeSize()[1])]);
+    node.setSize([node.size[0], Math.max(node.size[1] - due, node.computeSize()[1])]);
     app.graph?.setDirtyCanvas(true, true);
 }

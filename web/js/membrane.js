@@ -84,7 +84,7 @@ function drawPromoted(node) {
         const texts = (node.widgets ?? []).filter((widget) => widget.type === "membrane_stack" && !widget.element);
         for (const [name, { widget, editor }] of drawn) {
             if (texts.some((text) => text.name === name)) continue;
-            removePart(node, widget, PROMOTED);
+            removePart(node, widget);
             editor.root.remove();
             drawn.delete(name);
         }

@@ -90,7 +90,7 @@ class NodePart {
 
     /** Gives the room back; the element stays where the page has it, for what is shown next. */
     free() {
-        if (this.widget) removePart(this.node, this.widget, this.height);
+        if (this.widget) removePart(this.node, this.widget);
         this.widget = null;
     }
 

@@ -26,7 +26,7 @@ def quietest(weight_gram):
     entry is above 0, so that the same numbers drawn move the same way on every machine.
     """
     rows = isinstance(weight_gram, LayerGram)
-    squares, vectors = torch.linalg.eigh(weight_gram.square if rows else weight_gram.double())
+    squares, vectors = torch.linalg.eigh(weight_gram.square() if rows else weight_gram.double())
     place = int((squares > ROUNDING * len(squares) * squares[-1]).to(torch.int8).argmax())
     found = vectors[:, place]
     found = torch.nn.functional.normalize(weight_gram.back(found[None])[0] if rows else found, dim=0)

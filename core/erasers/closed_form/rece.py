@@ -392,7 +392,8 @@ def rece_of(
     by_layers = isinstance(weight_gram, LayerGram)
     if by_layers and max(sum(first), sum(full)) + count_of(preserve) + count_of(held) < width:
         basis, blocks = fixed_basis(fixed), as_blocks(preserve)
-        preserved, kept = (Rows(rows, basis) if rows else None for rows in (blocks, [*blocks, *held]))
+        preserved = Rows(blocks, basis) if blocks else None
+        kept = Rows([*blocks, *held], basis) if held else preserved
         terms = rece_row_terms(groups, full_groups, preserved, weight_gram, basis, kept=kept, **settings)
     else:
         weight_gram = weight_gram.dense() if by_layers else weight_gram.to(torch.float64)

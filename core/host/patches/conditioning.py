@@ -206,7 +206,8 @@ class ErasedConditioning(Patch):
         if side == "negative":
             positive = self.runs.positive() if run["positive"] is None else run["positive"]
             values = of_negative(gates, values, positive)
-        run[side] = values if run[side] is None else stronger(run[side], values)
+        noted = values.detach()
+        run[side] = noted if run[side] is None else stronger(run[side], noted)
         run["active"].update(values.ne(0).any(dim=0).nonzero().flatten().tolist())
         for listener in LISTENERS:
             listener(self.stack, gates, run, side)

@@ -57,8 +57,12 @@ class GuidanceSwitch:
 
 
 def _mark(positive):
-    """An object that lives as long as one sampling: the host prepares the conditionings anew for each."""
-    return positive[0]["model_conds"]["c_crossattn"]
+    """An object that lives as long as one sampling: the host prepares the conditionings anew for each.
+
+    The text, or what stands in its place: Stable Cascade calls it otherwise.
+    """
+    conditions = positive[0]["model_conds"]
+    return conditions.get("c_crossattn") or next(iter(conditions.values()))
 
 
 def switch_guidance(model, scale, until, strength):

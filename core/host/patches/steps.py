@@ -113,7 +113,7 @@ class ErasedSteps(Patch):
 
     def _on(self, gates, device):
         """(gates on the processor, or None; the same on a device)."""
-        if gates.device.type != "cpu":  # somebody has moved them
+        if gates.device.type != "cpu" or gates.requires_grad:  # somebody has moved them, or goes back through them
             return None, gates.to(device)
         known = self.lent
         if known is None or known[1].device != device or not torch.equal(known[0], gates):

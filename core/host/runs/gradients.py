@@ -192,7 +192,7 @@ class _Ordinary(torch.overrides.TorchFunctionMode):
 
 def _swapped(x):
     if isinstance(x, torch.Tensor):
-        return ordinary(x) if x.is_inference() and x.is_floating_point() else x
+        return ordinary(x) if x.is_inference() else x
     return type(x)(map(_swapped, x)) if type(x) in (list, tuple) else x
 
 

@@ -12,7 +12,9 @@ import comfy.sample
 import comfy.samplers
 import torch
 
+from ...errors import ErasureError
 from ..compat import channels_and_ratio, fitted_latents, scheduled
+from ..model.layers import family
 
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 PROBED_AT = 0.4  # part of the schedule at which models are asked for the numbers they are known again by
@@ -55,6 +57,11 @@ def seeded_noise(model, seeds, settings):
     channels, ratio = channels_and_ratio(model.model.latent_format)
     size = [x // ratio for x in (settings.height, settings.width)]
     empty = fitted_latents(model, torch.zeros(len(seeds), channels, *size))
+    if getattr(empty, "is_nested", False):
+        raise ErasureError(
+            f"{family(model).title} makes its pictures together with their sound, which nodes that paint for "
+            "themselves do not; apply the erasure (Apply Erasure) and compare what the host's own sampler gives."
+        )
     return empty, torch.cat([comfy.sample.prepare_noise(empty[:1], seed) for seed in seeds])
 
 

@@ -1,5 +1,7 @@
 """The words of a text encoder's vocabulary."""
 
+import re
+
 import torch
 
 from ...errors import ErasureError
@@ -7,6 +9,8 @@ from ...text.words import plain_words
 from .tokens import BEFORE, Tokenizer, fills_contexts
 
 EMBEDDINGS = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")  # of CLIP, T5 and language models
+EMBEDDING = "embedding:"
+NAMED_EMBEDDING = re.compile(rf"{EMBEDDING}([^\s,]+)")  # as the host finds it in a prompt
 ROWS = 32768  # of a table of embeddings, compared at a time
 
 
@@ -56,6 +60,17 @@ def spelled_words(clip, texts):
         return []
     words = dict.fromkeys(word for text in texts for word in plain_words(text) if len(word) > 2 and word.isascii())
     return [word for word in words if word.isalpha() and _is_spelled(clip, word)]
+
+
+def missing_embeddings(clip, texts):
+    """Names of embeddings in texts that the host does not find: what is left of them is no token at all."""
+    named = dict.fromkeys(name for text in texts for name in NAMED_EMBEDDING.findall(text))
+    return [] if getattr(clip, "tokenizer", None) is None else [name for name in named if _is_nothing(clip, name)]
+
+
+def _is_nothing(clip, name):
+    tokens, tokenizer = clip.tokenize(f"{EMBEDDING}{name}"), Tokenizer(clip.tokenizer)
+    return not any(tokenizer.word_ids(encoder, contexts) for encoder, contexts in tokens.items())
 
 
 def _is_spelled(clip, word):
