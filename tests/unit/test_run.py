@@ -396,6 +396,15 @@ def test_every_host_runs_after_a_failure(two_hosts, monkeypatch, capsys):
     assert [line.split()[0] for line in summary.strip().splitlines()] == ["passed", "FAILED", *["passed"] * 3]
 
 
+def test_side_by_side_the_long_runs_begin_first(two_hosts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        tests, "run_jobs", lambda jobs, workers: [seen.append(job[0]) or (job[0], 0, 1.0) for job in jobs]
+    )
+    assert run.main(["test", "-q"]) == 0
+    assert seen[:3] == ["host two (2)", "host one (1)", "tests without a host"] and len(seen) == 5
+
+
 def test_slow_tests_run_on_the_oldest_and_the_newest_host(two_hosts, monkeypatch):
     seen = []
     known = [hosts.Host(name, Path(name), "1") for name in ("old", "middle", "new")]

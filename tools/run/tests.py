@@ -15,6 +15,7 @@ from .reports import read_report, report_options
 
 # Folders of tests that run on each host: with a server of it, and in its process. All others need no host.
 SERVED, IN_PROCESS = ("workflows", "browser"), ("host",)
+INSIDE = "host "  # beginning of the title of a run in a host's process
 LONG, LONGEST = 10, 40  # from so many seconds on a test is listed, and so many are
 
 
@@ -55,20 +56,23 @@ def test(args):
         plan += host_runs(of_hosts, not any(arg.startswith("-m") for arg in args))
     env = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
     interactive = {"-s", "--capture=no", "--pdb", "--trace"} & set(args)
+    # one more than there are cores: the runs in the page wait most of the time
+    workers = 1 if interactive else min((os.cpu_count() or 1) + 1, 4)
+    if workers > 1:
+        plan = long_ones_first(plan)
     with tempfile.TemporaryDirectory(prefix="membrane-tests-") as folder:
         reports = [Path(folder) / f"{number}.xml" for number in range(len(plan))]
         jobs = []
         for (title, arguments, host), report in zip(plan, reports):
             command = [python, "-m", "pytest", *arguments, *report_options(report)]
             jobs.append((title, command, env if host is None else {**env, "MEMBRANE_HOST": str(host.path)}))
-        # one more than there are cores: the runs in the page wait most of the time
-        results = run_jobs(jobs, 1 if interactive else min((os.cpu_count() or 1) + 1, 4))
+        results = run_jobs(jobs, workers)
         show_summary(results, [read_report(report) for report in reports])
     return overall_code([code for _, code, _ in results])
 
 
 def host_runs(of_hosts, may_be_brief):
-    """[(title, arguments for pytest, Host)] of the runs on every host, the long ones first."""
+    """[(title, arguments for pytest, Host)] of the runs on every host."""
     wanted = os.environ.get("MEMBRANE_HOST")
     known = [hosts.named(wanted)] if wanted else hosts.known_hosts()
     if not known:
@@ -77,10 +81,17 @@ def host_runs(of_hosts, may_be_brief):
     runs = []
     for host in sorted(known, key=lambda host: host in between):
         brief = ["-m", "not slow"] if host in between and may_be_brief else []
-        for title, arguments in zip((f"server and page of {host.label}", f"host {host.label}"), of_hosts):
+        for title, arguments in zip((f"server and page of {host.label}", f"{INSIDE}{host.label}"), of_hosts):
             if arguments is not None:
                 runs.append((title, [*arguments, *brief], host))
     return runs
+
+
+def long_ones_first(plan):
+    """The same runs in the order in which they begin side by side, so that none is left alone at the end: those in the
+    process of a host take longest, of the newest most."""
+    inside = [run for run in plan if run[2] is not None and run[0].startswith(INSIDE)]
+    return [*reversed(inside), *(run for run in plan if run not in inside)]
 
 
 def show_summary(results, reports):
