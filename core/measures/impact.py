@@ -28,7 +28,7 @@ def relative_change(delta, vectors, weight_gram):
     sum_l ||W_l x||^2 = x^T S x.
     """
     if not isinstance(weight_gram, torch.Tensor):
-        changed, whole = weight_gram.loudness(delta), weight_gram.loudness(vectors)
+        changed, whole = weight_gram.loudness(delta).sum(), weight_gram.loudness(vectors).sum()
         return torch.sqrt(changed / whole).item()
     delta, vectors = delta.to(weight_gram), vectors.to(weight_gram)
     changed = ((delta @ weight_gram) * delta).sum()

@@ -433,14 +433,20 @@ def recording(function, told):
     return call
 
 
+def rounds_case(rows):
+    """(c, n, all rows of both, preserved and held rows, layers, both as groups, S) for rounds of rows or moments."""
+    full_c, full_n = draw(80 if rows == "many" else 9, 1), draw(80 if rows == "many" else 9, 2)
+    c, n, start = full_c[3:7], full_n[3:7], layers()
+    weight_gram = LayerGram(start) if rows == "few" else sum(w.T @ w for w in start)
+    groups = grouped(c, n, 2), grouped(full_c, full_n, 2)
+    return c, n, full_c, full_n, draw(M, 3), draw(3, 4), start, *groups, weight_gram
+
+
 @pytest.mark.parametrize("penalty_on", PENALTIES)
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("rows", ["few", "few, whole matrix", "many"])
 def test_regularised_rece_keeps_the_erased_rows_in_its_rounds(penalty_on, epochs, rows):
-    full_c, full_n = draw(80 if rows == "many" else 9, 1), draw(80 if rows == "many" else 9, 2)
-    c, n, r, h, start = full_c[3:7], full_n[3:7], draw(M, 3), draw(3, 4), layers()
-    groups, full_groups = grouped(c, n, 2), grouped(full_c, full_n, 2)
-    weight_gram = LayerGram(start) if rows == "few" else sum(w.T @ w for w in start)
+    c, n, full_c, full_n, r, h, start, groups, full_groups, weight_gram = rounds_case(rows)
     settings = {**RECE_SETTINGS, "epochs": epochs, "penalty_on": penalty_on, "hold": True}
     expected = naive_rece(start, c, n, full_c, full_n, r, h, epochs, 0.3, penalty_on, hold=True)
     found = rece_of(groups, full_groups, r, weight_gram, fixed=h, **settings)
@@ -454,10 +460,7 @@ def test_regularised_rece_keeps_the_erased_rows_in_its_rounds(penalty_on, epochs
 @pytest.mark.parametrize("rows", ["few", "few, whole matrix", "many"])
 def test_the_rounds_have_scales_of_their_own(penalty_on, hold, rows):
     """Two rounds whose targets weigh 2.5, of rows, of whole matrices and of moments."""
-    full_c, full_n = draw(80 if rows == "many" else 9, 1), draw(80 if rows == "many" else 9, 2)
-    c, n, r, h, start = full_c[3:7], full_n[3:7], draw(M, 3), draw(3, 4), layers()
-    groups, full_groups = grouped(c, n, 2), grouped(full_c, full_n, 2)
-    weight_gram = LayerGram(start) if rows == "few" else sum(w.T @ w for w in start)
+    c, n, full_c, full_n, r, h, start, groups, full_groups, weight_gram = rounds_case(rows)
     settings = {**RECE_SETTINGS, "epochs": 2, "penalty_on": penalty_on, "hold": hold}
     found, plain = (
         rece_of(groups, full_groups, r, weight_gram, fixed=h, edit_erase_scale=scale, **settings) for scale in (2.5, 1)

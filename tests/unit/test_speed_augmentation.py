@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from membrane.core.erasers.closed_form.augmentation import CHUNK, DRAWS, SEED, drawn, loudness, quietest
+from membrane.core.erasers.closed_form.augmentation import CHUNK, DRAWS, SEED, drawn, heard_lengths, quietest
 from membrane.core.erasers.closed_form.groups import AUGMENTED, FIRST, OF_2025
 from membrane.core.erasers.closed_form.job import METHODS, Job, erase, solve
 from membrane.core.erasers.closed_form.layers import LayerGram
@@ -64,7 +64,7 @@ def test_layers_count_as_one_with_all_of_their_outputs():
     rows = draw(4, 3)
     for gram in (sum(layer.T @ layer for layer in layers), LayerGram([layer.float() for layer in layers])):
         assert abs(abs((quietest(gram) @ v).item()) - 1) < 1e-5
-        assert torch.allclose(loudness(rows, gram), (rows @ w.T).norm(dim=1), rtol=1e-5)
+        assert torch.allclose(heard_lengths(rows, gram), (rows @ w.T).norm(dim=1), rtol=1e-5)
 
 
 def test_wide_text_is_augmented_by_the_layers_themselves():

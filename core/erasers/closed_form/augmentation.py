@@ -33,10 +33,10 @@ def quietest(weight_gram):
     return found if found[found.abs().argmax()] > 0 else -found
 
 
-def loudness(rows, weight_gram):
+def heard_lengths(rows, weight_gram):
     """(F,) lengths ||W x|| of what the layers make of rows x (F, d)."""
     if isinstance(weight_gram, LayerGram):
-        return weight_gram.heard(rows).norm(dim=1)
+        return weight_gram.loudness(rows).sqrt()
     return ((rows @ weight_gram.double()) * rows).sum(1).clamp_min(0.0).sqrt()
 
 

@@ -43,8 +43,8 @@ class LayerGram:
         return self._rows(rough).combined(heard)
 
     def loudness(self, rows):
-        """sum_l ||W_l x||^2 over rows x (E, d)."""
-        return self.heard(rows).square().sum()
+        """sum_l ||W_l x||^2 of each of the rows x (E, d), (E,)."""
+        return self.heard(rows).square().sum(dim=1)
 
     def dense(self):
         """S, (d, d) float64."""

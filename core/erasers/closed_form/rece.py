@@ -12,7 +12,7 @@ import torch
 
 from ...errors import ErasureError
 from .groups import aligned_groups, carrying, spreads, whole_groups
-from .layers import LayerGram, LowRankMap
+from .layers import PIVOT, LayerGram, LowRankMap
 from .method import Method
 from .row_space import Rows, row_ridge
 from .solver import (
@@ -65,7 +65,7 @@ class Derivation:
         factor, failed = torch.linalg.cholesky_ex(system)
         del system
         pivots = factor.diagonal().square()
-        if failed or pivots.min() < 1e-8 * pivots.max():
+        if failed or pivots.min() < PIVOT * pivots.max():
             raise _nearly_singular(penalty)
         if penalty_on in ("distance", "both"):
             right.diagonal().add_(penalty)

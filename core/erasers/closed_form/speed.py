@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from ...errors import ErasureError
-from .augmentation import drawn, loudness, quietest
+from .augmentation import drawn, heard_lengths, quietest
 from .groups import ALL, AUGMENTED, FIRST, SUBJECT, carrying, preserved_rows, spreads, token_groups
 from .method import Method
 from .row_space import Rows, outside, row_ridge
@@ -45,7 +45,7 @@ def prior_scores(retained, targets, changes, weight_gram=None):
 
 
 def _lengths(rows, weight_gram):
-    return rows.norm(dim=1) if weight_gram is None else loudness(rows, weight_gram)
+    return rows.norm(dim=1) if weight_gram is None else heard_lengths(rows, weight_gram)
 
 
 def influential(retained, targets, changes, weight_gram=None):

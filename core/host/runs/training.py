@@ -172,7 +172,7 @@ class HostDenoiser:
             self.predict(x, t, [text], on=True).square().sum().backward()
         except torch.cuda.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # of an operation without one, NotImplementedError among them
+        except RuntimeError as error:  # of an operation that has none
             with torch.no_grad():  # what fails without a gradient too is another matter, and is told as it is
                 self.predict(x, t, [text], on=True)
             raise ErasureError(
