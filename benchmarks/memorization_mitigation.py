@@ -244,9 +244,7 @@ class Here:
 
     def held_back(self, method):
         """A function that gives the mitigating node's way of holding pictures back."""
-        return lambda: Mitigated(
-            self.node("MembraneMitigateMemorization", model=self.demo[0], method=method)[0]
-        )  # fmt: skip
+        return lambda: Mitigated(self.node("MembraneMitigateMemorization", model=self.demo[0], method=method)[0])
 
     def pruned_and_shielded(self):
         pruned = self.applied("wanda")
