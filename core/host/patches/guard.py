@@ -1,0 +1,229 @@
+"""Puts the guard of core/erasers/guard.py on a MODEL: it looks at each picture while it is sampled."""
+
+import logging
+import math
+import weakref
+
+import torch
+
+from ...adapters.patch import Patch
+from ...erasers.guard import features
+from ..compat import guidance_of, predictions, prepared
+from ..model.layers import denoiser
+from .mitigation import mark
+from .places import put_below
+from .steps import APPLY_MODEL
+
+log = logging.getLogger("membrane")
+STRUCTURE = ("control", "control_apply_to_uncond", "gligen")  # of a conditioning: what draws beside the text
+
+
+class Seen(Patch):
+    """Stands in for the base model's `apply_model`: keeps what the middle block of a U-Net makes of a call's rows.
+
+    calls: [(x (rows, C, h, w), text (rows, T, d), features (rows, F))] since they were taken last.
+    """
+
+    function = APPLY_MODEL
+
+    def __init__(self, base, layer):
+        super().__init__(base)
+        self.layer, self.calls = layer, []
+
+    def __call__(self, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
+        found = []
+
+        def see(module, inputs, output):
+            with torch.no_grad():  # blocks add to what they gave in place afterwards
+                found.append(features(output.detach()))
+
+        hook = self.layer.register_forward_hook(see)
+        try:
+            return self.original(x, t, c_concat, c_crossattn, *args, **kwargs)
+        finally:
+            hook.remove()
+            if len(found) == 1 and len(found[0]) == len(x) and c_crossattn is not None:
+                self.calls.append((x.detach(), c_crossattn.detach(), found[0]))
+
+    def taken(self, x, text):
+        """Features (B, F) of pictures x (B, C, h, w) that were asked about with a text (1 or B, T, d) since they were
+        taken last, or None; forgets all."""
+        calls, self.calls = self.calls, []
+        for pictures, texts, found in calls:
+            for own, said, rows in zip(*(part.split(len(x)) for part in (pictures, texts, found))):
+                if own.shape == x.shape and said.shape[1:] == text.shape[1:]:
+                    if torch.equal(own, x.to(own)) and torch.equal(said, text.to(said).expand_as(said)):
+                        return rows
+        return None
+
+    def last(self):
+        """Features of the last call, or None; forgets all."""
+        calls, self.calls = self.calls, []
+        return calls[-1][2] if calls else None
+
+
+def watched(model):
+    """(a clone of a MODEL with a U-Net, the Seen on it)."""
+    patched = model.clone()
+    seen = Seen(model.model, denoiser(model).middle_block[-1])
+    put_below(patched, APPLY_MODEL, seen)
+    return patched, seen
+
+
+class Redrawn:
+    """A picture that is drawn anew from a sampling's own first noise, up to the noise level at which that stands.
+
+    Any sampler ends at the prediction of its last step: with predictions of the new picture in place of its own, it
+    ends at the new picture, wherever it began to follow. The steps are Euler's. start: x (B, C, h, w) at sigmas (B,).
+    """
+
+    def __init__(self, start):
+        self.x, self.sigma, self.denoised = start, None, None
+
+    def at(self, sigma, predict):
+        """The prediction of the new pictures at noise levels sigma (B,); predict(x, sigma) asks the network."""
+        if self.sigma is not None:
+            if torch.equal(sigma, self.sigma):
+                return self.denoised
+            rows = [-1] + [1] * (self.x.dim() - 1)
+            slope = (self.x - self.denoised) / self.sigma.view(rows)
+            self.x = self.x + slope * (sigma - self.sigma).view(rows)
+        self.sigma, self.denoised = sigma, predict(self.x, sigma)
+        return self.denoised
+
+
+class Sampling:
+    """What a guard knows of the sampling that is under way: its first noisy latents, the noise levels that it asked
+    about, and which pictures (B,) showed the concept."""
+
+    def __init__(self, known, x):
+        self.known, self.start = weakref.ref(known), x.detach().clone()
+        self.sigmas, self.looked, self.redrawn = [], set(), None
+        self.fired = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.texts = {}
+
+    def goes_on(self, known, x):
+        return self.known() is known and self.start.shape == x.shape
+
+
+class Guard:
+    """A post-CFG function that looks at each picture and, once one shows the concept, follows a picture that is drawn
+    anew with another text.
+
+    fitted: Fitted; seen: the Seen of the same MODEL; empty, instead: CONDITIONINGs, the second None for the negative
+    side in the concept's place.
+    """
+
+    def __init__(self, fitted, seen, empty, instead):
+        self.fitted, self.seen, self.empty, self.instead = fitted, seen, empty, instead
+        self.sampling = None
+
+    def __call__(self, args):
+        x, sigma = args["input"], args["sigma"].expand(len(args["input"]))
+        known = mark(args["cond"])
+        if self.sampling is None or not self.sampling.goes_on(known, x):
+            self.sampling = Sampling(known, x)
+        now = self.sampling
+        now.sigmas.append(sigma.detach())
+        if not bool(now.fired.all()):
+            self._look(args, now, x, sigma)
+        self.seen.calls.clear()
+        if not bool(now.fired.any()):
+            return args["denoised"]
+        other = self._redrawn(args, now)
+        self.seen.calls.clear()
+        return torch.where(now.fired.view(-1, *[1] * (x.dim() - 1)), other.to(args["denoised"]), args["denoised"])
+
+    # ------------------------------------------------------------ looking
+
+    def _look(self, args, now, x, sigma):
+        """Adds the pictures that show the concept now."""
+        ranges = self._ranges(args["model"].model_sampling, sigma)
+        if not set(ranges) - {None}:
+            return
+        found = self.seen.taken(x, self._text(args, now, "empty")[0]["model_conds"]["c_crossattn"].cond)
+        if found is None:
+            if set(ranges) <= now.looked | {None}:
+                return
+            found = self._asked(args, now, x, sigma)
+        if found is None:
+            return
+        now.looked |= set(ranges)
+        before = int(now.fired.sum())
+        for number in set(ranges) - {None}:
+            scores = self.fitted.levels[number].score(found)
+            own = torch.tensor([r == number for r in ranges], device=scores.device)
+            now.fired |= (own & (scores > self.fitted.threshold)).to(now.fired.device)
+        if int(now.fired.sum()) > before:
+            log.info("Membrane: the guard draws %d of %d pictures anew.", int(now.fired.sum()), len(x))
+
+    def _ranges(self, sampling, sigma):
+        """Number of the level whose range each noise level is in, or None for those too noisy and of unused levels."""
+        levels = self.fitted.levels
+        middles = [math.log(max(float(sampling.percent_to_sigma(level.share)), 1e-9)) for level in levels]
+        top = middles[0] + (middles[0] - middles[1]) / 2
+        tells = [level.tells(self.fitted.threshold) for level in levels]
+        found = []
+        for level in sigma.tolist():
+            at = math.log(max(level, 1e-9))
+            nearest = min(range(len(levels)), key=lambda i: abs(middles[i] - at))
+            found.append(nearest if at <= top and tells[nearest] else None)
+        return found
+
+    def _asked(self, args, now, x, sigma):
+        """Features (B, F) by a question of the guard's own, with the empty text."""
+        self.seen.calls.clear()
+        with torch.no_grad():
+            predictions(args["model"], [self._text(args, now, "empty")], x, sigma, args["model_options"])
+        return self.seen.last()
+
+    # ------------------------------------------------------------ drawing anew
+
+    def _redrawn(self, args, now):
+        """Predictions (B, C, h, w) of pictures that are drawn anew, where the sampling stands."""
+        waiting = now.sigmas[-1:]
+        if now.redrawn is None:
+            now.redrawn, waiting = Redrawn(now.start), now.sigmas
+        scale = guidance_of(args)
+        with torch.no_grad():
+            for sigma in waiting:
+                found = now.redrawn.at(sigma, lambda x, sigma: self._predicted(args, now, scale, x, sigma))
+        now.sigmas = now.sigmas[-1:]
+        return found
+
+    def _predicted(self, args, now, scale, x, sigma):
+        negative = args["uncond"] if args["uncond"] is not None and scale != 1 else None
+        if negative is not None:
+            negative = [{name: value for name, value in one.items() if name not in STRUCTURE} for one in negative]
+        ask = args["model"], x, sigma, args["model_options"]
+        if self.instead is None:
+            return _ask(*ask, [negative or self._text(args, now, "empty")])[0]
+        positive = self._text(args, now, "instead")
+        if negative is None:
+            return _ask(*ask, [positive])[0]
+        found, without = _ask(*ask, [positive, negative])
+        return without + (found - without) * scale
+
+    def _text(self, args, now, name):
+        """A text as the host's samplers have it, prepared once a sampling; beside it what this network reads of a
+        picture, as the prompt has it."""
+        if name not in now.texts:
+            beside = args["cond"][0]["model_conds"]
+            beside = {key: beside[key] for key in ("c_concat",) if key in beside}
+            found = prepared(args["model"], getattr(self, name), now.start, positive=name == "instead")
+            now.texts[name] = [{**one, "model_conds": {**one["model_conds"], **beside}} for one in found]
+        return now.texts[name]
+
+    def __deepcopy__(self, memo):  # clones of a model share its patches, and so what these have seen
+        return self
+
+
+def _ask(model, x, sigma, options, conditionings):
+    return predictions(model, conditionings, x, sigma, options)
+
+
+def guard(model, fitted, empty, instead):
+    """A clone of a MODEL with a U-Net that a Guard looks after; see there."""
+    patched, seen = watched(model)
+    patched.set_model_sampler_post_cfg_function(Guard(fitted, seen, empty, instead))
+    return patched
