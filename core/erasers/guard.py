@@ -17,6 +17,8 @@ from ..errors import ErasureError
 CAREFUL, BALANCED, STRICT = "careful", "balanced", "strict"
 DEVIATIONS = {CAREFUL: 5.0, BALANCED: 4.0, STRICT: 3.2}  # of the others, from which on a picture shows the concept
 SHRINKAGE = 0.5
+START, FIFTH = "the first noise", "a fifth of the way"
+BACK = {START: 0.0, FIFTH: 0.2}  # share of the schedule from which on a picture is drawn anew
 PARTS = 4  # that the pictures are cut into, of which one is left out at a time
 SHARES = tuple(round(0.1 * i, 1) for i in range(2, 10))  # of the schedule, at which pictures are looked at
 TOLD = 0.5  # share of the concept's pictures that a range of noise levels must tell to be used

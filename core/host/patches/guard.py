@@ -93,17 +93,27 @@ class Redrawn:
 
 
 class Sampling:
-    """What a guard knows of the sampling that is under way: its first noisy latents, the noise levels that it asked
-    about, and which pictures (B,) showed the concept."""
+    """What a guard knows of the sampling that is under way.
+
+    start: the noisy latents (B, C, h, w) that pictures are drawn anew from; sigmas: noise levels (B,) that the sampler
+    asked about since then; fired (B,): which pictures showed the concept; looked: numbers of the levels at which the
+    guard has asked about them; texts: prepared, by their names.
+    """
 
     def __init__(self, known, x):
-        self.known, self.start = weakref.ref(known), x.detach().clone()
-        self.sigmas, self.looked, self.redrawn = [], set(), None
+        self.known, self.noise = weakref.ref(known), x.detach().clone()
+        self.start, self.sigmas, self.looked, self.redrawn, self.texts = self.noise, [], set(), None, {}
         self.fired = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.texts = {}
 
     def goes_on(self, known, x):
-        return self.known() is known and self.start.shape == x.shape
+        """Whether a question about latents x under a mark() belongs to it."""
+        return self.known() is known and self.noise.shape == x.shape
+
+    def note(self, x, sigma, back):
+        """Remembers a question about latents x at noise levels sigma (B,); back: no cleaner ones are gone back to."""
+        if self.redrawn is None and self.sigmas and float(sigma.min()) >= back:
+            self.start, self.sigmas = x.detach().clone(), []
+        self.sigmas.append(sigma.detach())
 
 
 class Guard:
@@ -111,11 +121,11 @@ class Guard:
     anew with another text.
 
     fitted: Fitted; seen: the Seen of the same MODEL; empty, instead: CONDITIONINGs, the second None for the negative
-    side in the concept's place.
+    side in the concept's place; back: share of the schedule from which on pictures are drawn anew, 0 for all of it.
     """
 
-    def __init__(self, fitted, seen, empty, instead):
-        self.fitted, self.seen, self.empty, self.instead = fitted, seen, empty, instead
+    def __init__(self, fitted, seen, empty, instead, back):
+        self.fitted, self.seen, self.empty, self.instead, self.back = fitted, seen, empty, instead, back
         self.sampling = None
 
     def __call__(self, args):
@@ -124,7 +134,8 @@ class Guard:
         if self.sampling is None or not self.sampling.goes_on(known, x):
             self.sampling = Sampling(known, x)
         now = self.sampling
-        now.sigmas.append(sigma.detach())
+        back = float(args["model"].model_sampling.percent_to_sigma(self.back)) if self.back else math.inf
+        now.note(x, sigma, back)
         if not bool(now.fired.all()):
             self._look(args, now, x, sigma)
         self.seen.calls.clear()
@@ -195,14 +206,12 @@ class Guard:
         negative = args["uncond"] if args["uncond"] is not None and scale != 1 else None
         if negative is not None:
             negative = [{name: value for name, value in one.items() if name not in STRUCTURE} for one in negative]
-        ask = args["model"], x, sigma, args["model_options"]
         if self.instead is None:
-            return _ask(*ask, [negative or self._text(args, now, "empty")])[0]
-        positive = self._text(args, now, "instead")
-        if negative is None:
-            return _ask(*ask, [positive])[0]
-        found, without = _ask(*ask, [positive, negative])
-        return without + (found - without) * scale
+            sides = [negative or self._text(args, now, "empty")]
+        else:
+            sides = [self._text(args, now, "instead"), *([negative] if negative else [])]
+        found, *without = predictions(args["model"], sides, x, sigma, args["model_options"])
+        return without[0] + (found - without[0]) * scale if without else found
 
     def _text(self, args, now, name):
         """A text as the host's samplers have it, prepared once a sampling; beside it what this network reads of a
@@ -210,7 +219,7 @@ class Guard:
         if name not in now.texts:
             beside = args["cond"][0]["model_conds"]
             beside = {key: beside[key] for key in ("c_concat",) if key in beside}
-            found = prepared(args["model"], getattr(self, name), now.start, positive=name == "instead")
+            found = prepared(args["model"], getattr(self, name), now.noise, positive=name == "instead")
             now.texts[name] = [{**one, "model_conds": {**one["model_conds"], **beside}} for one in found]
         return now.texts[name]
 
@@ -218,12 +227,8 @@ class Guard:
         return self
 
 
-def _ask(model, x, sigma, options, conditionings):
-    return predictions(model, conditionings, x, sigma, options)
-
-
-def guard(model, fitted, empty, instead):
+def guard(model, fitted, empty, instead, back):
     """A clone of a MODEL with a U-Net that a Guard looks after; see there."""
     patched, seen = watched(model)
-    patched.set_model_sampler_post_cfg_function(Guard(fitted, seen, empty, instead))
+    patched.set_model_sampler_post_cfg_function(Guard(fitted, seen, empty, instead, back))
     return patched

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import torch
 
 from ...erasers.guard import SHARES, fit
+from ...erasers.shield import fitted as cut_to
+from ...errors import ErasureError
 from ..patches.guard import watched
 from ..patches.places import without_stack
+from ..patches.shield import encoded, require_latents
 from .batching import BATCHED, fitting, join
-from .sampling import ask_at, conditioning, sample
+from .sampling import ask_at, conditioning, sample, seeded_noise
 
 BATCH = 8  # pictures at a time
 SEED = 1  # of the noise that pictures are looked at in
@@ -71,8 +74,32 @@ class Examples:
         self.on_pictures(self.done)
 
 
-def fitted_guard(examples, concept, named, neutral, threshold):
-    """Fitted of pictures, latents (n, C, h, w): of the concept, of others that were named, and of neutral captions."""
-    others = torch.cat([named, neutral])
-    free = torch.arange(len(others)) >= len(named)
-    return fit(examples.seen(concept), examples.seen(others), free, threshold)
+def fitted_guard(examples, concept, others, named, threshold):
+    """Fitted of pictures, latents (n, C, h, w): of the concept, and of others, the first of which were named."""
+    neutral = torch.arange(len(others)) >= named
+    return fit(examples.seen(concept), examples.seen(others), neutral, threshold)
+
+
+def example_latents(model, vae, pictures, latents, settings):
+    """Latents (n, C, h, w) of the examples that a user gives, pictures (K, H, W, 3) and a LATENT, or None without any.
+
+    Raises ErasureError for latents of another model's kind or of another size than is sampled, and pictures without a
+    VAE: a guard would tell the size instead of the concept.
+    """
+    found = []
+    if pictures is not None:
+        if vae is None:
+            raise ErasureError("Example pictures were given without a VAE; connect the VAE that belongs to the model.")
+        sized = cut_to(pictures.movedim(-1, 1)[:, :3], (settings.height, settings.width))
+        found.append(torch.cat(encoded(vae, sized.movedim(1, -1))))
+    if latents is not None:
+        found.append(latents["samples"])
+    size = seeded_noise(model, [0], settings)[0].shape[1:]
+    for samples in found:
+        require_latents(model, samples, "Example pictures")
+        if samples.shape[1:] != size:
+            raise ErasureError(
+                f"Example pictures are latents of the shape {tuple(samples.shape[1:])}, but pictures of "
+                f"{settings.width} x {settings.height} have {tuple(size)}; give latents of the size you sample."
+            )
+    return torch.cat([samples.float().cpu() for samples in found]) if found else None
