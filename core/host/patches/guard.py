@@ -97,11 +97,11 @@ class Sampling:
 
     start: the noisy latents (B, C, h, w) that pictures are drawn anew from; sigmas: noise levels (B,) that the sampler
     asked about since then; fired (B,): which pictures showed the concept; looked: numbers of the levels at which the
-    guard has asked about them; texts: prepared, by their names.
+    guard has asked about them; texts: prepared, by their names. over(): called at its end.
     """
 
-    def __init__(self, known, x):
-        self.known, self.noise = weakref.ref(known), x.detach().clone()
+    def __init__(self, known, x, over):
+        self.known, self.noise = weakref.ref(known, lambda ref: over()), x.detach().clone()
         self.start, self.sigmas, self.looked, self.redrawn, self.texts = self.noise, [], set(), None, {}
         self.fired = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
@@ -132,7 +132,7 @@ class Guard:
         x, sigma = args["input"], args["sigma"].expand(len(args["input"]))
         known = mark(args["cond"])
         if self.sampling is None or not self.sampling.goes_on(known, x):
-            self.sampling = Sampling(known, x)
+            self.sampling = Sampling(known, x, self._over)  # what other patches keep lives as long as its noise
         now = self.sampling
         back = float(args["model"].model_sampling.percent_to_sigma(self.back)) if self.back else math.inf
         now.note(x, sigma, back)
@@ -144,6 +144,9 @@ class Guard:
         other = self._redrawn(args, now)
         self.seen.calls.clear()
         return torch.where(now.fired.view(-1, *[1] * (x.dim() - 1)), other.to(args["denoised"]), args["denoised"])
+
+    def _over(self):
+        self.sampling = None
 
     # ------------------------------------------------------------ looking
 
