@@ -158,3 +158,25 @@ def _like_the_concept(concept, others, neutral):
     scores = sum(left_out_scores(concept[share], others[share])[1] for share in cleaner) / len(cleaner)
     found = neutral & (scores > HALFWAY)
     return found if len(found) - int(found.sum()) >= FEWEST else torch.zeros_like(found)
+
+
+class Redrawn:
+    """A picture that is drawn anew from a sampling's own first noise, up to the noise level at which that stands.
+
+    Any sampler ends at the prediction of its last step: with predictions of the new picture in place of its own, it
+    ends at the new picture, wherever it began to follow. The steps are Euler's. start: x (B, C, h, w) at sigmas (B,).
+    """
+
+    def __init__(self, start):
+        self.x, self.sigma, self.denoised = start, None, None
+
+    def at(self, sigma, predict):
+        """The prediction of the new pictures at noise levels sigma (B,); predict(x, sigma) asks the network."""
+        if self.sigma is not None:
+            if torch.equal(sigma, self.sigma):
+                return self.denoised
+            rows = [-1] + [1] * (self.x.dim() - 1)
+            slope = (self.x - self.denoised) / self.sigma.view(rows)
+            self.x = self.x + slope * (sigma - self.sigma).view(rows)
+        self.sigma, self.denoised = sigma, predict(self.x, sigma)
+        return self.denoised

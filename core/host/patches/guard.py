@@ -7,7 +7,7 @@ import weakref
 import torch
 
 from ...adapters.patch import Patch
-from ...erasers.guard import features
+from ...erasers.guard import Redrawn, features
 from ..compat import guidance_of, predictions, prepared
 from ..model.layers import denoiser
 from .mitigation import mark
@@ -68,28 +68,6 @@ def watched(model):
     seen = Seen(model.model, denoiser(model).middle_block[-1])
     put_below(patched, APPLY_MODEL, seen)
     return patched, seen
-
-
-class Redrawn:
-    """A picture that is drawn anew from a sampling's own first noise, up to the noise level at which that stands.
-
-    Any sampler ends at the prediction of its last step: with predictions of the new picture in place of its own, it
-    ends at the new picture, wherever it began to follow. The steps are Euler's. start: x (B, C, h, w) at sigmas (B,).
-    """
-
-    def __init__(self, start):
-        self.x, self.sigma, self.denoised = start, None, None
-
-    def at(self, sigma, predict):
-        """The prediction of the new pictures at noise levels sigma (B,); predict(x, sigma) asks the network."""
-        if self.sigma is not None:
-            if torch.equal(sigma, self.sigma):
-                return self.denoised
-            rows = [-1] + [1] * (self.x.dim() - 1)
-            slope = (self.x - self.denoised) / self.sigma.view(rows)
-            self.x = self.x + slope * (sigma - self.sigma).view(rows)
-        self.sigma, self.denoised = sigma, predict(self.x, sigma)
-        return self.denoised
 
 
 class Sampling:
