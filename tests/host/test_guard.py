@@ -66,6 +66,10 @@ def guarded(demo, fitted):
     return make
 
 
+def guards(model):
+    return model.model_options["sampler_post_cfg_function"]
+
+
 def draw(model, demo, prompt, seeds=SEEDS, negative="", **changed):
     settings = dataclasses.replace(SETTINGS, **changed)
     return sample(model, conditioning(demo[1], prompt), conditioning(demo[1], negative), seeds, settings)
@@ -129,10 +133,12 @@ def test_behind_and_below_an_erasure(node, demo, guarded):
     erased, adapter = node("MembraneErase", model=demo[0], clip=demo[1], **inputs)
     stack = node("MembraneStack", adapter=adapter)[0]
     below = node("MembraneApply", model=guarded(), clip=demo[1], stack=stack)[0]
-    for model in (guarded(model=erased), below):
+    erased_and_guarded = guarded(model=erased)
+    for model in (erased_and_guarded, below):
         assert shapes(demo, draw(model, demo, STARS)) == [CIRCLE] * 2
         assert shapes(demo, draw(model, demo, HEARTS)) == [square] * 2
         assert torch.equal(*(draw(one, demo, HEARTS) for one in (model, erased)))
+    assert guards(erased_and_guarded)[0].sampling is None
     assert not any(len(module._forward_pre_hooks) for module in demo[0].model.diffusion_model.modules())
 
 
@@ -142,6 +148,22 @@ def test_a_picture_that_shows_it_from_the_start(demo, guarded):
     texts = [conditioning(demo[1], prompt) for prompt in (STARS, "")]
     plain, found = (sample_latent(m, *texts, SETTINGS, latent, 7, denoise=0.9) for m in (demo[0], guarded()))
     assert shapes(demo, plain) == [STAR] * 2 and not torch.equal(plain, found)
+
+
+def test_two_in_a_row(demo, guarded):
+    """And what the second is fitted on is not what the first made of it."""
+    both, latents = guarded(model=guarded()), rendered(demo, [STAR], 2, 3)
+    assert len(guards(both)) == 2 and shapes(demo, draw(both, demo, STARS)) == [CIRCLE] * 2
+    seen = [Examples(model, demo[1], SETTINGS, 0).seen(latents) for model in (both, demo[0])]
+    assert all(torch.equal(seen[0][share], seen[1][share]) for share in LOOKED)
+
+
+def test_a_network_whose_middle_does_not_run(demo, guarded):
+    """As packs that keep its answer from step to step do it."""
+    model = guarded()
+    model.set_model_unet_function_wrapper(lambda apply_model, args: args["input"] * 0)
+    with pytest.raises(ErasureError, match="The guard sees nothing, because another node passes the middle"):
+        draw(model, demo, STARS)
 
 
 def test_searches_by_gradient_go_through_it(demo, guarded):

@@ -8,6 +8,7 @@ import torch
 
 from ...adapters.patch import Patch
 from ...erasers.guard import Redrawn, features
+from ...errors import ErasureError
 from ..compat import guidance_of, predictions, prepared
 from ..model.layers import denoiser
 from .mitigation import mark
@@ -56,10 +57,16 @@ class Seen(Patch):
                         return rows
         return None
 
-    def last(self):
-        """Features of the last call, or None; forgets all."""
+    def first(self):
+        """Features of the first call since they were taken last; forgets all. Raises ErasureError where the block did
+        not see the whole batch."""
         calls, self.calls = self.calls, []
-        return calls[-1][2] if calls else None
+        if not calls:
+            raise ErasureError(
+                "The guard sees nothing, because another node passes the middle of the network by or splits its batch; "
+                "take that node out, or connect the model from before it."
+            )
+        return calls[0][2]
 
 
 def watched(model):
@@ -138,8 +145,6 @@ class Guard:
             if set(ranges) <= now.looked | {None}:
                 return
             found = self._asked(args, now, x, sigma)
-        if found is None:
-            return
         now.looked |= set(ranges)
         before = int(now.fired.sum())
         for number in set(ranges) - {None}:
@@ -167,7 +172,7 @@ class Guard:
         self.seen.calls.clear()
         with torch.no_grad():
             predictions(args["model"], [self._text(args, now, "empty")], x, sigma, args["model_options"])
-        return self.seen.last()
+        return self.seen.first()
 
     # ------------------------------------------------------------ drawing anew
 
