@@ -3,6 +3,7 @@
 import logging
 import math
 import weakref
+from collections import deque
 
 import torch
 
@@ -16,20 +17,21 @@ from .places import put_below
 from .steps import APPLY_MODEL
 
 log = logging.getLogger("membrane")
+KEPT = 16  # calls of a network: a question takes a few, and whoever never asks a guard keeps no more
 STRUCTURE = ("control", "control_apply_to_uncond", "gligen")  # of a conditioning: what draws beside the text
 
 
 class Seen(Patch):
     """Stands in for the base model's `apply_model`: keeps what the middle block of a U-Net makes of a call's rows.
 
-    calls: [(x (rows, C, h, w), text (rows, T, d), features (rows, F))] since they were taken last.
+    calls: (x (rows, C, h, w), text (rows, T, d), features (rows, F)) of each since they were taken last.
     """
 
     function = APPLY_MODEL
 
     def __init__(self, base, layer):
         super().__init__(base)
-        self.layer, self.calls = layer, []
+        self.layer, self.calls = layer, deque(maxlen=KEPT)
 
     def __call__(self, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
         found = []
@@ -49,7 +51,7 @@ class Seen(Patch):
     def taken(self, x, text):
         """Features (B, F) of pictures x (B, C, h, w) that were asked about with a text (1 or B, T, d) since they were
         taken last, or None; forgets all."""
-        calls, self.calls = self.calls, []
+        calls = self._all()
         for pictures, texts, found in calls:
             for own, said, rows in zip(*(part.split(len(x)) for part in (pictures, texts, found))):
                 if own.shape == x.shape and said.shape[1:] == text.shape[1:]:
@@ -57,10 +59,15 @@ class Seen(Patch):
                         return rows
         return None
 
+    def _all(self):
+        calls = list(self.calls)
+        self.calls.clear()
+        return calls
+
     def first(self):
         """Features of the first call since they were taken last; forgets all. Raises ErasureError where the block did
         not see the whole batch."""
-        calls, self.calls = self.calls, []
+        calls = self._all()
         if not calls:
             raise ErasureError(
                 "The guard sees nothing, because another node passes the middle of the network by or splits its batch; "
