@@ -2,8 +2,9 @@
 
 The published loops are written from their formulas (benchmarks/_flux_loops.py) and run on the transformer with their
 authors' settings, for one concept; this pack trains with its node as an artist would, of whose inputs only the
-concept, what comes instead, the size of the pictures and `quality` are set. All learn the bare word. Then the U-Net's
-adapters on the "night" checkpoint without retuning, and three stacked on either model.
+concept, what comes instead, the size of the pictures and `quality` are set. The loops and this pack on the U-Net learn
+the bare word, this pack on the transformer its own captions, as its node does by itself. Then the U-Net's adapters on
+the "night" checkpoint without retuning, and three stacked on either model.
 
     erased   pictures of the erased value, of 64, in which the judge still sees it
     kept     pictures of the other values of the same attribute, of 96, that the judge reads right; before: unerased
@@ -17,6 +18,7 @@ run goes on (--fresh starts anew).
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import resource
@@ -45,7 +47,7 @@ CONCEPTS = {  # concept: (attribute, surrogate)
 }
 OURS = {f"Latent Anchoring, {quality}": {"quality": quality} for quality in ("quick", "normal", "thorough")}
 QUICK, NORMAL, THOROUGH = OURS
-TRANSPORT, FIXED = "facilitated transport", "fixed"
+TRANSPORT, MEANING, FIXED = "facilitated transport", "meaning", "fixed"
 THREE = {"day": ("star", "heart", "striped"), "transformer": ("star", "red", "striped")}
 METHODS = [*loops.LOOPS, *OURS]
 
@@ -57,22 +59,21 @@ def rows_of(model, methods):
     for concept in THREE[model]:
         for method in methods:
             if method in OURS:
-                for permeability in (TRANSPORT, FIXED):
+                for permeability in (TRANSPORT, MEANING, FIXED):
                     rows[f"{concept}: {method}, {permeability}"] = (
                         model, model, method, (concept,), permeability, concept
                     )  # fmt: skip
             elif model == "transformer" and concept == THREE[model][0]:
                 rows[f"{concept}: published: {method}"] = (model, model, method, (concept,), FIXED, concept)
-    for method in methods:
+    for method, permeability in itertools.product(methods, (TRANSPORT, MEANING)):
         if method in OURS and method != THOROUGH:
-            for checkpoint in checkpoints[1:]:
-                for concept in THREE[model]:
-                    rows[f"{checkpoint}, {concept}: {method}, {TRANSPORT}"] = (
-                        checkpoint, model, method, (concept,), TRANSPORT, concept
-                    )  # fmt: skip
             for concept in THREE[model]:
-                rows[f"three stacked, {concept}: {method}"] = (
-                    model, model, method, THREE[model], TRANSPORT, concept
+                for checkpoint in checkpoints[1:]:
+                    rows[f"{checkpoint}, {concept}: {method}, {permeability}"] = (
+                        checkpoint, model, method, (concept,), permeability, concept
+                    )  # fmt: skip
+                rows[f"three stacked, {concept}: {method}, {permeability}"] = (
+                    model, model, method, THREE[model], permeability, concept
                 )  # fmt: skip
     return rows
 
