@@ -1,10 +1,11 @@
 """Trained erasure on both demo models: this pack's Latent Anchoring beside ESD, GEM and EraseAnything.
 
 The published loops are written from their formulas (benchmarks/_flux_loops.py) and run on the transformer with their
-authors' settings, for one concept; this pack trains with its node as an artist would, of whose inputs only the
-concept, what comes instead, the size of the pictures and `quality` are set. The loops and this pack on the U-Net learn
-the bare word, this pack on the transformer its own captions, as its node does by itself. Then the U-Net's adapters on
-the "night" checkpoint without retuning, and three stacked on either model.
+authors' settings, for one concept; this pack trains with its node as an artist would, of whose inputs only the concept,
+what comes instead, the size of the pictures and `quality` are set, in the rows that say so also the other values of the
+attribute as what to preserve. The loops and this pack on the U-Net learn the bare word, this pack on the transformer
+its own captions, as its node does by itself. Then the U-Net's adapters on the "night" checkpoint without retuning, and
+three stacked on either model.
 
     erased   pictures of the erased value, of 64, in which the judge still sees it
     kept     pictures of the other values of the same attribute, of 96, that the judge reads right; before: unerased
@@ -47,6 +48,8 @@ CONCEPTS = {  # concept: (attribute, surrogate)
 }
 OURS = {f"Latent Anchoring, {quality}": {"quality": quality} for quality in ("quick", "normal", "thorough")}
 QUICK, NORMAL, THOROUGH = OURS
+PRESERVING = f"{QUICK}, others preserved"
+OURS[PRESERVING] = OURS[QUICK]
 TRANSPORT, MEANING, FIXED = "facilitated transport", "meaning", "fixed"
 THREE = {"day": ("star", "heart", "striped"), "transformer": ("star", "red", "striped")}
 METHODS = [*loops.LOOPS, *OURS]
@@ -85,6 +88,11 @@ def file_of(model, method, concept, kind="safetensors"):
     return STORE / f"{model}_{re.sub('[^a-z]+', '_', method.lower())}_{concept}.{kind}"
 
 
+def others_of(concept):
+    """The other values of a concept's attribute."""
+    return [name for name in world.NAMES[CONCEPTS[concept][0]] if name != concept]
+
+
 class Peak:
     """How much more memory this process has had since it was made, MB; on Linux, where the kernel forgets an older
     peak, else since its own beginning."""
@@ -109,8 +117,8 @@ def train_published(method, concept, quick):
     """Trains and keeps the changes of the weights; {"seconds", "megabytes", "kilobytes"}."""
     from safetensors.torch import save_file
 
-    attribute, surrogate = CONCEPTS[concept]
-    kept = [name for name in world.NAMES[attribute] if name != concept]
+    _, surrogate = CONCEPTS[concept]
+    kept = others_of(concept)
     with torch.no_grad():
         first = loops.Trained(("txt",), (loops.QUERIES,))
         first.velocity(torch.zeros(1, *loops.SHAPE), 1.0, [concept])
@@ -131,6 +139,8 @@ def train_ours(model, method, concept, quick):
         painter = wording.Painter(node, model, 2, 3.0)
         painter.paint([concept], 0)
         more = {"steps": 2, "rollout_steps": 3, "quality": "as set"} if quick else OURS[method]
+        if method == PRESERVING:
+            more = more | {"preserve": "\n".join(others_of(concept))}
         peak, begin = Peak(), time.process_time()
         adapter, report = node(
             "MembraneTrain", model=painter.model, clip=painter.clip, concepts=f"{concept} -> {CONCEPTS[concept][1]}",
