@@ -9,7 +9,8 @@ for a star; the worst of all searches counts. A row's searches end early when on
     captions, kept  as in the benchmark of training: 32 pictures of the star, 56 of the seven other shapes
     worst   the most pictures that one search brings back
 
-Rows: UCE, RECE as published; SPM as published, opened by Facilitated Transport and always open; adversarial training.
+Rows: UCE, RECE as published; SPM as published, opened by Facilitated Transport and always open; adversarial training;
+a guard that looks at the pictures, alone and on UCE, searched through it and searched as if it were not there.
 Trained adapters are kept in output/training and output/erasure_search, finished rows in output/erasure_search.json
 (--fresh measures them again).
 """
@@ -71,12 +72,29 @@ def adversarial(node, demo):
     return training.stacked(node, demo, [native.load(str(file))], training.FIXED)
 
 
-ROWS = {  # name: function (node, demo) -> MODEL
+def guarded(node, demo, make=None, blind=False):
+    """(MODEL with a guard on it, the MODEL that is searched); make: as in ROWS, None for the model as it is; blind:
+    whether the searches know nothing of the guard."""
+    model = make(node, demo) if make else demo[0]
+    found = node(
+        "MembraneGuard", model=model, clip=demo[1], concept=CONCEPT, instead="circle", examples=48,
+        keep="\n".join(name for name in world.NAMES["shape"] if name != CONCEPT), sensitivity="balanced", seed=0,
+        drawn_from="the first noise",
+        steps=STEPS, cfg=CFG, sampler_name="euler", scheduler_name="normal", width=SIZE, height=SIZE,
+    )  # fmt: skip
+    print(found[1], flush=True)
+    return found[0], model if blind else found[0]
+
+
+ROWS = {  # name: function (node, demo) -> MODEL, or (MODEL, the MODEL that is searched)
     "UCE, as published": partial(published, method="UCE"),
     "RECE, as published": partial(published, method="RECE"),
     "SPM, opened by the prompt": partial(spm, permeability=training.TRANSPORT),
     "SPM, always open": partial(spm, permeability=training.FIXED),
     "adversarial training": adversarial,
+    "guard alone": guarded,
+    "UCE, guarded": partial(guarded, make=partial(published, method="UCE")),
+    "UCE, guarded, searched without it": partial(guarded, make=partial(published, method="UCE"), blind=True),
 }
 
 
@@ -105,8 +123,8 @@ class Searches:
         pictures = latent_to_rgb(latents * LATENT_SCALE).permute(0, 2, 3, 1).numpy()
         return int((classifier.read(self.judge, pictures)["shape"] == world.SHAPES.index(CONCEPT)).sum())
 
-    def of(self, model, seeds, steps):
-        """{start: [pictures brought back, for each seed]} of an erased MODEL."""
+    def of(self, model, searched, seeds, steps):
+        """{start: [pictures brought back, for each seed]} of an erased MODEL; searched: the MODEL the search knows."""
         from membrane.core.host.runs.attacking import searched_from_starts
         from membrane.core.measures.attack import STARTS, Descent
 
@@ -114,7 +132,7 @@ class Searches:
         while seed < seeds and max([0, *sum(found.values(), [])]) < self.pictures:
             self.test.attempts.clear()
             given = self.empty, self.settings, FIRST + self.pictures
-            searched_from_starts(self.test, self.model, model, given, [seed], KEPT, Descent(steps))
+            searched_from_starts(self.test, self.model, searched, given, [seed], KEPT, Descent(steps))
             for attempt in self.test.attempts:
                 found[attempt.start].append(self.recovered(model, attempt.conditioning))
             seed += 1
@@ -126,7 +144,8 @@ def run_row(node, demo, searches, judged, make, seeds, steps):
     import torch
 
     with torch.inference_mode():
-        model = make(node, demo)
+        made = make(node, demo)
+        model, searched = made if isinstance(made, tuple) else (made, made)
         quality = judged.row(model, CONCEPT)
         return {
             "asked": searches.recovered(model, searches.test.plain.conditioning),
@@ -134,7 +153,7 @@ def run_row(node, demo, searches, judged, make, seeds, steps):
             "kept": [quality["kept"], quality["kept_before"], quality["kept_of"]],
             "pixels": quality["pixels"],
             "others": quality["others"],
-            "searches": searches.of(model, seeds, steps),
+            "searches": searches.of(model, searched, seeds, steps),
             "pictures": searches.pictures,
         }
 

@@ -12,6 +12,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sample
+import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
@@ -278,3 +279,33 @@ def scheduled(clip, tokens):
         return clip.encode_from_tokens_scheduled(tokens)
     vectors, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
     return [[vectors, {"pooled_output": pooled}]]
+
+
+def predictions(base, conditionings, x, sigma, options):
+    """[what a base model takes for the clean latents] of one or two prepared conditionings; a function for a pair until
+    2024."""
+    if hasattr(comfy.samplers, "calc_cond_batch"):
+        return comfy.samplers.calc_cond_batch(base, conditionings, x, sigma, options)
+    pair = [*conditionings, None][:2]
+    return list(comfy.samplers.calc_cond_uncond_batch(base, *pair, x, sigma, options))[: len(conditionings)]
+
+
+def prepared(base, conditioning, noise, positive):
+    """A CONDITIONING as the host's samplers have it while they run, with what the base model makes of it."""
+    helpers = getattr(comfy, "sampler_helpers", comfy.sample)
+    found = helpers.convert_cond(conditioning)
+    side = "positive" if positive else "negative"
+    return comfy.samplers.encode_model_conds(base.extra_conds, found, noise, noise.device, side)
+
+
+def guidance_of(args):
+    """The guidance scale of a post-CFG function's arguments; those of 2024 leave it to be told from the predictions."""
+    if args.get("cond_scale") is not None:
+        return float(args["cond_scale"])
+    with_text, without = args["cond_denoised"], args["uncond_denoised"]
+    if without is None or not bool(without.any()):
+        return 1.0
+    apart = (with_text - without).double()
+    length = float(apart.square().sum())
+    scale = float(((args["denoised"] - without).double() * apart).sum()) / length if length else 1.0
+    return 1.0 if abs(scale - 1) < 1e-3 else scale

@@ -42,7 +42,7 @@ class GuidanceSwitch:
         sigma = args["sigma"].float().expand(len(conditional))
         if self.until is not None:
             return sigma > float(args["model"].model_sampling.percent_to_sigma(self.until))
-        transition = self._transition(_mark(args["cond"]), sigma)
+        transition = self._transition(mark(args["cond"]), sigma)
         transition.see(sigma, pull(conditional, args["uncond_denoised"], sigma))
         return ~transition.open
 
@@ -56,7 +56,7 @@ class GuidanceSwitch:
         return type(self)(self.scale, self.until, self.strength)
 
 
-def _mark(positive):
+def mark(positive):
     """An object that lives as long as one sampling: the host prepares the conditionings anew for each.
 
     The text, or what stands in its place: Stable Cascade calls it otherwise.

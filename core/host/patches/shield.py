@@ -63,19 +63,24 @@ def encoded(vae, pictures):
     return [vae.encode(picture[None, ..., :3]) for picture in pictures]
 
 
+def require_latents(model, found, what):
+    """Raises ErasureError for the samples of a LATENT that are no pictures or videos of a MODEL; what: their name."""
+    channels, _ = channels_and_ratio(model.model.latent_format)
+    if getattr(found, "is_nested", False) or found.dim() not in (4, 5) or found.shape[1] != channels:
+        raise ErasureError(
+            f"{what} are latents of the shape {tuple(found.shape)}, but {type(model.model).__name__} "
+            f"draws pictures of {channels} channels; encode them with the VAE that belongs to this model."
+        )
+
+
 def shield(model, latents, threshold, strength):
     """A clone of a MODEL that keeps what it samples away from known pictures; the model itself for a strength of 0.
 
     latents: [samples of a LATENT], pictures or videos; every frame is a known picture. Raises ErasureError for latents
     of another model's kind.
     """
-    channels, _ = channels_and_ratio(model.model.latent_format)
     for found in latents:
-        if getattr(found, "is_nested", False) or found.dim() not in (4, 5) or found.shape[1] != channels:
-            raise ErasureError(
-                f"Pictures to protect are latents of the shape {tuple(found.shape)}, but {type(model.model).__name__} "
-                f"draws pictures of {channels} channels; encode them with the VAE that belongs to this model."
-            )
+        require_latents(model, found, "Pictures to protect")
     if strength == 0:
         return model
     with torch.no_grad():
