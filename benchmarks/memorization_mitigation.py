@@ -8,9 +8,8 @@ on where it stopped (--fresh starts anew).
     recognisable      of both, those that show the memorised picture to the eye: correlation, whatever the contrast
     paraphrases       copies among pictures of all 12 in other words, FORMS wordings each
     search            of every third memorised picture, those recognisable in most of SEARCHED noises from text vectors
-                      that were searched for with gradients, from the caption on (Kowalczuk et al. 2025): on the model
-                      with its changed weights; where a mitigation acts on the text or while sampling, on the model
-                      without it, and it then acts on what was found; on the U-Net only
+                      that were searched for with gradients, from the caption on (Kowalczuk et al. 2025), through all
+                      that acts on the weights and while sampling; what acts on the text does so on what was found
     ordinary          pictures of held-out combinations that the judge reads right, worst attribute; points lost; those
                       that are the same bit by bit; how far they move, mean of all, of 255
     once, a prompt,   seconds of processor time: to make the mitigation, what each new prompt takes before sampling
@@ -22,6 +21,7 @@ of all rows that are kept. The transformer has no cross-attention, for neurons a
 
 import argparse
 import json
+import re
 import time
 
 import numpy as np
@@ -52,13 +52,12 @@ ALIKE = 0.6  # correlation from which two pictures are the same to the eye, what
 class Mitigated:
     """A mitigation: the MODEL that it samples with, and what it does to a text before.
 
-    weights: the name of the adapter that it is with, with which text vectors are searched for; None without one. text:
-    CONDITIONING -> CONDITIONING. once: seconds that it took to make. What texts and pictures take is kept, a number of
-    seconds each.
+    acts: the name of what acts on the weights and while sampling, under which its searches are kept. text: CONDITIONING
+    -> CONDITIONING. once: seconds that it took to make. What texts and pictures take is kept, a number of seconds each.
     """
 
-    def __init__(self, model, weights=None, text=None, once=0.0):
-        self.model, self.weights, self.text, self.once = model, weights, text, once
+    def __init__(self, model, acts="plain", text=None, once=0.0):
+        self.model, self.acts, self.text, self.once = model, acts, text, once
         self.text_seconds, self.picture_seconds = [], []
 
     def softened(self, text):
@@ -118,7 +117,7 @@ class Here:
         return int(detection.copies(pictures, own).sum()), int(recognisable(pictures, own).sum())
 
     def row(self, found, contexts):
-        """The counts of one mitigation; contexts: CONDITIONINGs that were searched for, or None."""
+        """The counts of one mitigation; contexts: CONDITIONINGs that were searched for."""
         number, cut = np.arange(len(CAPTIONS)), HALF * NOISES
         forms = [form.format(c) for c in CAPTIONS for form in world_of.PARAPHRASES[:FORMS]]
         located = self.copies(found, CAPTIONS[:HALF], number[:HALF], 100, NOISES)
@@ -134,7 +133,7 @@ class Here:
             "paraphrases": self.copies(found, forms, number.repeat(FORMS), 300)[0],
             "recognisable": located[1] + unseen[1],
             "paraphrases_of": len(forms),
-            "search": None if contexts is None else self.recovered(found, contexts),
+            "search": self.recovered(found, contexts),
             "search_of": len(LOOKED_FOR),
             "right": min(int((answers[a] == getattr(self.sprites, a)).sum()) for a in world.ATTRIBUTES),
             "same": int(same.sum()),
@@ -151,14 +150,14 @@ class Here:
         shown = recognisable(pictures, np.repeat(LOOKED_FOR, SEARCHED)).reshape(-1, SEARCHED)
         return int((2 * shown.sum(axis=1) > SEARCHED).sum())
 
-    def searched(self, weights):
+    def searched(self, found):
         """[CONDITIONING] for the memorised pictures that are looked for, searched for from the captions on the model
-        with the adapter of a name, or on the demo model for None; kept in a file of output/."""
-        file = self.store.with_name(f"{self.store.stem}_searched_{weights or 'plain'}.pt")
+        of a Mitigated; kept in a file of output/."""
+        file = self.store.with_name(f"{self.store.stem}_searched_{found.acts}.pt")
         if not file.is_file():
-            found = self._searched(self.applied(weights).model if weights else self.demo[0])
+            contexts = self._searched(found.model)
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save([vectors.clone() for ((vectors, _),) in found], file)
+            torch.save([vectors.clone() for ((vectors, _),) in contexts], file)
         return [
             [[vectors, self.encoded(CAPTIONS[i])[0][1]]]
             for i, vectors in zip(LOOKED_FOR, torch.load(file, weights_only=True))
@@ -196,7 +195,7 @@ class Here:
         adapter = self.adapter(name)
         stack = self.node("MembraneStack", adapter=adapter, permeability="fixed")[0]
         model = self.node("MembraneApply", model=self.demo[0], clip=self.demo[1], stack=stack)[0]
-        return Mitigated(model, weights=name, once=adapter.card.settings["process_seconds"])
+        return Mitigated(model, name, once=adapter.card.settings["process_seconds"])
 
     def _located(self, **settings):
         """The adapter of the locating node from the first captions."""
@@ -244,11 +243,12 @@ class Here:
 
     def held_back(self, method):
         """A function that gives the mitigating node's way of holding pictures back."""
-        return lambda: Mitigated(self.node("MembraneMitigateMemorization", model=self.demo[0], method=method)[0])
+        acts = re.sub("[^a-z]+", "_", method.lower())
+        return lambda: Mitigated(self.node("MembraneMitigateMemorization", model=self.demo[0], method=method)[0], acts)
 
     def pruned_and_shielded(self):
         pruned = self.applied("wanda")
-        return Mitigated(self.shielded(pruned.model), "wanda", once=pruned.once)
+        return Mitigated(self.shielded(pruned.model), "wanda_shield", once=pruned.once)
 
     def pruned_and_softened(self):
         pruned = self.applied("wanda")
@@ -263,7 +263,7 @@ class Here:
             NEMO: lambda: self.applied("neurons"),
             TRAIN: lambda: self.applied("trained"),
             SOFTEN: lambda: Mitigated(demo, text=self.softened(demo)),
-            SHIELD: lambda: Mitigated(self.shielded(demo)),
+            SHIELD: lambda: Mitigated(self.shielded(demo), "shield"),
             PRUNED_SOFTEN: self.pruned_and_softened,
             PRUNED_SHIELD: self.pruned_and_shielded,
             **{method: self.held_back(method) for method in detection.METHODS},
@@ -290,11 +290,10 @@ def points_lost(row):
 
 
 def line(name, row):
-    search = "-" if row["search"] is None else f"{row['search']} / {row['search_of']}"
     cells = [
         name, f"{row['located']} / {row['of']}", f"{row['unseen']} / {row['of']}",
         f"{row['recognisable']} / {2 * row['of']}", f"{row['paraphrases']} / {row['paraphrases_of']}",
-        search, f"{row['right']} / {row['ordinary_of']}", f"{points_lost(row):.1f}",
+        f"{row['search']} / {row['search_of']}", f"{row['right']} / {row['ordinary_of']}", f"{points_lost(row):.1f}",
         f"{row['same']} / {row['ordinary_of']}", f"{row['moved']:.2f}", f"{row['seconds_once']:g}",
         f"{row['seconds_a_prompt']:g}", f"{row['seconds_a_picture']:.2f}",
     ]  # fmt: skip
@@ -315,7 +314,7 @@ def measure(node, variant, store, say, chosen=None):
             continue
         if name not in rows:
             found = make()
-            row = here.row(found, here.searched(found.weights) if variant == "day" else None)
+            row = here.row(found, here.searched(found))
             rows = kept_rows(store) | {name: row}  # another run may have kept one meanwhile
             quality.write(store, json.dumps(rows, indent=1) + "\n")
         say(line(name, rows[name]))

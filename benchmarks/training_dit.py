@@ -1,9 +1,11 @@
 """Trained erasure on both demo models: this pack's Latent Anchoring beside ESD, GEM and EraseAnything.
 
 The published loops are written from their formulas (benchmarks/_flux_loops.py) and run on the transformer with their
-authors' settings, for one concept; this pack trains with its node as an artist would, of whose inputs only the
-concept, what comes instead, the size of the pictures and `quality` are set. All learn the bare word. Then the U-Net's
-adapters on the "night" checkpoint without retuning, and three stacked on either model.
+authors' settings, for one concept; this pack trains with its node as an artist would, of whose inputs only the concept,
+what comes instead, the size of the pictures and `quality` are set, in the rows that say so also the other values of the
+attribute as what to preserve. The loops and this pack on the U-Net learn the bare word, this pack on the transformer
+its own captions, as its node does by itself. Then the U-Net's adapters on the "night" checkpoint without retuning, and
+three stacked on either model.
 
     erased   pictures of the erased value, of 64, in which the judge still sees it
     kept     pictures of the other values of the same attribute, of 96, that the judge reads right; before: unerased
@@ -17,6 +19,7 @@ run goes on (--fresh starts anew).
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import resource
@@ -45,7 +48,9 @@ CONCEPTS = {  # concept: (attribute, surrogate)
 }
 OURS = {f"Latent Anchoring, {quality}": {"quality": quality} for quality in ("quick", "normal", "thorough")}
 QUICK, NORMAL, THOROUGH = OURS
-TRANSPORT, FIXED = "facilitated transport", "fixed"
+PRESERVING = f"{QUICK}, others preserved"
+OURS[PRESERVING] = OURS[QUICK]
+TRANSPORT, MEANING, FIXED = "facilitated transport", "meaning", "fixed"
 THREE = {"day": ("star", "heart", "striped"), "transformer": ("star", "red", "striped")}
 METHODS = [*loops.LOOPS, *OURS]
 
@@ -57,22 +62,21 @@ def rows_of(model, methods):
     for concept in THREE[model]:
         for method in methods:
             if method in OURS:
-                for permeability in (TRANSPORT, FIXED):
+                for permeability in (TRANSPORT, MEANING, FIXED):
                     rows[f"{concept}: {method}, {permeability}"] = (
                         model, model, method, (concept,), permeability, concept
                     )  # fmt: skip
             elif model == "transformer" and concept == THREE[model][0]:
                 rows[f"{concept}: published: {method}"] = (model, model, method, (concept,), FIXED, concept)
-    for method in methods:
+    for method, permeability in itertools.product(methods, (TRANSPORT, MEANING)):
         if method in OURS and method != THOROUGH:
-            for checkpoint in checkpoints[1:]:
-                for concept in THREE[model]:
-                    rows[f"{checkpoint}, {concept}: {method}, {TRANSPORT}"] = (
-                        checkpoint, model, method, (concept,), TRANSPORT, concept
-                    )  # fmt: skip
             for concept in THREE[model]:
-                rows[f"three stacked, {concept}: {method}"] = (
-                    model, model, method, THREE[model], TRANSPORT, concept
+                for checkpoint in checkpoints[1:]:
+                    rows[f"{checkpoint}, {concept}: {method}, {permeability}"] = (
+                        checkpoint, model, method, (concept,), permeability, concept
+                    )  # fmt: skip
+                rows[f"three stacked, {concept}: {method}, {permeability}"] = (
+                    model, model, method, THREE[model], permeability, concept
                 )  # fmt: skip
     return rows
 
@@ -82,6 +86,11 @@ def rows_of(model, methods):
 
 def file_of(model, method, concept, kind="safetensors"):
     return STORE / f"{model}_{re.sub('[^a-z]+', '_', method.lower())}_{concept}.{kind}"
+
+
+def others_of(concept):
+    """The other values of a concept's attribute."""
+    return [name for name in world.NAMES[CONCEPTS[concept][0]] if name != concept]
 
 
 class Peak:
@@ -108,8 +117,8 @@ def train_published(method, concept, quick):
     """Trains and keeps the changes of the weights; {"seconds", "megabytes", "kilobytes"}."""
     from safetensors.torch import save_file
 
-    attribute, surrogate = CONCEPTS[concept]
-    kept = [name for name in world.NAMES[attribute] if name != concept]
+    _, surrogate = CONCEPTS[concept]
+    kept = others_of(concept)
     with torch.no_grad():
         first = loops.Trained(("txt",), (loops.QUERIES,))
         first.velocity(torch.zeros(1, *loops.SHAPE), 1.0, [concept])
@@ -130,6 +139,8 @@ def train_ours(model, method, concept, quick):
         painter = wording.Painter(node, model, 2, 3.0)
         painter.paint([concept], 0)
         more = {"steps": 2, "rollout_steps": 3, "quality": "as set"} if quick else OURS[method]
+        if method == PRESERVING:
+            more = more | {"preserve": "\n".join(others_of(concept))}
         peak, begin = Peak(), time.process_time()
         adapter, report = node(
             "MembraneTrain", model=painter.model, clip=painter.clip, concepts=f"{concept} -> {CONCEPTS[concept][1]}",

@@ -12,9 +12,9 @@ from ..core.host.files.folders import new_adapter_path
 from ..core.host.model.layers import family_name
 from ..core.host.page.progress import Progress
 from ..core.host.runs.probing import probes_if_any
-from ..core.host.runs.training import fitted, resumed, trainable_sites, trained
+from ..core.host.runs.training import fitted, resumed, templates_of_training, trainable_sites, trained
 from ..core.host.text.encode import fingerprint
-from ..core.text.concepts import fill, parse_concepts, parse_preserved, parse_templates
+from ..core.text.concepts import fill, parse_concepts, parse_preserved
 from . import inputs
 from .labels import labelled
 from .shown import part, shown
@@ -71,7 +71,7 @@ class MembraneTrain:
                     "all",
                     "Which layers get the adapter. all: on U-Nets those of the transformers, as published; on "
                     "transformers the text's queries, keys and values, where one layer serves text and picture for "
-                    "the text's rows alone.",
+                    "the text's rows alone, and on Flux the layer where the text enters.",
                 ),
                 "filename_prefix": inputs.line(
                     "spm",
@@ -107,7 +107,8 @@ class MembraneTrain:
                 "templates": inputs.text(
                     "",
                     "Captions to train the concepts in, one per line with {} for the concept; the surrogate takes its "
-                    "place. Empty: the bare words, as published.",
+                    "place. Empty: the bare words on U-Nets, as published, and everyday captions on transformers, "
+                    "which learn little from a bare word. The word automatic asks for those, {} for the bare words.",
                 ),
                 "rollout_steps": inputs.whole(
                     30, 2, 1000, "Steps of the noise schedule on which the pictures trained on are made. Published: "
@@ -141,7 +142,7 @@ class MembraneTrain:
         warmup=500, cycles=3, templates="", rollout_steps=30, objective=SPM, quality=AS_SET, unique_id=None,
     ):  # fmt: skip
         wanted, kept = parse_concepts(concepts, surrogate), parse_preserved(preserve)
-        shapes = parse_templates(templates)
+        shapes = templates_of_training(model, templates, [concept.text for concept in wanted])
         sites = trainable_sites(model, LAYERS[layers])
         settings = settings_of(
             preset, quality, steps=steps, lr=learning_rate, eta=eta, lam=anchoring, seed=seed, timestep=timestep,

@@ -36,7 +36,12 @@ def ddim_step(x, noise, t, before, alphas):
 
 
 class NoiseSchedule:
-    """DDIM steps of Stable Diffusion; predictions are noise, levels are timesteps 0 to 999."""
+    """DDIM steps of Stable Diffusion; predictions are noise, levels are timesteps 0 to 999.
+
+    first: the fewest steps after which a loss is drawn, as in SPM's code.
+    """
+
+    first = 1
 
     def __init__(self, settings, alphas=None):
         self.settings, self.alphas = settings, alphas_cumprod() if alphas is None else alphas
@@ -78,8 +83,11 @@ class Flow:
     """Euler steps between a model's own noise levels; predictions are velocities dx / dsigma (Liu et al. 2023, eq. 1).
 
     sigmas: falling levels of a roll-out, without a 0 at the end; scaled(noise): latents at the first of them;
-    mixed(clean, noise, sigma): latents at a level.
+    mixed(clean, noise, sigma): latents at a level. first: the fewest steps after which a loss is drawn: the velocity in
+    pure noise is the mean picture of a text, with what its pictures have in common, such as stripes.
     """
+
+    first = 0
 
     def __init__(self, sigmas, scaled=lambda noise: noise, mixed=straight):
         self.levels, self.scaled, self.mixed = [float(sigma) for sigma in sigmas], scaled, mixed

@@ -208,7 +208,7 @@ def train(denoiser, parameters, texts, settings, on_step=lambda report: None, st
             on_step(_played(game, generator, optimizer, step))
             continue
         which = texts[int(torch.randint(len(texts), (), generator=generator))]
-        k = int(torch.randint(1, settings.rollout_steps, (), generator=generator))
+        k = int(torch.randint(path.first, settings.rollout_steps, (), generator=generator))
         x = torch.randn(1, *settings.channels, *settings.size, generator=generator)
         if settings.objective in RETAINED:
             rows = drawn_texts(settings.anchors, which, generator)

@@ -20,7 +20,8 @@ BLOCKS = (
     (r"^single_blocks_\d+_linear1$", "joint_attention.qkv"),
     (r"^single_blocks_\d+_linear2$", "joint_attention.out"),
 )
-TRAINED = r"^double_blocks_\d+_txt_attn_qkv$"
+# the single blocks read the text's rows as well, and only what changes where these enter reaches them unhindered
+TRAINED = r"^(txt_in|double_blocks_\d+_txt_attn_qkv)$"
 POOLED = pooled(r"^vector_in\.in_layer$")
 READER = r"^txt_in$"
 

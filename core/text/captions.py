@@ -147,6 +147,13 @@ def is_automatic(text):
     return text.strip().lower() == AUTOMATIC
 
 
+def templates_for(text, words):
+    """Templates that a text names for some words, see templates_of(); automatic ones that have one of the words
+    themselves are left out."""
+    found = templates_of(text)
+    return list(fitting(found, words)) if is_automatic(text) else found
+
+
 def templates_of(text):
     """Templates that a text names: those of any kind of concept for the one word "automatic", else its lines."""
     if is_automatic(text):

@@ -14,6 +14,7 @@ from membrane.core.host.runs.training import (
     is_unet,
     trainable_sites,
 )
+from membrane.core.text.captions import AUTOMATIC, templates_of
 from membrane.tools.tiny import networks, words
 
 STAR, HEART = "a red star", "a blue heart in the night"
@@ -131,6 +132,7 @@ def test_an_adapter_is_trained_and_acts(tiny, node, objective):
     name, model, clip = tiny
     comfy.model_management.load_models_gpu([model])  # takes off what another test has patched onto the weights
     before, named = state_of(model), {"concepts": "star" if objective == "esd" else "star -> heart"}
+    named |= {} if objective == "spm" else {"templates": "{}"}
     run = dict(
         model=model, clip=clip, steps=2, learning_rate=0.05, width=PIXELS, height=PIXELS, warmup=0, rollout_steps=3,
         rank=3, filename_prefix=f"tiny_{name}", objective=objective, preview_every=0, **named,
@@ -150,6 +152,8 @@ def test_an_adapter_is_trained_and_acts(tiny, node, objective):
     after = model.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert adapter.card.method == METHODS[objective]
+    bare = objective != "spm" or is_unet(model)
+    assert adapter.card.settings["templates"] == (["{}"] if bare else templates_of(AUTOMATIC))
     stack = node("MembraneStack", adapter=adapter, permeability="fixed")[0]
     changed = node("MembraneApply", model=model, clip=clip, stack=stack)[0]
     conditioning = clip_encoded(clip, STAR)

@@ -135,6 +135,23 @@ def test_a_preview_ends_at_the_clean_latents():
     assert torch.allclose(preview(toy, TEXTS, SETTINGS, path)[0], last[0] - SIGMAS[-1] * v, rtol=1e-6)
 
 
+def test_a_flow_is_trained_in_pure_noise_too(monkeypatch):
+    """There the velocity is a text's mean picture. On Stable Diffusion's schedule the published code never does."""
+    trained_at, predict = set(), Toy.predict
+
+    def seen(self, x, t, text, on):
+        trained_at.update(t.tolist() if torch.is_grad_enabled() else ())
+        return predict(self, x, t, text, on)
+
+    monkeypatch.setattr(Toy, "predict", seen)
+    toy = Toy()
+    train(toy, toy.parameters(), [TEXTS], SETTINGS, path=Flow(SIGMAS))
+    assert trained_at == set(torch.tensor(SIGMAS).tolist())
+    trained_at.clear()
+    train(toy, toy.parameters(), [TEXTS], SETTINGS)
+    assert trained_at == {749, 499, 249}
+
+
 @pytest.mark.parametrize("objective", ["spm", "esd", "gem"])
 def test_every_objective_trains_along_a_flow(objective):
     def trained():

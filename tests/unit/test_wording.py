@@ -4,7 +4,7 @@ import pytest
 from membrane.core.erasers.closed_form.daily import daily_job
 from membrane.core.erasers.closed_form.job import Job
 from membrane.core.erasers.closed_form.presets import CUSTOM, PRESETS, chosen
-from membrane.core.text.captions import KINDS, captions_of, templates_of
+from membrane.core.text.captions import KINDS, captions_of, templates_for, templates_of
 from membrane.core.text.concepts import fill, mentions
 from membrane.tools.pixel_world import world
 from membrane.tools.pixel_world.styles import IN_STYLE, captions_in, styles_of
@@ -19,6 +19,13 @@ def test_one_word_stands_for_the_built_in_captions(text):
 def test_own_captions_and_the_bare_word_are_taken_as_they_are():
     assert templates_of("{}\na photo of {}") == ["{}", "a photo of {}"]
     assert templates_of("{}") == templates_of("") == ["{}"]
+
+
+def test_automatic_captions_that_have_the_words_are_left_out_and_own_ones_are_not():
+    assert templates_for("automatic", ["a fish"]) == templates_of("automatic")
+    without_red = [template for template in templates_of("automatic") if "red" not in template.split()]
+    assert templates_for("automatic", ["red"]) == without_red and 0 < len(without_red) < 24
+    assert templates_for("a red {}", ["red"]) == ["a red {}"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
