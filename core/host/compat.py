@@ -299,13 +299,16 @@ def prepared(base, conditioning, noise, positive):
 
 
 def guidance_of(args):
-    """The guidance scale of a post-CFG function's arguments; those of 2024 leave it to be told from the predictions."""
+    """The guidance scale of a post-CFG function's arguments. Those of 2024 leave it to be told from the predictions;
+    None where another patch has changed these by then."""
     if args.get("cond_scale") is not None:
         return float(args["cond_scale"])
     with_text, without = args["cond_denoised"], args["uncond_denoised"]
     if without is None or not bool(without.any()):
         return 1.0
-    apart = (with_text - without).double()
+    apart, usual = ((found - without).double() for found in (with_text, args["denoised"]))
     length = float(apart.square().sum())
-    scale = float(((args["denoised"] - without).double() * apart).sum()) / length if length else 1.0
+    scale = float((usual * apart).sum()) / length if length else 1.0
+    if float((usual - scale * apart).square().sum()) > 1e-4 * float(usual.square().sum()):
+        return None
     return 1.0 if abs(scale - 1) < 1e-3 else scale

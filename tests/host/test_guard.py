@@ -8,6 +8,7 @@ import pytest
 import torch
 from membrane.core.demo.world import latent_to_rgb, rgb_to_latent
 from membrane.core.errors import ErasureError
+from membrane.core.host.compat import guidance_of
 from membrane.core.host.patches.guard import guard
 from membrane.core.host.runs import guarding
 from membrane.core.host.runs.gradients import searched_text
@@ -148,6 +149,16 @@ def test_a_picture_that_shows_it_from_the_start(demo, guarded):
     texts = [conditioning(demo[1], prompt) for prompt in (STARS, "")]
     plain, found = (sample_latent(m, *texts, SETTINGS, latent, 7, denoise=0.9) for m in (demo[0], guarded()))
     assert shapes(demo, plain) == [STAR] * 2 and not torch.equal(plain, found)
+
+
+def test_the_guidance_is_told_from_the_predictions_where_the_host_does_not_say_it():
+    cond, uncond = (torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for scale in (1.0, 1.5, 7.0):
+        args = {"cond_denoised": cond, "uncond_denoised": uncond, "denoised": uncond + scale * (cond - uncond)}
+        assert guidance_of(args) == pytest.approx(scale, rel=1e-4)
+        assert guidance_of({**args, "cond_scale": 3}) == 3
+        assert guidance_of({**args, "denoised": torch.cat([cond[:1] * 0.5, args["denoised"][1:]])}) is None
+    assert guidance_of({"cond_denoised": cond, "uncond_denoised": uncond * 0, "denoised": cond}) == 1
 
 
 def test_two_in_a_row(demo, guarded):

@@ -89,13 +89,13 @@ class Sampling:
 
     start: the noisy latents (B, C, h, w) that pictures are drawn anew from; sigmas: noise levels (B,) that the sampler
     asked about since then; fired (B,): which pictures showed the concept; looked: numbers of the levels at which the
-    guard has asked about them; texts: prepared, by their names. over(): called at its end.
+    guard has asked about them; texts: prepared, by their names; scale: of the guidance. over(): called at its end.
     """
 
     def __init__(self, known, x, over):
         self.known, self.noise = weakref.ref(known, lambda ref: over()), x.detach().clone()
         self.start, self.sigmas, self.looked, self.redrawn, self.texts = self.noise, [], set(), None, {}
-        self.fired = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.fired, self.scale = torch.zeros(len(x), dtype=torch.bool, device=x.device), 1.0
 
     def goes_on(self, known, x):
         """Whether a question about latents x under a mark() belongs to it."""
@@ -128,6 +128,8 @@ class Guard:
         now = self.sampling
         back = float(args["model"].model_sampling.percent_to_sigma(self.back)) if self.back else math.inf
         now.note(x, sigma, back)
+        told = guidance_of(args)
+        now.scale = now.scale if told is None else told  # as it was told before another patch changed the prediction
         if not bool(now.fired.all()):
             self._look(args, now, x, sigma)
         self.seen.calls.clear()
@@ -188,15 +190,14 @@ class Guard:
         waiting = now.sigmas[-1:]
         if now.redrawn is None:
             now.redrawn, waiting = Redrawn(now.start), now.sigmas
-        scale = guidance_of(args)
         with torch.no_grad():
             for sigma in waiting:
-                found = now.redrawn.at(sigma, lambda x, sigma: self._predicted(args, now, scale, x, sigma))
+                found = now.redrawn.at(sigma, lambda x, sigma: self._predicted(args, now, x, sigma))
         now.sigmas = now.sigmas[-1:]
         return found
 
-    def _predicted(self, args, now, scale, x, sigma):
-        negative = args["uncond"] if args["uncond"] is not None and scale != 1 else None
+    def _predicted(self, args, now, x, sigma):
+        negative = args["uncond"] if args["uncond"] is not None and now.scale != 1 else None
         if negative is not None:
             negative = [{name: value for name, value in one.items() if name not in STRUCTURE} for one in negative]
         if self.instead is None:
@@ -204,7 +205,7 @@ class Guard:
         else:
             sides = [self._text(args, now, "instead"), *([negative] if negative else [])]
         found, *without = predictions(args["model"], sides, x, sigma, args["model_options"])
-        return without[0] + (found - without[0]) * scale if without else found
+        return without[0] + (found - without[0]) * now.scale if without else found
 
     def _text(self, args, now, name):
         """A text as the host's samplers have it, prepared once a sampling; beside it what this network reads of a
