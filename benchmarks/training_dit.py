@@ -347,8 +347,7 @@ def main():
             file.unlink()
     found = {}
     if args.finished:
-        kept = {model: STORE / f"rows_{model}.json" for model in THREE}
-        return tell({m: json.loads(file.read_text(encoding="utf-8")) for m, file in kept.items() if file.is_file()})
+        return tell({model: finished(model) for model in THREE})
     node, tidy = start()
     try:
         for model in args.models:
@@ -360,6 +359,13 @@ def main():
     finally:
         tidy()
     return tell(found, whole=not (args.quick or args.rows) and len(found) == len(THREE))
+
+
+def finished(model):
+    """{name: row} of the rows of a model that are kept, in order."""
+    file = STORE / f"rows_{model}.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {name: kept[name] for name in rows_of(model, METHODS) if name in kept}
 
 
 def tell(found, whole=True):
