@@ -187,12 +187,11 @@ PUBLISHED = {
     "ESD-x, rate 4e-4": esd_x(4e-4),
     "SPM's combination, trained here": spm("reference"),
 }
-RECOMMENDED = "UCE, 16 captions, permeability"
-ASKED = "Erase Concepts, only where the prompt asks for it"
+RECOMMENDED = "Erase Concepts, only where the prompt asks for it"
 OURS = {
-    ASKED: erased_by(gate="meaning", method="UCE", replace_with=""),  # automatic captions; opens by meaning
+    RECOMMENDED: erased_by(gate="meaning", method="UCE", replace_with=""),  # automatic captions; opens by meaning
     "UCE, 16 captions": erased_by(method="UCE", templates=MORE),
-    RECOMMENDED: erased_by(gate="facilitated transport", method="UCE", templates=MORE),
+    "UCE, 16 captions, permeability": erased_by(gate="facilitated transport", method="UCE", templates=MORE),
     "SPM, permeability": spm("facilitated transport"),
     "SPM, by meaning": spm("meaning"),
     "SPEED, 16 captions, all tokens": erased_by(method="SPEED", templates=MORE, tokens="all", rho=0.1),
