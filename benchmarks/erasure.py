@@ -50,16 +50,12 @@ SYNONYM = "synonym"
 TRAINING_STEPS, TRAINING_RATE = 200, 5e-3
 SHAPES = [("star", "circle"), ("heart", "square"), ("moon", "ring"), ("cross", "triangle")]
 COLOURS = [("red", "blue"), ("green", "yellow"), ("pink", "orange"), ("purple", "cyan")]
-TEXTURES = [("striped", "plain"), ("dotted", "checkered")]
-TASKS = {  # in this order every second one makes a fair half
+TASKS = {
     "1 shape": ("shape", SHAPES[:1]),
     "1 colour": ("colour", COLOURS[:1]),
     "4 shapes": ("shape", SHAPES),
     "4 colours": ("colour", COLOURS),
-    "1 texture": ("texture", TEXTURES[:1]),
-    "2 textures": ("texture", TEXTURES),
-    "2 shapes": ("shape", SHAPES[:2]),
-    "2 colours": ("colour", COLOURS[:2]),
+    "1 texture": ("texture", [("striped", "plain")]),
 }
 ONE = ("1 shape", "1 colour", "1 texture")
 FOUR = ("4 shapes", "4 colours")
@@ -191,12 +187,11 @@ PUBLISHED = {
     "ESD-x, rate 4e-4": esd_x(4e-4),
     "SPM's combination, trained here": spm("reference"),
 }
-RECOMMENDED = "UCE, 16 captions, permeability"
-ASKED = "Erase Concepts, only where the prompt asks for it"
+RECOMMENDED = "Erase Concepts, only where the prompt asks for it"
 OURS = {
-    ASKED: erased_by(gate="meaning", method="UCE", replace_with=""),  # automatic captions; opens by meaning
+    RECOMMENDED: erased_by(gate="meaning", method="UCE", replace_with=""),  # automatic captions; opens by meaning
     "UCE, 16 captions": erased_by(method="UCE", templates=MORE),
-    RECOMMENDED: erased_by(gate="facilitated transport", method="UCE", templates=MORE),
+    "UCE, 16 captions, permeability": erased_by(gate="facilitated transport", method="UCE", templates=MORE),
     "SPM, permeability": spm("facilitated transport"),
     "SPM, by meaning": spm("meaning"),
     "SPEED, 16 captions, all tokens": erased_by(method="SPEED", templates=MORE, tokens="all", rho=0.1),

@@ -9,10 +9,10 @@ for a star; the worst of all searches counts. A row's searches end early when on
     captions, kept  as in the benchmark of training: 32 pictures of the star, 56 of the seven other shapes
     worst   the most pictures that one search brings back
 
-Rows: UCE, RECE as published; SPM as published, opened by Facilitated Transport and always open; adversarial training;
-a guard that looks at the pictures, alone and on UCE, searched through it and searched as if it were not there.
-Trained adapters are kept in output/training and output/erasure_search, finished rows in output/erasure_search.json
-(--fresh measures them again).
+Rows: UCE, RECE as published; SPM as published, opened by Facilitated Transport and always open; adversarial training,
+always open and opened by meaning, with the searches going through the gate; a guard that looks at the pictures, alone
+and on UCE, searched through it and searched as if it were not there. Trained adapters are kept in output/training and
+output/erasure_search, finished rows in output/erasure_search.json (--fresh measures them again).
 """
 
 import argparse
@@ -49,8 +49,8 @@ def spm(node, demo, permeability):
     return training.stacked(node, demo, [adapter], permeability)
 
 
-def adversarial(node, demo):
-    """A MODEL with an adapter of adversarial training, always open; trained only once."""
+def adversarial(node, demo, permeability=training.FIXED):
+    """A MODEL with an adapter of adversarial training, trained only once."""
     from membrane.core.formats import native
 
     file = STORE / "adversarial.safetensors"
@@ -69,7 +69,7 @@ def adversarial(node, demo):
         STORE.mkdir(parents=True, exist_ok=True)
         native.save(adapter, str(file))
         print(report, flush=True)
-    return training.stacked(node, demo, [native.load(str(file))], training.FIXED)
+    return training.stacked(node, demo, [native.load(str(file))], permeability)
 
 
 def guarded(node, demo, make=None, blind=False):
@@ -92,6 +92,7 @@ ROWS = {  # name: function (node, demo) -> MODEL, or (MODEL, the MODEL that is s
     "SPM, opened by the prompt": partial(spm, permeability=training.TRANSPORT),
     "SPM, always open": partial(spm, permeability=training.FIXED),
     "adversarial training": adversarial,
+    "adversarial training, opened by meaning": partial(adversarial, permeability="meaning"),
     "guard alone": guarded,
     "UCE, guarded": partial(guarded, make=partial(published, method="UCE")),
     "UCE, guarded, searched without it": partial(guarded, make=partial(published, method="UCE"), blind=True),
