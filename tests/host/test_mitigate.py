@@ -10,7 +10,9 @@ import torch
 from membrane.core.erasers.mitigation import LEAVE, PADDING, START
 from membrane.core.errors import ErasureError
 from membrane.core.host.patches.mitigation import GuidanceSwitch
+from membrane.core.host.runs.gradients import searched_text
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample, seeded_noise
+from membrane.core.measures.attack import Descent
 
 pytestmark = pytest.mark.usefixtures("inference")
 MEMORISED, PLAIN = "portrait of captain bolt", "a red star on snow"
@@ -235,3 +237,14 @@ def test_a_taken_place_is_refused(demo, mitigated):
     again = mitigated(method="token re-weighting")
     with pytest.raises(ErasureError, match="Reweighted in"):
         mitigated(model=again, method="token re-weighting")
+
+
+@pytest.mark.parametrize("method", ["token re-weighting", "opposite guidance"])
+def test_searches_by_gradient_go_through_a_mitigation(demo, mitigated, method):
+    """And not past it: the search ends elsewhere than on the model without it."""
+    start, empty = prompts(demo)
+    clean = sample(demo[0], start, empty, SEEDS[:1], settings(steps=2))
+    found = [searched_text(model, start, clean, Descent(1, 0.1, 2), 0.1, seed=0)[0][0]
+             for model in (demo[0], mitigated(method=method))]  # fmt: skip
+    assert all(vectors.isfinite().all() and not torch.equal(vectors, start[0][0]) for vectors in found)
+    assert method != "token re-weighting" or not torch.equal(*found)

@@ -16,6 +16,7 @@ from ...measures.attack import descended
 from ...measures.detection import gradient_lengths, magnitude, text_part
 from ..compat import attention_with_gradients
 from ..model.layers import reads_vector
+from ..patches.mitigation import TokenSteps
 from ..patches.steps import ErasedSteps
 from .sampling import ask_at
 from .steps import guided_steps
@@ -97,6 +98,12 @@ class Differentiable:
             self.undo.callback(namespace.__setitem__, name, namespace[name])
         else:
             self.undo.callback(namespace.pop, name, None)
+
+
+def _lends(model):
+    """Whether something on a MODEL is lent to the network for the time of a call, such as the gates of adapters beside
+    its layers: a block that is computed again would find it gone."""
+    return any(isinstance(patch, Bypass | ErasedSteps | TokenSteps) for patch in model.object_patches.values())
 
 
 def _is_unet(network):
@@ -255,9 +262,7 @@ def _gradients(listening, positive, negative, points, on_point):
         return found
 
     listening.set_model_sampler_post_cfg_function(listen, disable_cfg1_optimization=True)
-    # a block that is computed again would find the gates of adapters beside its layers gone
-    beside = any(isinstance(patch, Bypass | ErasedSteps) for patch in listening.object_patches.values())
-    with Differentiable(listening, None if beside else Rows()):
+    with Differentiable(listening, None if _lends(listening) else Rows()):
         return ask_at(listening, positive, negative, points, lengths, cfg=GUIDED)
 
 
@@ -293,9 +298,7 @@ def differentiated(model, instead):
     listening.model_options["transformer_options"] = {**options, **attention_with_gradients()}
     comfy.model_management.load_models_gpu([listening])  # patches weights, which are inference tensors
     with torch.inference_mode(False), torch.enable_grad():
-        # a block that is computed again would find the gates of adapters beside its layers gone
-        beside = any(isinstance(patch, Bypass | ErasedSteps) for patch in listening.object_patches.values())
-        with Differentiable(listening, None if beside else Rows()):
+        with Differentiable(listening, None if _lends(listening) else Rows()):
             try:
                 yield listening
             except RuntimeError as error:
