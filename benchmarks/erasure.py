@@ -50,12 +50,13 @@ SYNONYM = "synonym"
 TRAINING_STEPS, TRAINING_RATE = 200, 5e-3
 SHAPES = [("star", "circle"), ("heart", "square"), ("moon", "ring"), ("cross", "triangle")]
 COLOURS = [("red", "blue"), ("green", "yellow"), ("pink", "orange"), ("purple", "cyan")]
+TEXTURES = [("striped", "plain")]
 TASKS = {
     "1 shape": ("shape", SHAPES[:1]),
     "1 colour": ("colour", COLOURS[:1]),
     "4 shapes": ("shape", SHAPES),
     "4 colours": ("colour", COLOURS),
-    "1 texture": ("texture", [("striped", "plain")]),
+    "1 texture": ("texture", TEXTURES),
 }
 ONE = ("1 shape", "1 colour", "1 texture")
 FOUR = ("4 shapes", "4 colours")

@@ -44,7 +44,7 @@ BACKGROUNDS = [("snow", "coal")]
 TASKS = {
     "1 shape": ("shape", SHAPES[:1]),
     "1 colour": ("colour", COLOURS[:1]),
-    "1 texture": ("texture", TEXTURES[:1]),
+    "1 texture": ("texture", TEXTURES),
     "1 background": ("background", BACKGROUNDS),
     "4 shapes": ("shape", SHAPES),
     "4 colours": ("colour", COLOURS),
