@@ -52,10 +52,6 @@ class MembraneShield:
     def protect(self, model, radius, threshold, strength, latents=None, pictures=None, vae=None):
         if latents is None and pictures is None:
             raise ErasureError("No picture to protect was given; connect pictures with their VAE, or latents.")
-        if pictures is not None and vae is None:
-            raise ErasureError(
-                "Pictures to protect were given without a VAE; connect the VAE that belongs to the model."
-            )
         if radius not in LIKENESS:
             raise ErasureError(f'There is no radius "{radius}"; choose one of: {", ".join(LIKENESS)}.')
         known = [] if latents is None else [latents["samples"]]

@@ -160,7 +160,7 @@ class Bypass(Patch):
     otherwise. name: of the layer, for messages.
     """
 
-    function, erases = "forward", True
+    function, erases, lends = "forward", True, True
 
     def __init__(self, module, parts, rows, previous=None, changes=None, text=None, order=TILED, name="a layer"):
         super().__init__(module, previous)

@@ -7,11 +7,13 @@ class Patch:
     """Stands in for one function of an object of the host, as an object patch, which the host undoes by itself.
 
     function: its name. previous: what another pack had put there, which is called in its place then. erases: whether it
-    belongs to an erasure, which is exchanged for another as a whole and taken away by without_stack().
+    belongs to an erasure, which is exchanged for another as a whole and taken away by without_stack(). lends: whether
+    the network is lent something until a call is over, which a block that is computed again later would find gone.
     """
 
     function: ClassVar[str]
     erases: ClassVar[bool] = False
+    lends: ClassVar[bool] = False
 
     def __init__(self, owner, previous=None):
         self.owner, self.previous = owner, previous

@@ -9,6 +9,7 @@ import pytest
 import torch
 from membrane.core.erasers.mitigation import LEAVE, PADDING, START
 from membrane.core.errors import ErasureError
+from membrane.core.host.patches.guard import watched
 from membrane.core.host.patches.mitigation import GuidanceSwitch
 from membrane.core.host.runs.gradients import searched_text
 from membrane.core.host.runs.sampling import Sampling, conditioning, denoised, sample, seeded_noise
@@ -244,7 +245,11 @@ def test_searches_by_gradient_go_through_a_mitigation(demo, mitigated, method):
     """And not past it: the search ends elsewhere than on the model without it."""
     start, empty = prompts(demo)
     clean = sample(demo[0], start, empty, SEEDS[:1], settings(steps=2))
-    found = [searched_text(model, start, clean, Descent(1, 0.1, 2), 0.1, seed=0)[0][0]
-             for model in (demo[0], mitigated(method=method))]  # fmt: skip
-    assert all(vectors.isfinite().all() and not torch.equal(vectors, start[0][0]) for vectors in found)
-    assert method != "token re-weighting" or not torch.equal(*found)
+    changed = mitigated(method=method)
+    plain, found, below = (
+        searched_text(model, start, clean, Descent(1, 0.1, 2), 0.1, seed=0)[0][0]
+        for model in (demo[0], changed, watched(changed)[0])
+    )
+    assert all(vectors.isfinite().all() and not torch.equal(vectors, start[0][0]) for vectors in (plain, found))
+    assert method != "token re-weighting" or not torch.equal(plain, found)
+    assert torch.equal(found, below)  # another patch stands above its own

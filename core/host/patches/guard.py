@@ -84,16 +84,40 @@ def watched(model):
     return patched, seen
 
 
+class Ranges:
+    """Which level of a guard's Fitted looks at a noise level of a model's sampling.
+
+    Called with noise levels (B,), it gives the number of the level for each, None for those too noisy and of unused
+    levels.
+    """
+
+    def __init__(self, fitted, sampling):
+        shares = [level.share for level in fitted.levels]
+        self.middles = [math.log(max(float(sampling.percent_to_sigma(share)), 1e-9)) for share in shares]
+        self.top = self.middles[0] + (self.middles[0] - self.middles[1]) / 2
+        self.tells = [level.tells(fitted.threshold) for level in fitted.levels]
+
+    def __call__(self, sigma):
+        found = []
+        for level in sigma.tolist():
+            at = math.log(max(level, 1e-9))
+            nearest = min(range(len(self.middles)), key=lambda i: abs(self.middles[i] - at))
+            found.append(nearest if at <= self.top and self.tells[nearest] else None)
+        return found
+
+
 class Sampling:
     """What a guard knows of the sampling that is under way.
 
-    start: the noisy latents (B, C, h, w) that pictures are drawn anew from; sigmas: noise levels (B,) that the sampler
-    asked about since then; fired (B,): which pictures showed the concept; looked: numbers of the levels at which the
-    guard has asked about them; texts: prepared, by their names; scale: of the guidance. over(): called at its end.
+    ranges: Ranges; back: the noise level above which latents are gone back to; start: the noisy latents (B, C, h, w)
+    that pictures are drawn anew from; sigmas: noise levels (B,) that the sampler asked about since then; fired (B,):
+    which pictures showed the concept; looked: numbers of the levels at which the guard has asked about them; texts:
+    prepared, by their names; scale: of the guidance. over(): called at its end.
     """
 
-    def __init__(self, known, x, over):
+    def __init__(self, known, x, over, ranges, back):
         self.known, self.noise = weakref.ref(known, lambda ref: over()), x.detach().clone()
+        self.ranges, self.back = ranges, back
         self.start, self.sigmas, self.looked, self.redrawn, self.texts = self.noise, [], set(), None, {}
         self.fired, self.scale = torch.zeros(len(x), dtype=torch.bool, device=x.device), 1.0
 
@@ -101,9 +125,9 @@ class Sampling:
         """Whether a question about latents x under a mark() belongs to it."""
         return self.known() is known and self.noise.shape == x.shape
 
-    def note(self, x, sigma, back):
-        """Remembers a question about latents x at noise levels sigma (B,); back: no cleaner ones are gone back to."""
-        if self.redrawn is None and self.sigmas and float(sigma.min()) >= back:
+    def note(self, x, sigma):
+        """Remembers a question about latents x at noise levels sigma (B,)."""
+        if self.redrawn is None and self.sigmas and float(sigma.min()) >= self.back:
             self.start, self.sigmas = x.detach().clone(), []
         self.sigmas.append(sigma.detach())
 
@@ -124,10 +148,9 @@ class Guard:
         x, sigma = args["input"], args["sigma"].expand(len(args["input"]))
         known = mark(args["cond"])
         if self.sampling is None or not self.sampling.goes_on(known, x):
-            self.sampling = Sampling(known, x, self._over)  # what other patches keep lives as long as its noise
+            self.sampling = self._begun(args, known, x)  # what other patches keep lives as long as its noise
         now = self.sampling
-        back = float(args["model"].model_sampling.percent_to_sigma(self.back)) if self.back else math.inf
-        now.note(x, sigma, back)
+        now.note(x, sigma)
         told = guidance_of(args)
         now.scale = now.scale if told is None else told  # as it was told before another patch changed the prediction
         if not bool(now.fired.all()):
@@ -139,6 +162,11 @@ class Guard:
         self.seen.calls.clear()
         return torch.where(now.fired.view(-1, *[1] * (x.dim() - 1)), other.to(args["denoised"]), args["denoised"])
 
+    def _begun(self, args, known, x):
+        sampling = args["model"].model_sampling
+        back = float(sampling.percent_to_sigma(self.back)) if self.back else math.inf
+        return Sampling(known, x, self._over, Ranges(self.fitted, sampling), back)
+
     def _over(self):
         self.sampling = None
 
@@ -146,7 +174,7 @@ class Guard:
 
     def _look(self, args, now, x, sigma):
         """Adds the pictures that show the concept now."""
-        ranges = self._ranges(args["model"].model_sampling, sigma)
+        ranges = now.ranges(sigma)
         if not set(ranges) - {None}:
             return
         found = self.seen.taken(x, self._text(args, now, "empty")[0]["model_conds"]["c_crossattn"].cond)
@@ -162,19 +190,6 @@ class Guard:
             now.fired |= (own & (scores > self.fitted.threshold)).to(now.fired.device)
         if int(now.fired.sum()) > before:
             log.info("Membrane: the guard draws %d of %d pictures anew.", int(now.fired.sum()), len(x))
-
-    def _ranges(self, sampling, sigma):
-        """Number of the level whose range each noise level is in, or None for those too noisy and of unused levels."""
-        levels = self.fitted.levels
-        middles = [math.log(max(float(sampling.percent_to_sigma(level.share)), 1e-9)) for level in levels]
-        top = middles[0] + (middles[0] - middles[1]) / 2
-        tells = [level.tells(self.fitted.threshold) for level in levels]
-        found = []
-        for level in sigma.tolist():
-            at = math.log(max(level, 1e-9))
-            nearest = min(range(len(levels)), key=lambda i: abs(middles[i] - at))
-            found.append(nearest if at <= top and tells[nearest] else None)
-        return found
 
     def _asked(self, args, now, x, sigma):
         """Features (B, F) by a question of the guard's own, with the empty text."""

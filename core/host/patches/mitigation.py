@@ -119,7 +119,7 @@ class TokenCodes(Patch):
 class TokenSteps(Patch):
     """Stands in for the base model's `apply_model`: lends the codes of the rows to the attention for one call."""
 
-    function = APPLY_MODEL
+    function, lends = APPLY_MODEL, True
 
     def __init__(self, base, rows):
         super().__init__(base)

@@ -9,6 +9,7 @@ from ...errors import ErasureError
 from ..compat import channels_and_ratio
 
 log = logging.getLogger("membrane")
+KNOWN = "Pictures to protect"  # as messages call them
 
 
 class Shield:
@@ -58,8 +59,13 @@ class Shield:
         return self
 
 
-def encoded(vae, pictures):
-    """[latents (1, C, h, w)] of pictures (K, H, W, 3), each encoded alone: video VAEs take a batch for one film."""
+def encoded(vae, pictures, what=KNOWN):
+    """[latents (1, C, h, w)] of pictures (K, H, W, 3), each encoded alone: video VAEs take a batch for one film.
+
+    what: their name, for the ErasureError without a VAE.
+    """
+    if vae is None:
+        raise ErasureError(f"{what} were given without a VAE; connect the VAE that belongs to the model.")
     return [vae.encode(picture[None, ..., :3]) for picture in pictures]
 
 
@@ -80,7 +86,7 @@ def shield(model, latents, threshold, strength):
     of another model's kind.
     """
     for found in latents:
-        require_latents(model, found, "Pictures to protect")
+        require_latents(model, found, KNOWN)
     if strength == 0:
         return model
     with torch.no_grad():

@@ -28,7 +28,7 @@ class ErasedSteps(Patch):
     entries: the TextEntries whose maps change from step to step, and so act here.
     """
 
-    function, erases = APPLY_MODEL, True
+    function, erases, lends = APPLY_MODEL, True, True
 
     def __init__(self, base, plan, conditioning, entries, rows, parts, previous):
         super().__init__(base, previous)

@@ -9,16 +9,15 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ...adapters.beside import Bypass, Rows
+from ...adapters.beside import Rows
+from ...adapters.patch import Patch
 from ...erasers.mitigation import softened
 from ...errors import ErasureError
 from ...measures.attack import descended
 from ...measures.detection import gradient_lengths, magnitude, text_part
 from ..compat import attention_with_gradients
 from ..model.layers import reads_vector
-from ..patches.mitigation import TokenSteps
-from ..patches.steps import ErasedSteps
-from .sampling import ask_at
+from .sampling import ask_at, noised
 from .steps import guided_steps
 
 CHECKPOINTED = ("BasicTransformerBlock", "ResBlock")  # of U-Nets; of transformers, what their lists of blocks hold
@@ -101,9 +100,13 @@ class Differentiable:
 
 
 def _lends(model):
-    """Whether something on a MODEL is lent to the network for the time of a call, such as the gates of adapters beside
-    its layers: a block that is computed again would find it gone."""
-    return any(isinstance(patch, Bypass | ErasedSteps | TokenSteps) for patch in model.object_patches.values())
+    """Whether a patch of a MODEL lends the network something, on top of its place or below another."""
+    for patch in model.object_patches.values():
+        while isinstance(patch, Patch):
+            if patch.lends:
+                return True
+            patch = patch.previous
+    return False
 
 
 def _is_unet(network):
@@ -338,8 +341,7 @@ def _removal(listening, positive, clean, generator):
     shares = torch.rand(len(clean), generator=generator).clamp(0.001, 0.999).tolist()
     sigmas = torch.tensor([float(network.model_sampling.percent_to_sigma(share)) for share in shares])
     noise = torch.randn(clean.shape, generator=generator)
-    parts = zip(sigmas.split(1), noise.split(1), clean.split(1))
-    x = torch.cat([network.model_sampling.noise_scaling(*part) for part in parts])
+    x = noised(listening, clean, noise, sigmas)
 
     def left(predict):
         difference = predict() - clean.to(listening.load_device)

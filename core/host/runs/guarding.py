@@ -10,9 +10,10 @@ from ...errors import ErasureError
 from ..patches.guard import watched
 from ..patches.places import without_stack
 from ..patches.shield import encoded, require_latents
-from .batching import BATCHED, fitting, join
-from .sampling import ask_at, conditioning, sample, seeded_noise
+from .batching import batches, join
+from .sampling import ask_at, conditioning, noised, sample, seeded_noise
 
+EXAMPLES = "Example pictures"  # as messages call them
 BATCH = 8  # pictures at a time
 SEED = 1  # of the noise that pictures are looked at in
 
@@ -35,13 +36,12 @@ class Examples:
         """Latents (n, C, h, w) on the CPU of prompts, each from a noise of its own."""
         model, empty = without_stack(self.model), conditioning(self.clip, "")
         texts, first = [conditioning(self.clip, prompt) for prompt in prompts], self.seed + self.done
-        size, found = BATCH if self.settings.sampler in BATCHED else 1, {}
-        for group in fitting(texts):
-            for rows in (group[i : i + size] for i in range(0, len(group), size)):
-                seeds = [(first + i) % 2**64 for i in rows]
-                latents = sample(model, join([texts[i] for i in rows]), empty, seeds, self.settings)
-                found |= dict(zip(rows, latents))
-                self._tell(len(rows))
+        found = {}
+        for rows in batches(texts, [first], BATCH, self.settings.sampler):
+            seeds = [(seed + i) % 2**64 for i, seed in rows]
+            latents = sample(model, join([texts[i] for i, _ in rows]), empty, seeds, self.settings)
+            found |= zip((i for i, _ in rows), latents)
+            self._tell(len(rows))
         return torch.stack([found[i] for i in range(len(prompts))])
 
     def seen(self, latents):
@@ -51,12 +51,11 @@ class Examples:
         own, generator = self.model.model.process_latent_in(latents), torch.Generator().manual_seed(SEED)
         points, shares = [], []
         for share in SHARES:
-            sigma = torch.tensor([float(sampling.percent_to_sigma(share))])
+            level = torch.tensor([float(sampling.percent_to_sigma(share))])
             noise = torch.randn(own.shape, generator=generator)
             for clean, drawn in zip(own.split(BATCH), noise.split(BATCH)):
-                parts = zip(drawn.split(1), clean.split(1))
-                x = torch.cat([sampling.noise_scaling(sigma, *part) for part in parts])
-                points.append((x, sigma.expand(len(x))))
+                sigma = level.expand(len(clean))
+                points.append((noised(self.model, clean, drawn, sigma), sigma))
                 shares.append(share)
 
         def read(predict):
@@ -88,18 +87,16 @@ def example_latents(model, vae, pictures, latents, settings):
     """
     found = []
     if pictures is not None:
-        if vae is None:
-            raise ErasureError("Example pictures were given without a VAE; connect the VAE that belongs to the model.")
         sized = cut_to(pictures.movedim(-1, 1)[:, :3], (settings.height, settings.width))
-        found.append(torch.cat(encoded(vae, sized.movedim(1, -1))))
+        found.append(torch.cat(encoded(vae, sized.movedim(1, -1), EXAMPLES)))
     if latents is not None:
         found.append(latents["samples"])
     size = seeded_noise(model, [0], settings)[0].shape[1:]
     for samples in found:
-        require_latents(model, samples, "Example pictures")
+        require_latents(model, samples, EXAMPLES)
         if samples.shape[1:] != size:
             raise ErasureError(
-                f"Example pictures are latents of the shape {tuple(samples.shape[1:])}, but pictures of "
+                f"{EXAMPLES} are latents of the shape {tuple(samples.shape[1:])}, but pictures of "
                 f"{settings.width} x {settings.height} have {tuple(size)}; give latents of the size you sample."
             )
     return torch.cat([samples.float().cpu() for samples in found]) if found else None

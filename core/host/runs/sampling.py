@@ -129,6 +129,12 @@ def ask_at(model, positive, negative, points, answer, cfg=1.0, seed=0):
     return found
 
 
+def noised(model, clean, noise, sigmas):
+    """Latents (B, C, h, w) of a MODEL's network at noise levels (B,): clean ones, on its own scale, with noise."""
+    parts = zip(sigmas.split(1), noise.split(1), clean.split(1))
+    return torch.cat([model.model.model_sampling.noise_scaling(*part) for part in parts])
+
+
 def sample(model, positive, negative, seeds, settings, on_step=None):
     """Latents (seeds, C, h, w) on the CPU, as a LATENT holds them.
 

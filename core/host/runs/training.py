@@ -18,7 +18,6 @@ from ...erasers.retained import RETAINED
 from ...erasers.spm import NOISE, TEXTS
 from ...erasers.spm_run import texts_of
 from ...errors import ErasureError
-from ...families import unet
 from ...families.family import ALL
 from ...families.sites import site
 from ...families.table import role
@@ -26,7 +25,7 @@ from ...text.captions import AUTOMATIC, templates_for
 from ...text.similarity import short_captions
 from ..compat import attention_with_gradients, channels_and_ratio, fitted_latents
 from ..model.inpainting import inpaints, reads_more, whole_masked
-from ..model.layers import family, layer_keys, modules, plain_key, reads_vector, text_rows, text_width
+from ..model.layers import family, is_unet, layer_keys, modules, plain_key, reads_vector, text_rows, text_width
 from ..text.conditions import conditions_for
 from ..text.entries import encode_for
 from .gradients import Differentiable
@@ -194,11 +193,6 @@ def _moved(value, device):
     if isinstance(value, list):
         return [_moved(part, device) for part in value]
     return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def is_unet(model):
-    """Whether a MODEL is a U-Net of Stable Diffusion's kind, trained as SPM's code trains it."""
-    return family(model).text == unet.TEXT
 
 
 def has_own_guidance(model):
