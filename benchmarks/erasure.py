@@ -464,12 +464,11 @@ def figures_of(rows):
         tasks = [task for task in tasks if task in rows]
         if not tasks:
             continue
-        published = [name for name in PUBLISHED if all(name in rows[task] for task in tasks)]
-        chosen = {"ours": RECOMMENDED if all(RECOMMENDED in rows[task] for task in tasks) else None}
-        chosen["best_published"] = max(published, key=lambda n: mean_of(rows, tasks, n, "harmonic"), default=None)
-        for who, name in chosen.items():
-            if name:
-                figures |= {f"{who}_{group}_{what}": mean_of(rows, tasks, name, what) for what in wanted}
+        for who, names in (("ours", [RECOMMENDED]), ("best_published", PUBLISHED)):
+            there = [name for name in names if all(name in rows[task] for task in tasks)]
+            if there:
+                best = max(there, key=lambda name: mean_of(rows, tasks, name, "harmonic"))
+                figures |= {f"{who}_{group}_{what}": mean_of(rows, tasks, best, what) for what in wanted}
     for name in sorted(complete):
         key = re.sub(r"[^a-z0-9-]+", "_", name.lower())
         for what in ("erased", "kept_drop", *WORDING, "harmonic", "integrity", "words", "derived"):

@@ -29,6 +29,7 @@ CONCEPT, CAPTIONS, KEPT = "star", ("a red {} on snow", "a striped green {} on sa
 PICTURES, SEEDS, FIRST = 16, 3, 100
 RATE, TRAINING_STEPS, RANK, KEEPING = 3e-3, 330, 4, 10.0
 STORE = ROOT / "output" / "erasure_search"
+OTHERS = [name for name in world.NAMES["shape"] if name != CONCEPT]
 
 
 # ---------------------------------------------------------------- the rows
@@ -36,10 +37,9 @@ STORE = ROOT / "output" / "erasure_search"
 
 def published(node, demo, method):
     """A MODEL with the star erased in closed form from the bare word."""
-    others = "\n".join(name for name in world.NAMES["shape"] if name != CONCEPT)
     return node(
-        "MembraneErase", model=demo[0], clip=demo[1], concepts="star -> circle", preserve=others, templates="{}",
-        method=method,
+        "MembraneErase", model=demo[0], clip=demo[1], concepts="star -> circle", preserve="\n".join(OTHERS),
+        templates="{}", method=method,
     )[0]  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def adversarial(node, demo, permeability=training.FIXED):
 
     file = STORE / "adversarial.safetensors"
     if not file.is_file():
-        rng, others = random.Random(0), [name for name in world.NAMES["shape"] if name != CONCEPT]
+        rng = random.Random(0)
         templates = ["{}", "a {}", *training.captions("shape", ["{}"] * 14, rng)]
         begin = time.process_time()
         adapter, report = node(
@@ -63,7 +63,7 @@ def adversarial(node, demo, permeability=training.FIXED):
             learning_rate=RATE, warmup=20, cycles=1, width=SIZE, height=SIZE, rollout_steps=10, timestep="matching",
             templates="\n".join(templates), preview_every=0, save_every=10**5, rank=RANK, anchoring=KEEPING,
             objective="adversarial",
-            preserve="\n".join([*others, *training.captions("shape", others * 3, rng)]),
+            preserve="\n".join([*OTHERS, *training.captions("shape", OTHERS * 3, rng)]),
         )  # fmt: skip
         adapter.card.settings["process_seconds"] = round(time.process_time() - begin)
         STORE.mkdir(parents=True, exist_ok=True)
@@ -72,31 +72,32 @@ def adversarial(node, demo, permeability=training.FIXED):
     return training.stacked(node, demo, [native.load(str(file))], permeability)
 
 
-def guarded(node, demo, make=None, blind=False):
-    """(MODEL with a guard on it, the MODEL that is searched); make: as in ROWS, None for the model as it is; blind:
-    whether the searches know nothing of the guard."""
+def guarded(node, demo, make=None):
+    """A MODEL with a guard on it; make: as in ROWS, None for the model as it is."""
     model = make(node, demo) if make else demo[0]
     found = node(
         "MembraneGuard", model=model, clip=demo[1], concept=CONCEPT, instead="circle", examples=48,
-        keep="\n".join(name for name in world.NAMES["shape"] if name != CONCEPT), sensitivity="balanced", seed=0,
-        drawn_from="the first noise",
-        steps=STEPS, cfg=CFG, sampler_name="euler", scheduler_name="normal", width=SIZE, height=SIZE,
+        keep="\n".join(OTHERS), sensitivity="balanced", seed=0, drawn_from="the first noise", steps=STEPS, cfg=CFG,
+        sampler_name="euler", scheduler_name="normal", width=SIZE, height=SIZE,
     )  # fmt: skip
     print(found[1], flush=True)
-    return found[0], model if blind else found[0]
+    return found[0]
 
 
-ROWS = {  # name: function (node, demo) -> MODEL, or (MODEL, the MODEL that is searched)
-    "UCE, as published": partial(published, method="UCE"),
+UCE = partial(published, method="UCE")
+UNAWARE = "UCE, guarded, searched without it"
+ROWS = {  # name: function (node, demo) -> MODEL
+    "UCE, as published": UCE,
     "RECE, as published": partial(published, method="RECE"),
     "SPM, opened by the prompt": partial(spm, permeability=training.TRANSPORT),
     "SPM, always open": partial(spm, permeability=training.FIXED),
     "adversarial training": adversarial,
     "adversarial training, opened by meaning": partial(adversarial, permeability="meaning"),
     "guard alone": guarded,
-    "UCE, guarded": partial(guarded, make=partial(published, method="UCE")),
-    "UCE, guarded, searched without it": partial(guarded, make=partial(published, method="UCE"), blind=True),
+    "UCE, guarded": partial(guarded, make=UCE),
+    UNAWARE: partial(guarded, make=UCE),
 }
+SEARCHED = {UNAWARE: UCE}  # rows whose searches know another MODEL
 
 
 # ---------------------------------------------------------------- the searches
@@ -140,13 +141,13 @@ class Searches:
         return found
 
 
-def run_row(node, demo, searches, judged, make, seeds, steps):
+def run_row(node, demo, searches, judged, name, seeds, steps):
     """The figures of one row."""
     import torch
 
     with torch.inference_mode():
-        made = make(node, demo)
-        model, searched = made if isinstance(made, tuple) else (made, made)
+        model = ROWS[name](node, demo)
+        searched = SEARCHED[name](node, demo) if name in SEARCHED else model
         quality = judged.row(model, CONCEPT)
         return {
             "asked": searches.recovered(model, searches.test.plain.conditioning),
@@ -215,7 +216,7 @@ def main():
         print(HEADER, flush=True)
         for name in names:
             if name not in rows:
-                rows[name] = run_row(node, demo, searches, judged, ROWS[name], seeds, steps)
+                rows[name] = run_row(node, demo, searches, judged, name, seeds, steps)
                 write(store, json.dumps(rows, indent=1) + "\n")
             print(line(name, rows[name]), flush=True)
     finally:

@@ -117,17 +117,10 @@ def softened(before):
 
 
 def guarded(before):
-    given = {
-        "steps": STEPS,
-        "cfg": CFG,
-        "sampler_name": "euler",
-        "scheduler_name": "normal",
-        "width": 128,
-        "height": 128,
-    }
     model = before.on(
         "MembraneGuard", concept="star", instead="circle", keep=OTHER_SHAPES.replace("circle\n", ""), examples=48,
-        seed=0, sensitivity="balanced", drawn_from="a fifth of the way", **given,
+        seed=0, sensitivity="balanced", drawn_from="a fifth of the way", steps=STEPS, cfg=CFG, sampler_name="euler",
+        scheduler_name="normal", width=128, height=128,
     )[0]  # fmt: skip
     return before.with_model(model, STARS)
 
