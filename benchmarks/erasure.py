@@ -557,7 +557,7 @@ def work(part, parts, quick, tasks, methods):
     training.STORE, training.RATE = FOLDER / "adapters", TRAINING_RATE
     done = read_rows(quick)
     store = store_of(quick, f"_{part}")
-    mine = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+    mine = quality.kept_rows(store)
     node, tidy = start()
     try:
         bench = Bench(node, quick)

@@ -29,7 +29,7 @@ import torch
 from membrane.benchmarks import _flux_loops as loops
 from membrane.benchmarks import training_dit as training
 from membrane.benchmarks.erasure import COLOURS, SHAPES, TEXTURES
-from membrane.benchmarks.erasure_quality import write
+from membrane.benchmarks.erasure_quality import kept_rows, write
 from membrane.benchmarks.erasure_wording import Painter, Set, known_styles, share
 from membrane.tools import ROOT
 from membrane.tools.host_library import start
@@ -311,7 +311,7 @@ class Bench:
 
 def measure(node, variant, wanted, sizes, store):
     """{task: {row: counts}} for {task: {row: method}}, the row "unerased" first."""
-    rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+    rows = kept_rows(store)
     bench = None
     for task, methods in wanted.items():
         done = rows.setdefault(task, {})

@@ -245,6 +245,11 @@ def write(file, text):
     os.replace(partial, file)
 
 
+def kept_rows(file):
+    """The rows that a file holds, if it is there."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def line(name, row):
     """One row of the table, as Markdown."""
     parts = [
@@ -302,7 +307,7 @@ def unerased(painter, file, sets):
 
 def measure(tasks, methods, store, sizes, say=print, variant="day"):
     """{task: {method: row}}; rows that the file `store` holds are not measured again."""
-    rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+    rows = kept_rows(store)
     node, tidy = start()
     try:
         demo = node("MembraneDemoModel", variant=variant)

@@ -20,7 +20,7 @@ import json
 
 import torch
 import torch.nn.functional as F
-from membrane.benchmarks.erasure_quality import METHODS, ROOT, sprites_of, start, write
+from membrane.benchmarks.erasure_quality import METHODS, ROOT, kept_rows, sprites_of, start, write
 from membrane.tools.pixel_world import classifier, world
 from membrane.tools.pixel_world import tokenizer as tokenizers
 
@@ -130,7 +130,7 @@ def main():
     store = ROOT / "output" / f"erasure_robustness{'_quick' * args.quick}.json"
     if args.fresh or args.quick:
         store.unlink(missing_ok=True)
-    rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+    rows = kept_rows(store)
     node, tidy = start()
     try:
         demo = node("MembraneDemoModel", variant="day")

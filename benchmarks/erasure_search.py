@@ -22,7 +22,7 @@ import time
 from functools import partial
 
 from membrane.benchmarks import training
-from membrane.benchmarks.erasure_quality import CFG, ROOT, SIZE, STEPS, start, write
+from membrane.benchmarks.erasure_quality import CFG, ROOT, SIZE, STEPS, kept_rows, start, write
 from membrane.tools.pixel_world import classifier, world
 
 CONCEPT, CAPTIONS, KEPT = "star", ("a red {} on snow", "a striped green {} on sand", "{}"), "heart"
@@ -206,7 +206,7 @@ def main():
     store = ROOT / "output" / f"erasure_search{'_quick' * args.quick}.json"
     if args.fresh or args.quick:
         store.unlink(missing_ok=True)
-    rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+    rows = kept_rows(store)
     seeds, steps, names = (1, 5, args.rows[:1]) if args.quick else (args.seeds, args.steps, args.rows)
     node, tidy = start()
     try:

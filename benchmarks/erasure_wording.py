@@ -23,6 +23,7 @@ from membrane.benchmarks.erasure_quality import (
     ROOT,
     TASKS,
     captions_like_the_prompts,
+    kept_rows,
     more_captions,
     sprites_of,
     start,
@@ -164,7 +165,7 @@ def measure(wanted, store, begin, row_of, say):
     wanted: {task: names of rows}; begin(): a Painter, made when the first row is missing; row_of(painter, task, name)
     -> a row; say(task, name, rows of the task): called after each.
     """
-    rows, painter = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}, None
+    rows, painter = kept_rows(store), None
     for task, names in wanted.items():
         done = rows.setdefault(task, {})
         for name in names:

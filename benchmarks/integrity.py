@@ -134,7 +134,7 @@ def line(name, row):
 
 def measure(node, variant, store, steps, say):
     """{method: row}; rows that the file `store` holds are not measured again."""
-    rows, judged = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}, Judged(node, variant)
+    rows, judged = quality.kept_rows(store), Judged(node, variant)
     say(HEADER)
     methods = {"none": None, "UCE, 8 captions": uce} | {
         name: (lambda node, demo, given=given: trained(node, demo, given, steps)) for name, given in TRAINED.items()

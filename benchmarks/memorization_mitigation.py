@@ -300,14 +300,9 @@ def line(name, row):
     return "| " + " | ".join(cells) + " |"
 
 
-def kept_rows(store):
-    """The rows that a file holds, if it is there."""
-    return json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
-
-
 def measure(node, variant, store, say, chosen=None):
     """{mitigation: row}; rows that the file `store` holds are not measured again."""
-    here, rows = Here(node, variant, store), kept_rows(store)
+    here, rows = Here(node, variant, store), quality.kept_rows(store)
     say(HEADER)
     for name, make in here.methods(variant).items():
         if chosen is not None and name not in chosen:
@@ -315,14 +310,16 @@ def measure(node, variant, store, say, chosen=None):
         if name not in rows:
             found = make()
             row = here.row(found, here.searched(found))
-            rows = kept_rows(store) | {name: row}  # another run may have kept one meanwhile
+            rows = quality.kept_rows(store) | {name: row}  # another run may have kept one meanwhile
             quality.write(store, json.dumps(rows, indent=1) + "\n")
         say(line(name, rows[name]))
 
 
 def kept_tables(folder):
     """{variant: {mitigation: row}} of all rows that are kept in a folder, in the order of ORDER."""
-    kept = {variant: kept_rows(folder / f"memorization_mitigation_{variant}.json") for variant in quality.MODELS}
+    kept = {
+        variant: quality.kept_rows(folder / f"memorization_mitigation_{variant}.json") for variant in quality.MODELS
+    }
     return {variant: {name: rows[name] for name in ORDER if name in rows} for variant, rows in kept.items() if rows}
 
 

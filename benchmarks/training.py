@@ -139,7 +139,7 @@ HEADER = (
 
 
 def measure(node, names, steps, sizes, store):
-    rows = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+    rows = quality.kept_rows(store)
     judged, day = {}, None
     print(HEADER)
     for name in names:
@@ -151,7 +151,7 @@ def measure(node, names, steps, sizes, store):
             judged[variant] = place
             others = tuple(ADAPTERS[a][1] for a in adapters if ADAPTERS[a][1] != concept)
             rows[name] = place.row(stacked(node, place.demo, found, permeability), concept, others)
-            again = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+            again = quality.kept_rows(store)
             quality.write(store, json.dumps(again | rows, indent=1) + "\n")
         print(line(name, rows[name]), flush=True)
     return {name: rows[name] for name in names}

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from membrane.benchmarks import _flux_loops as loops
 from membrane.benchmarks import erasure_wording as wording
-from membrane.benchmarks.erasure_quality import SIZE, sprites_of, write
+from membrane.benchmarks.erasure_quality import SIZE, kept_rows, sprites_of, write
 from membrane.tools import ROOT
 from membrane.tools.host_library import start
 from membrane.tools.pixel_world import classifier, world
@@ -263,7 +263,7 @@ def erased(node, painter, model, method, concepts, permeability):
 
 def measure(node, rows, sizes, store, quick):
     """{name: row} of one model; finished ones are in a file."""
-    done = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+    done = kept_rows(store)
     judged = {}
     print(HEADER)
     for name, (checkpoint, model, method, concepts, permeability, concept) in rows.items():
@@ -279,7 +279,7 @@ def measure(node, rows, sizes, store, quick):
                 "megabytes": max(cost["megabytes"] for cost in costs),
                 "kilobytes": sum(cost["kilobytes"] for cost in costs),
             }
-            again = json.loads(store.read_text(encoding="utf-8")) if store.is_file() else {}
+            again = kept_rows(store)
             write(store, json.dumps(again | {name: done[name]}, indent=1) + "\n")  # others may run beside this one
         print(line(name, done[name]), flush=True)
     return {name: done[name] for name in rows}
@@ -364,7 +364,7 @@ def main():
 def finished(model):
     """{name: row} of the rows of a model that are kept, in order."""
     file = STORE / f"rows_{model}.json"
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kept = kept_rows(file)
     return {name: kept[name] for name in rows_of(model, METHODS) if name in kept}
 
 
